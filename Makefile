@@ -1,0 +1,79 @@
+# Everything runs in .venv, which `make install` builds from requirements.lock.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+DATA ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV_PIP := $(BIN)/uv pip install --python $(BIN)/python
+
+# Ray and torch find ninja and their other tools here, as do the worker processes they start.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# DeepSpeed's compiled operators live and die with the environment.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+# Without a working GPU DeepSpeed must be told so, or it probes for one.
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'),0)
+export DS_ACCELERATOR ?= cpu
+endif
+
+.PHONY: help
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: install
+install: $(STAMP) ## Make .venv with the locked versions and compile DeepSpeed's CPU operator.
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit(f"Tina needs Python 3.11 to 3.13, and $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/uv
+	$(UV_PIP) -r requirements.lock
+	$(UV_PIP) --no-deps -e .
+ifeq ($(DS_ACCELERATOR),cpu)
+	$(BIN)/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; op = Op(); op.is_compatible() and op.load(verbose=False)'
+endif
+	@touch $@
+
+.PHONY: demo
+demo: install ## Zoo, training, generation and report on the embedded digits; CONFIG=, DATA= for others.
+	$(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs $(if $(DATA),--data.root $(abspath $(DATA)))
+
+.PHONY: test
+test: install ## Run the default test suite.
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+
+.PHONY: test-all
+test-all: install ## Run the slow and the browser tests too.
+	$(BIN)/python -m pytest -m "not gpu"
+
+.PHONY: check
+check: install ## Lint, format and types, without changing a file.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.PHONY: format
+format: install ## Sort imports, mend what ruff can, format.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: lock
+lock: $(BIN)/uv ## Resolve pyproject.toml into requirements.lock, keeping versions that still fit; UPGRADE=--upgrade.
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		--extra ray --extra sentence --extra dev $(UPGRADE) pyproject.toml -o requirements.lock
+
+.PHONY: clean
+clean: ## Remove caches and builds; .venv and runs stay.
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

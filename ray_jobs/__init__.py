@@ -1,0 +1,1 @@
+"""Tina's jobs: what `ray job submit -- python -m ray_jobs.NAME` runs."""

@@ -1,0 +1,47 @@
+"""The main job: images to zoo to generator to a report on classifiers nobody trained.
+
+Zoo on Ray Data, training on Ray Train with DeepSpeed, evaluation. Run again with the same name:
+what is there is kept, what is missing is made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from tqdm import tqdm
+
+from ray_jobs.build_zoo import build_zoo, ensure_generic
+from ray_jobs.job import run_job, start_ray
+from ray_jobs.train import train_generator
+from tina.report import print_report
+from tina.run import Run
+
+
+def work(run: Run) -> None:
+    """The whole job."""
+    begin = time.monotonic()
+    if not run.checkpoint.exists():
+        ensure_generic(run)
+        start_ray()
+        build_zoo(run, "zoo")
+        build_zoo(run, "direct")
+        generator = train_generator(run)
+        total = 8 * sum(len(tasks) for tasks in run.space.held_out.values())
+        with tqdm(total=total, desc="evaluation", unit="task") as bar:
+            report = run.evaluate(generator, on_progress=bar.update)
+        run.release(generator, report)
+    print_report(json.loads(run.report_file.read_text()))
+    print(f"{run.folder}: report.json, plots/, checkpoint/ ({time.monotonic() - begin:.0f} s)")
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            work,
+            sys.argv[1:],
+            name="quickstart",
+            about="Zoo, training, evaluation: from images to a generator with a report.",
+        )
+    )

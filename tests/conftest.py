@@ -1,0 +1,149 @@
+"""A tiny real run on the embedded digits, made once per session: no download, no GPU, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tina.checkpoint import save_generator
+from tina.config import (
+    ClassifierConfig,
+    DataConfig,
+    DenoiserConfig,
+    DiffusionConfig,
+    EvaluationConfig,
+    JobConfig,
+    RecipeConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from tina.files import write_whole
+from tina.generator import Generator
+from tina.generic import save_generic, train_generic
+from tina.run import Run
+from tina.training import LocalEngine, Progress, Source, train
+from tina.zoo import build_rows, open_zoo, zoo_schema
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets, where it is at hand."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real data sets beside the project, at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+def tiny_config(storage: Path, **changes: object) -> JobConfig:
+    """A run that takes seconds; its numbers mean nothing."""
+    short = RecipeConfig(steps=20, batch_size=16, lr=3e-3)
+    values: dict[str, object] = {
+        "name": "tiny",
+        "storage": str(storage),
+        "data": DataConfig(name="digits"),
+        "tasks": TaskConfig(min_classes=2, max_classes=4, train=8, val=2, held_out=4),
+        "classifier": ClassifierConfig(
+            family="cnn5k",
+            generic=RecipeConfig(steps=150, batch_size=32, lr=1e-2),
+            finetune=short,
+            direct=short,
+        ),
+        "denoiser": DenoiserConfig(width=32, depth=2, heads=2),
+        "diffusion": DiffusionConfig(timesteps=100, sampling_steps=4),
+        "train": TrainConfig(
+            steps=12,
+            zoo_batch=4,
+            fresh_tasks=2,
+            images_per_task=16,
+            validate_every=6,
+            checkpoint_every=4,
+        ),
+        "evaluation": EvaluationConfig(
+            direct_tasks=2, seeds=2, bootstrap=50, images_per_class=5, sampling_steps=(1, 4)
+        ),
+    }
+    return JobConfig(**values | changes)  # type: ignore[arg-type]
+
+
+def write_rows(run: Run, kind: str) -> None:
+    """What the build_zoo job does, without Ray."""
+    folder = run.folder / kind
+    open_zoo(folder, run.describe_zoo(kind))
+    rows = build_rows(
+        run.zoo_tasks(kind),
+        family=run.family,
+        dataset=run.dataset,
+        store=run.store,
+        generic=run.generic,
+        recipe=run.recipe(kind),
+        max_classes=run.config.tasks.max_classes,
+        stacked=False,
+    )
+    schema = zoo_schema(run.family.layout(run.config.tasks.max_classes).size)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    write_whole(folder / "part-0.parquet", partial(pq.write_table, table))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with a generic model, a zoo and direct fine-tuning. Do not write into its folder."""
+    run = Run(tiny_config(tmp_path_factory.mktemp("runs")))
+    run.claim()
+    recipe = run.config.classifier.generic
+    generic = train_generic(run.family, run.dataset, run.space.seen, recipe, seed=0)
+    save_generic(run.generic_file, generic, run.family)
+    write_rows(run, "zoo")
+    write_rows(run, "direct")
+    return run
+
+
+def make_source(run: Run, generator: Generator, config: TrainConfig) -> Source:
+    """Batches of a run."""
+    return Source(
+        generator=generator,
+        config=config,
+        zoo=run.read_zoo("zoo").only("train"),
+        space=run.space,
+        dataset=run.dataset,
+        store=run.store,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny_run: Run) -> Generator:
+    """A generator after a few real training steps. Do not change its weights."""
+    generator = tiny_run.new_generator()
+    config = tiny_run.config.train
+    train(
+        config,
+        engine=LocalEngine(generator.denoiser, config),
+        source=make_source(tiny_run, generator, config),
+        start=Progress.start(generator.denoiser),
+        report=lambda progress, figures: None,
+        validate=tiny_run.validator(generator),
+    )
+    generator.denoiser.eval().requires_grad_(False)
+    return generator
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its checkpoint directory. Copy it before you change a byte."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save_generator(tiny_generator, directory, card="A tiny checkpoint for tests.\n")
+    return directory

@@ -1,0 +1,195 @@
+"""One directory in and out: what `save_pretrained` writes and `from_pretrained` reads.
+
+    config.json           format version, configuration, family, layout, embedding space, names
+    model.safetensors     the denoiser's averaged weights
+    codec.safetensors     scales, generic model, projection of picture features
+    prompts.safetensors   embeddings of the data set's class names
+    trunk.safetensors     where the family has a trained trunk
+    README.md             model card
+    manifest.json         sha256 of each file above
+
+Strict both ways: a changed byte, a missing or additional file, an unknown key or another layout is
+refused. Nothing is pickled. A directory is written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tina.classifiers import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
+from tina.codec import Codec
+from tina.config import GeneratorConfig
+from tina.configio import config_from_dict, config_to_dict
+from tina.encoders import EmbeddingSpace, build_encoder
+from tina.errors import CheckpointError, TinaError
+from tina.files import hash_file, write_tensors
+from tina.generator import Generator, new_denoiser
+from tina.generic import GenericModel
+from tina.prompts import Vocabulary
+
+FORMAT_VERSION = 1
+
+
+def save_generator(generator: Generator, directory: Path, *, card: str) -> None:
+    """Write a checkpoint directory, whole or not at all.
+
+    Args:
+        card: Text of the model card.
+
+    Raises:
+        CheckpointError: The directory exists; nothing in it is touched.
+    """
+    if directory.exists():
+        raise CheckpointError(f"{directory} exists already; nothing was overwritten")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        _write(generator, temporary, card)
+        temporary.chmod(0o755)
+        os.rename(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(generator: Generator, folder: Path, card: str) -> None:
+    family, vocabulary = generator.family, generator.vocabulary
+    header = {
+        "format_version": FORMAT_VERSION,
+        "config": config_to_dict(generator.config),
+        "dataset": generator.dataset,
+        "channels": family.channels,
+        "image_size": family.image_size,
+        "max_classes": generator.max_classes,
+        "layout": family.layout(generator.max_classes).to_json(),
+        "space": vars(vocabulary.space),
+        "class_names": list(vocabulary.names),
+    }
+    (folder / "config.json").write_text(json.dumps(header, indent=1))
+    write_tensors(folder / "model.safetensors", generator.denoiser.state_dict())
+    codec = {
+        "body_scale": generator.codec.body_scale,
+        "row_scale": generator.codec.row_scale,
+        "generic_body": generator.generic.body,
+        "generic_rows": generator.generic.rows,
+        "shot_projection": generator.shot_projection,
+    }
+    write_tensors(folder / "codec.safetensors", codec)
+    prompts = {"embeddings": vocabulary.embeddings, "trained": vocabulary.trained}
+    write_tensors(folder / "prompts.safetensors", prompts)
+    if isinstance(family, ResNet20Head):
+        write_tensors(folder / "trunk.safetensors", family.trunk.state_dict())
+    (folder / "README.md").write_text(card)
+    hashes = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps(hashes, indent=1))
+
+
+def check_manifest(directory: Path) -> str:
+    """Compare every file with the manifest.
+
+    Returns:
+        sha256 of the manifest, which names the checkpoint.
+
+    Raises:
+        CheckpointError: No manifest, or a file missing, additional or changed.
+    """
+    file = directory / "manifest.json"
+    if not file.is_file():
+        raise CheckpointError(f"{directory} is no checkpoint: it has no manifest.json")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    found = {f.name for f in directory.iterdir()} - {"manifest.json"}
+    if found != set(manifest):
+        odd = ", ".join(sorted(found ^ set(manifest)))
+        raise CheckpointError(f"{directory}: files missing or not in the manifest: {odd}")
+    for name, digest in manifest.items():
+        if hash_file(directory / name) != digest:
+            raise CheckpointError(
+                f"{directory / name} was changed: its sha256 is not the manifest's"
+            )
+    return hash_file(file)
+
+
+def load_generator(directory: Path) -> Generator:
+    """Read a checkpoint directory.
+
+    Raises:
+        CheckpointError: It is not exactly what its manifest and configuration say.
+    """
+    check_manifest(directory)
+    try:
+        header = json.loads((directory / "config.json").read_text())
+        if header.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory} has format version {header.get('format_version')}; "
+                f"this version of Tina reads {FORMAT_VERSION}"
+            )
+        return _read(directory, header)
+    except CheckpointError:
+        raise
+    except (TinaError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory} does not fit its configuration: {reason}") from error
+
+
+def _read(directory: Path, header: dict[str, Any]) -> Generator:
+    config = config_from_dict(GeneratorConfig, header["config"])
+    family = build_family(
+        config.classifier.family, channels=header["channels"], image_size=header["image_size"]
+    )
+    layout = family.layout(header["max_classes"])
+    if layout.to_json() != header["layout"]:
+        raise CheckpointError(
+            f"{directory} holds another layout of {family.name} than this version of Tina makes"
+        )
+    codec = load_file(directory / "codec.safetensors")
+    prompts = load_file(directory / "prompts.safetensors")
+    vocabulary = Vocabulary(
+        space=EmbeddingSpace(**header["space"]),
+        names=tuple(header["class_names"]),
+        embeddings=prompts["embeddings"],
+        trained=prompts["trained"],
+    )
+    generator_codec = Codec(
+        layout=layout,
+        chunk=config.denoiser.chunk,
+        body_scale=codec["body_scale"],
+        row_scale=codec["row_scale"],
+    )
+    denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
+    denoiser.load_state_dict(load_file(directory / "model.safetensors"))
+    attach_trunk(family, config, directory / "trunk.safetensors")
+    return Generator(
+        config=config,
+        dataset=header["dataset"],
+        family=family,
+        codec=generator_codec,
+        vocabulary=vocabulary,
+        generic=GenericModel(
+            class_ids=tuple(torch.nonzero(vocabulary.trained).flatten().tolist()),
+            body=codec["generic_body"],
+            rows=codec["generic_rows"],
+        ),
+        denoiser=denoiser.eval().requires_grad_(False),
+        max_classes=header["max_classes"],
+        shot_projection=codec["shot_projection"],
+    )
+
+
+def attach_trunk(family: Family, config: GeneratorConfig, file: Path) -> None:
+    """Give a family its frozen trunk: CLIP's image tower, or the tensors in `file`."""
+    if isinstance(family, VitB32Head):
+        family.attach_trunk(ClipImageTrunk(build_encoder(config.prompt).encode_images))
+    elif isinstance(family, ResNet20Head):
+        trunk = family.new_trunk()
+        trunk.load_state_dict(load_file(file))
+        family.attach_trunk(trunk)

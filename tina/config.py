@@ -1,0 +1,369 @@
+"""The typed configuration: nested frozen dataclasses that say what there is to configure.
+
+A value's own checks stand with it; `tina.configio` reads them from YAML, flags and JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tina.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+
+def _positive(owner: object, **values: float) -> None:
+    for key, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are cut into fit, select and report.
+
+    Args:
+        name: digits, cifar100, caltech101, mini_imagenet, parquet (any Hugging Face image parquet
+            folder) or folder (one sub-folder per class).
+        root: Folder that holds the data set; default: the TINA_DATA variable, then the user cache.
+        image_size: Side in pixels that images are resized to once; default: the data set's own.
+        report_fraction: Share of images kept for the report where a data set has no test split.
+        select_fraction: Share of the training images kept for choosing checkpoints and settings.
+        seed: Seed of the partition.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    image_size: int | None = None
+    report_fraction: float = 0.3
+    select_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("report_fraction", "select_fraction"):
+            if not 0 < getattr(self, key) < 1:
+                raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(self, key)}")
+        if self.image_size is not None:
+            _positive(self, image_size=self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """How many tasks there are and of how many classes (DESIGN: the three axes).
+
+    Args:
+        min_classes: Fewest classes of a task.
+        max_classes: Most classes of a task; also the largest the generator accepts.
+        train: Number of training tasks, one p-model each.
+        val: Number of validation tasks, one p-model each.
+        held_out: Number of held-out tasks per axis.
+        excluded_fraction: Share of the classes kept out of generic model and training for the
+            unseen-class axis; 0 leaves the axis out.
+        unseen_per_task: Classes of an unseen-class task that come from the excluded ones.
+        seed: Seed of all task draws.
+    """
+
+    min_classes: int = 2
+    max_classes: int = 6
+    train: int = 200
+    val: int = 20
+    held_out: int = 120
+    excluded_fraction: float = 0.0
+    unseen_per_task: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_classes <= self.max_classes:
+            raise ConfigError(
+                "tasks.min_classes must lie between 2 and tasks.max_classes, "
+                f"got {self.min_classes} and {self.max_classes}"
+            )
+        if not 0 <= self.excluded_fraction < 1:
+            raise ConfigError(
+                f"tasks.excluded_fraction must lie in [0, 1), got {self.excluded_fraction}"
+            )
+        _positive(self, train=self.train, val=self.val, held_out=self.held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """How a classifier is trained: AdamW, learning rate annealed to zero by a cosine.
+
+    Args:
+        steps: Optimiser steps.
+        batch_size: Images per step.
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+
+    steps: int = 400
+    batch_size: int = 64
+    lr: float = 3e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(self, steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What turns words or pictures into conditions.
+
+    Args:
+        encoder: hash (character n-grams, no semantics), sentence (MiniLM), table (precomputed
+            vectors in a parquet file) or open_clip.
+        model: Model name: for open_clip such as ViT-B-32, for a table the set of vectors to use.
+        weights: open_clip: pretrained tag or path of a weights file; table: path of the parquet.
+        template: Sentence that a bare class name is put into, with {} for the name.
+    """
+
+    encoder: Literal["hash", "sentence", "table", "open_clip"] = "hash"
+    model: str = ""
+    weights: str = ""
+    template: str = "{}"
+
+    def __post_init__(self) -> None:
+        if "{}" not in self.template:
+            raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The classifier that is generated, and how its teachers are trained.
+
+    Args:
+        family: One of `tina.classifiers.FAMILIES`.
+        generic: Recipe of the generic model (all seen classes).
+        finetune: Recipe of the zoo's p-models.
+        direct: Recipe of direct fine-tuning, the upper reference; tuned on `select`, then frozen.
+        seed: Seed of initialisation and batches.
+    """
+
+    family: str = "cnn5k"
+    generic: RecipeConfig = field(default_factory=RecipeConfig)
+    finetune: RecipeConfig = field(default_factory=RecipeConfig)
+    direct: RecipeConfig = field(default_factory=RecipeConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """Size of the diffusion transformer.
+
+    Args:
+        width: D.
+        depth: Number of blocks.
+        heads: Attention heads.
+        chunk: Most values of a body token.
+    """
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    chunk: int = 576
+
+    def __post_init__(self) -> None:
+        _positive(self, width=self.width, depth=self.depth, heads=self.heads, chunk=self.chunk)
+        if self.width % (2 * self.heads):
+            raise ConfigError(
+                f"denoiser.width must be a multiple of 2 * heads, got {self.width} and {self.heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Noise schedule and sampler; the denoiser always predicts x0.
+
+    Args:
+        schedule: Betas: linear (1e-4 to 0.02, as the paper) or cosine.
+        timesteps: T, number of noise levels in training.
+        sampler: ddim, dpm++ (second-order multistep) or ddpm (ancestral).
+        sampling_steps: Default number of denoising steps.
+        guidance: Default classifier-free guidance; 1 is the conditional model alone.
+    """
+
+    schedule: Literal["linear", "cosine"] = "cosine"
+    timesteps: int = 1000
+    sampler: Literal["ddim", "dpm++", "ddpm"] = "ddim"
+    sampling_steps: int = 10
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sampling_steps <= self.timesteps:
+            raise ConfigError(
+                "diffusion.sampling_steps must lie between 1 and diffusion.timesteps, "
+                f"got {self.sampling_steps} and {self.timesteps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the denoiser is trained.
+
+    Args:
+        steps: Optimiser steps.
+        zoo_batch: p-models per step over all ranks, for the weight-space loss.
+        fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
+        images_per_task: `fit` images that each fresh task's classifier is scored on.
+        weight_loss: Factor of the weight-space loss (mean square error of x0).
+        function_loss: Factor of the function-space loss (cross-entropy through theta).
+        condition_dropout: Share of samples trained without condition, for guidance.
+        lr: Peak learning rate; linear warm-up, cosine to zero.
+        warmup: Share of the steps spent warming up.
+        weight_decay: AdamW's decoupled weight decay.
+        clip: Largest gradient norm.
+        ema: Share of the run over which the weights are averaged.
+        precision: Arithmetic of the transformer and the function-space loss; weights stay fp32.
+        validate_every: Steps between validations; the best by accuracy is kept.
+        checkpoint_every: Steps between resumable states.
+        seed: Seed of initialisation and of every draw.
+    """
+
+    steps: int = 1000
+    zoo_batch: int = 32
+    fresh_tasks: int = 8
+    images_per_task: int = 64
+    weight_loss: float = 1.0
+    function_loss: float = 1.0
+    condition_dropout: float = 0.1
+    lr: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.05
+    precision: Precision = "fp32"
+    validate_every: int = 250
+    checkpoint_every: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            steps=self.steps,
+            zoo_batch=self.zoo_batch,
+            lr=self.lr,
+            clip=self.clip,
+            ema=self.ema,
+            images_per_task=self.images_per_task,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+        if self.weight_loss <= 0 and self.function_loss <= 0:
+            raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
+        if self.function_loss > 0 and self.fresh_tasks < 1:
+            raise ConfigError(
+                f"train.function_loss is {self.function_loss}: it needs train.fresh_tasks above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the report measures (DESIGN section 5).
+
+    Args:
+        direct_tasks: Held-out tasks per axis that direct fine-tuning is run on.
+        seeds: Sampling seeds per task.
+        images_per_class: Report images per class at most; default: all.
+        bootstrap: Resamples for the intervals.
+        sampling_steps: Step counts of the accuracy-against-steps curve.
+    """
+
+    direct_tasks: int = 20
+    seeds: int = 3
+    images_per_class: int | None = None
+    bootstrap: int = 1000
+    sampling_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+
+    def __post_init__(self) -> None:
+        _positive(self, direct_tasks=self.direct_tasks, seeds=self.seeds, bootstrap=self.bootstrap)
+        if not self.sampling_steps or min(self.sampling_steps) < 1:
+            raise ConfigError(
+                f"evaluation.sampling_steps must be positive, got {self.sampling_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """All that a checkpoint needs to be rebuilt, beside its tensors."""
+
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How a job spreads over a cluster.
+
+    Args:
+        zoo_workers: Actors that fine-tune p-models; each takes one GPU, or one CPU where none is.
+        zoo_block: Tasks that an actor fine-tunes at once and that are then written together.
+        train_workers: Ranks of the generator's training.
+        train_cpus: CPUs of each rank.
+        zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients.
+    """
+
+    zoo_workers: int = 2
+    zoo_block: int = 4
+    train_workers: int = 2
+    train_cpus: float = 1
+    zero_stage: Literal[0, 1, 2] = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            zoo_workers=self.zoo_workers,
+            zoo_block=self.zoo_block,
+            train_workers=self.train_workers,
+            train_cpus=self.train_cpus,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Everything from images to a report.
+
+    Args:
+        name: The run's name, a folder under `storage`. The same name goes on with the same run.
+        storage: Folder of all runs, an absolute path.
+    """
+
+    name: str
+    storage: str
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        if not Path(self.storage).is_absolute():
+            raise ConfigError(
+                f"storage must be an absolute path, got {self.storage!r}: "
+                "a job runs in another working directory than yours"
+            )
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name must be a plain folder name, got {self.name!r}")
+        for key in ("zoo_batch", "fresh_tasks"):
+            if getattr(self.train, key) % self.cluster.train_workers:
+                raise ConfigError(
+                    f"train.{key} must be a multiple of cluster.train_workers, "
+                    f"got {getattr(self.train, key)} and {self.cluster.train_workers}"
+                )
+
+    @property
+    def generator(self) -> GeneratorConfig:
+        """The part that a checkpoint keeps."""
+        return GeneratorConfig(
+            classifier=self.classifier,
+            prompt=self.prompt,
+            denoiser=self.denoiser,
+            diffusion=self.diffusion,
+        )

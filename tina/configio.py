@@ -1,0 +1,94 @@
+"""Configurations in and out: YAML files, command-line flags, plain values.
+
+jsonargparse does the parsing; here its errors become one-line `ConfigError`s that list the valid
+keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+from tina.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all values that a config class can hold."""
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(kind) and isinstance(kind, type)
+        keys += _keys(kind, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return keys
+
+
+def _parser(cls: type, **options: Any) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_class_arguments(cls, as_group=False)
+    return parser
+
+
+def _build(cls: type[T], parse: Callable[[], T]) -> T:
+    """Run a parse, turning whatever goes wrong in it into a one-line ConfigError."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parse()
+    except ConfigError:
+        raise
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from error
+            cause = cause.__cause__ or cause.__context__
+        reason = " ".join(str(error).split())
+        unknown_key = "not accept option" in reason or "unrecognized arguments" in reason
+        known = f"; valid keys: {', '.join(_keys(cls))}" if unknown_key else ""
+        raise ConfigError(f"{reason}{known}") from error
+
+
+def parse_config(cls: type[T], argv: Sequence[str], *, description: str = "", prog: str = "") -> T:
+    """A config from `--config file.yaml` and flags such as `--train.lr 3e-4`.
+
+    Raises:
+        ConfigError: Unknown key (the message lists the valid ones), wrong type, value out of range.
+    """
+    parser = _parser(cls, description=description, prog=prog or None)
+
+    def parse() -> T:
+        namespace = parser.instantiate(parser.parse_args(list(argv)))
+        return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
+
+    return _build(cls, parse)
+
+
+def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A config from nested plain values, strictly; inverse of `config_to_dict`.
+
+    Raises:
+        ConfigError: As `parse_config`.
+    """
+    parser = _parser(cls)
+
+    def parse() -> T:
+        namespace = parser.instantiate(parser.parse_object(dict(values)))
+        return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
+
+    return _build(cls, parse)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values (tuples become lists), for YAML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}

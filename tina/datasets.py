@@ -1,0 +1,322 @@
+"""Images and labels of a data set, cut into fit, select and report.
+
+Whatever the source, images are resized once to one side length, kept as uint8 and cached under the
+user cache, so that every later load is a read of one safetensors file.
+
+Axes: N images, C channels (1 or 3), H = W side in pixels, K classes of a task.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tina.config import DataConfig
+from tina.errors import DataError
+from tina.sources import Item, Listing, Source, find_source, one_line, user_cache
+from tina.superclasses import CIFAR100_SUPERCLASSES
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Dataset", "load_dataset"]
+
+log = logging.getLogger(__name__)
+
+PARTITIONS = ("fit", "select", "report")
+IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32, "caltech101": 64}
+LARGEST_DEFAULT_SIZE = 64
+CACHE_FORMAT = 1
+CHUNK = 512
+# Below this Pillow spends its time holding the interpreter lock, and threads only slow it down.
+THREADING_PIXELS = 128 * 128
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Labelled images with the partition that decides who may read which.
+
+    Attributes:
+        name: Name of the data set as in `DataConfig.name`.
+        images: uint8 (N, C, H, W), values 0 to 255.
+        labels: int64 (N,), class ids.
+        class_names: One human name per class id.
+        groups: Superclass id per class id, or None where the data set has no superclasses.
+        partitions: fit, select and report, each a sorted int64 tensor of image indices.
+        fingerprint: Hex digest of images, labels, class names and partitions.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    groups: tuple[int, ...] | None
+    partitions: Mapping[str, Tensor]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the whole data set."""
+        return len(self.class_names)
+
+    def indices(self, partition: str, class_ids: Sequence[int] | None = None) -> Tensor:
+        """Sorted int64 indices of a partition's images, of all classes or of `class_ids`."""
+        index = self.partitions[partition]
+        if class_ids is None:
+            return index
+        return index[torch.isin(self.labels[index], torch.as_tensor(class_ids))]
+
+    def take(self, partition: str, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images of a task, labelled by position in the task.
+
+        Returns:
+            Images uint8 (n, C, H, W), and labels int64 (n,) in [0, K) that index `class_ids`.
+        """
+        index = self.indices(partition, class_ids)
+        position = torch.full((self.num_classes,), -1)
+        position[torch.as_tensor(class_ids)] = torch.arange(len(class_ids))
+        return self.images[index], position[self.labels[index]]
+
+    def class_ids(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Class ids of `names`, in their order; underscores count as spaces.
+
+        Raises:
+            DataError: a name is not a class of this data set; the message lists the closest ones.
+        """
+        ids = {name: class_id for class_id, name in enumerate(self.class_names)}
+        words = [_human(name) for name in names]
+        for name in words:
+            if name not in ids:
+                close = difflib.get_close_matches(name, self.class_names, n=3, cutoff=0.0)
+                raise DataError(
+                    f"{self.name} has no class {name!r}; the closest are {', '.join(close)}"
+                )
+        return tuple(ids[name] for name in words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+    test: Tensor  # bool (N,): belongs to the data set's own test split
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())
+        for tensor in (self.images, self.labels, self.test):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Read a data set, from its cache where it was read before.
+
+    Args:
+        config: Which data set, from where, at what image size, and how it is partitioned. Without
+            `root` and the variable TINA_DATA, cifar100 and caltech101 are downloaded if need be.
+
+    Raises:
+        ConfigError: there is no data set of that name.
+        DataError: it is missing, corrupt, or a class has too few images for three partitions.
+    """
+    source = find_source(config)
+    size = config.image_size or IMAGE_SIZES.get(config.name)
+    decoded = _decode_cached(source, size) if source.files else _decode_all(source.read(), size)
+    labels = decoded.labels.numpy()
+    partitions = {
+        key: torch.from_numpy(index)
+        for key, index in _partition(labels, decoded.test.numpy(), decoded.class_names, config)
+    }
+    fingerprint = hashlib.sha256(decoded.digest.encode())
+    for key in PARTITIONS:
+        fingerprint.update(partitions[key].numpy().data)
+    return Dataset(
+        name=config.name,
+        images=decoded.images,
+        labels=decoded.labels,
+        class_names=decoded.class_names,
+        groups=_groups(decoded.class_names) if config.name == "cifar100" else None,
+        partitions=partitions,
+        fingerprint=fingerprint.hexdigest(),
+    )
+
+
+def _human(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _groups(class_names: Sequence[str]) -> tuple[int, ...]:
+    group_of = {
+        name: group for group, names in enumerate(CIFAR100_SUPERCLASSES.values()) for name in names
+    }
+    for name in class_names:
+        if name not in group_of:
+            raise DataError(f"cifar100 has no class {name!r}: this is another data set")
+    return tuple(group_of[name] for name in class_names)
+
+
+# --- partition ------------------------------------------------------------------------------------
+
+
+def _partition(
+    labels: np.ndarray, test: np.ndarray, class_names: Sequence[str], config: DataConfig
+) -> list[tuple[str, np.ndarray]]:
+    """Cut each class by itself; `test` marks the data set's own test images, if it has any."""
+    parts: dict[str, list[np.ndarray]] = {key: [] for key in PARTITIONS}
+    for class_id, name in enumerate(class_names):
+        rng = np.random.default_rng([config.seed, class_id])
+        rest = rng.permutation(np.flatnonzero((labels == class_id) & ~test))
+        report = np.flatnonzero((labels == class_id) & test)
+        if not test.any():
+            report, rest = np.split(rest, [max(1, round(config.report_fraction * len(rest)))])
+        select, fit = np.split(rest, [max(1, round(config.select_fraction * len(rest)))])
+        for key, index in zip(PARTITIONS, (fit, select, report), strict=True):
+            if not len(index):
+                raise DataError(
+                    f"{config.name}: class {name!r} has {np.sum(labels == class_id)} images and "
+                    f"{len(index)} of them in {key}; fit, select and report need 1 each"
+                )
+            parts[key].append(index)
+    joined = {key: np.sort(np.concatenate(index)) for key, index in parts.items()}
+    _check_partitions(joined, len(labels))
+    return list(joined.items())
+
+
+def _check_partitions(partitions: Mapping[str, np.ndarray], count: int) -> None:
+    """Assert that each of `count` images lies in exactly one partition."""
+    everything = np.sort(np.concatenate(list(partitions.values())))
+    assert np.array_equal(everything, np.arange(count)), "partitions overlap or leave images out"
+
+
+# --- decoding and its cache -----------------------------------------------------------------------
+
+
+def _open(item: Item) -> Image.Image:
+    """Decode one image, upright, as mode L or RGB."""
+    from PIL import Image, ImageOps
+
+    try:
+        if isinstance(item.content, np.ndarray):
+            return Image.fromarray(item.content)
+        file = io.BytesIO(item.content) if isinstance(item.content, bytes) else item.content
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("L" if upright.mode in ("L", "1") else "RGB")
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"corrupt image {item.where}: {one_line(error)}") from error
+
+
+def _pixels(item: Item, *, size: int) -> np.ndarray:
+    """uint8 (1 or 3, size, size): the centre square, resized with antialiasing."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.fit(_open(item), (size, size), method=Image.Resampling.BILINEAR)
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def _decode_all(listing: Listing, size: int | None) -> _Decoded:
+    """Decode a source; gray only if all of its images are."""
+    from tqdm import tqdm
+
+    first = next(listing.items, None)
+    if first is None:
+        raise DataError("the data set holds no images")
+    side = _open(first).size
+    size = size or min(LARGEST_DEFAULT_SIZE, *side)
+    items = itertools.chain([first], listing.items)
+    images = np.empty((listing.count, 3, size, size), dtype=np.uint8)
+    labels: list[int] = []
+    test: list[bool] = []
+    gray = True
+    decode = partial(_pixels, size=size)
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=listing.count, unit="image", desc="decoding", delay=2, disable=None) as bar,
+    ):
+        spread = pool.map if side[0] * side[1] > THREADING_PIXELS else map
+        while chunk := list(itertools.islice(items, CHUNK)):
+            for item, pixels in zip(chunk, spread(decode, chunk), strict=True):
+                images[len(labels)] = pixels
+                gray = gray and len(pixels) == 1
+                labels.append(item.label)
+                test.append(item.test)
+            bar.update(len(chunk))
+    names = tuple(_human(name) for name in listing.class_names)
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"two classes are both called {twice!r}")
+    return _Decoded(
+        images=torch.from_numpy(images)[: len(labels), : 1 if gray else 3].contiguous(),
+        labels=torch.tensor(labels),
+        test=torch.tensor(test),
+        class_names=names,
+    )
+
+
+def _cache_path(source: Source, size: int | None) -> Path:
+    key = hashlib.sha256(repr((CACHE_FORMAT, source.kind, size)).encode())
+    for file in source.files:
+        stat = file.stat()
+        name = file.relative_to(source.folder).as_posix()
+        key.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
+    return user_cache() / "images" / f"{key.hexdigest()[:32]}.safetensors"
+
+
+def _decode_cached(source: Source, size: int | None) -> _Decoded:
+    path = _cache_path(source, size)
+    if path.is_file():
+        try:
+            return _read_cache(path)
+        except Exception as error:  # whatever is wrong with it, the source still has the images
+            log.warning("cache file %s is corrupt, rebuilding it: %s", path, one_line(error))
+    decoded = _decode_all(source.read(), size)
+    try:
+        _write_cache(path, decoded)
+    except OSError as error:
+        log.warning("cannot cache images in %s: %s", path.parent, one_line(error))
+    return decoded
+
+
+def _read_cache(path: Path) -> _Decoded:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        decoded = _Decoded(
+            **{key: file.get_tensor(key) for key in ("images", "labels", "test")},
+            class_names=tuple(json.loads(metadata["class_names"])),
+        )
+    if decoded.digest != metadata["digest"]:
+        raise ValueError("its content has changed")
+    return decoded
+
+
+def _write_cache(path: Path, decoded: _Decoded) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"images": decoded.images, "labels": decoded.labels, "test": decoded.test}
+    metadata = {"class_names": json.dumps(decoded.class_names), "digest": decoded.digest}
+    # A directory of its own beside the target: same file system, and gone whatever happens.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        save_file(tensors, Path(scratch) / path.name, metadata)
+        os.replace(Path(scratch) / path.name, path)

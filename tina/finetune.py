@@ -1,0 +1,229 @@
+"""Training classifiers on images: the generic model, and many p-models at once.
+
+Axes: M models, N images of a batch, K classes (padded to the most among the models), n parameters.
+
+Two ways that compute the same (a test holds them to it): a loop over models, best on CPU where
+one runs per process, and one stacked step for all models with `torch.func`, best on GPU. Batches,
+learning rates and updates are functions of the model's own seed and the recipe alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from tina.classifiers import Family, InputStore, ResNet20Head, predict
+from tina.config import RecipeConfig
+from tina.datasets import Dataset
+from tina.errors import NonFiniteError
+
+Progress = Callable[[int], object]
+"""Called with the number of steps that have been done since the last call."""
+
+
+def annealed(step: int, steps: int, *, warmup: int = 0) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def batch_order(n: int, batch_size: int, steps: int, *, seed: int) -> Tensor:
+    """Positions (steps, batch) in a list of n images: whole permutations, one after another."""
+    generator = torch.Generator().manual_seed(seed)
+    need = steps * batch_size
+    passes = [torch.randperm(n, generator=generator) for _ in range(-(-need // n))]
+    return torch.cat(passes)[:need].view(steps, batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What one model is trained on.
+
+    Args:
+        class_ids: The K classes, in the order of the head's rows.
+        index: int64 (n_images,), places in the data set.
+        labels: int64 (n_images,), rows of the head.
+        seed: Seed of the batches.
+    """
+
+    class_ids: tuple[int, ...]
+    index: Tensor
+    labels: Tensor
+    seed: int
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, class_ids: Sequence[int], *, seed: int, partition: str = "fit"
+    ) -> Lesson:
+        """All images of the classes in a partition."""
+        index = dataset.indices(partition, class_ids)
+        row = torch.full((dataset.num_classes,), -1)
+        row[list(class_ids)] = torch.arange(len(class_ids))
+        return cls(
+            class_ids=tuple(class_ids),
+            index=index,
+            labels=row[dataset.labels[index]],
+            seed=seed,
+        )
+
+
+def finetune(
+    family: Family,
+    thetas: Sequence[Tensor],
+    lessons: Sequence[Lesson],
+    store: InputStore,
+    recipe: RecipeConfig,
+    *,
+    stacked: bool,
+    progress: Progress = lambda steps: None,
+) -> list[Tensor]:
+    """Train M classifiers from given weights, all parameters of each.
+
+    Args:
+        thetas: M vectors, the i-th laid out for the i-th lesson's number of classes.
+        stacked: One step for all models together rather than one model after another.
+
+    Returns:
+        The trained vectors, in the same layouts.
+
+    Raises:
+        NonFiniteError: Training diverged.
+    """
+    train = _train_stacked if stacked else _train_loop
+    trained = train(family, thetas, lessons, store, recipe, progress)
+    for theta, lesson in zip(trained, lessons, strict=True):
+        if not bool(torch.isfinite(theta).all()):
+            raise NonFiniteError(f"fine-tuning diverged on classes {lesson.class_ids}")
+    return trained
+
+
+def _optimiser(parameters: list[nn.Parameter], recipe: RecipeConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def _anneal(optimiser: torch.optim.Optimizer, recipe: RecipeConfig, step: int) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.lr * annealed(step, recipe.steps)
+
+
+def _train_loop(
+    family: Family,
+    thetas: Sequence[Tensor],
+    lessons: Sequence[Lesson],
+    store: InputStore,
+    recipe: RecipeConfig,
+    progress: Progress,
+) -> list[Tensor]:
+    trained = []
+    for theta, lesson in zip(thetas, lessons, strict=True):
+        k = len(lesson.class_ids)
+        parameter = nn.Parameter(theta.clone())
+        optimiser = _optimiser([parameter], recipe)
+        order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=lesson.seed)
+        for step, batch in enumerate(order):
+            _anneal(optimiser, recipe, step)
+            logits = family.logits(parameter, store[lesson.index[batch]], num_classes=k)
+            labels = lesson.labels[batch].to(logits.device)
+            (parameter.grad,) = torch.autograd.grad(F.cross_entropy(logits, labels), parameter)
+            optimiser.step()
+            progress(1)
+        trained.append(parameter.detach())
+    return trained
+
+
+def _train_stacked(
+    family: Family,
+    thetas: Sequence[Tensor],
+    lessons: Sequence[Lesson],
+    store: InputStore,
+    recipe: RecipeConfig,
+    progress: Progress,
+) -> list[Tensor]:
+    k_max = max(len(lesson.class_ids) for lesson in lessons)
+    wide = family.layout(k_max)
+    counts = torch.tensor([len(lesson.class_ids) for lesson in lessons])
+    device = thetas[0].device
+    absent = torch.arange(k_max).expand(len(lessons), -1).ge(counts[:, None]).to(device)  # (M, K)
+    start = torch.stack(
+        [widen(family, t, len(x.class_ids), k_max) for t, x in zip(thetas, lessons, strict=True)]
+    )
+    parameter = nn.Parameter(start)  # (M, n)
+    optimiser = _optimiser([parameter], recipe)
+    orders = [
+        batch_order(len(x.index), recipe.batch_size, recipe.steps, seed=x.seed) for x in lessons
+    ]
+    index = torch.stack([x.index[o] for x, o in zip(lessons, orders, strict=True)], 1)
+    labels = torch.stack([x.labels[o] for x, o in zip(lessons, orders, strict=True)], 1).to(device)
+
+    def loss(theta: Tensor, inputs: Tensor, labels: Tensor, absent: Tensor) -> Tensor:
+        logits = family.logits(theta, inputs, num_classes=k_max)
+        return F.cross_entropy(logits.masked_fill(absent, -torch.inf), labels)
+
+    gradient = vmap(grad(loss))
+    for step in range(recipe.steps):
+        _anneal(optimiser, recipe, step)
+        parameter.grad = gradient(parameter.detach(), store[index[step]], labels[step], absent)
+        optimiser.step()
+        progress(len(lessons))
+    body, rows = wide.split(parameter.detach())
+    return [
+        family.layout(k).join(b, r[:k]) for b, r, k in zip(body, rows, counts.tolist(), strict=True)
+    ]
+
+
+def widen(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
+    """Theta of K classes laid out for more; rows of absent classes are zero."""
+    body, rows = family.layout(num_classes).split(theta)
+    return family.layout(most).join(body, F.pad(rows, (0, 0, 0, most - num_classes)))
+
+
+def accuracy(family: Family, theta: Tensor, store: InputStore, lesson: Lesson) -> float:
+    """Share of a lesson's images that the classifier theta (n,) gives their label."""
+    logits = predict(family, theta, store, lesson.index, num_classes=len(lesson.class_ids))
+    return float((logits.argmax(1).cpu() == lesson.labels).float().mean())
+
+
+def initial_theta(family: Family, num_classes: int, *, seed: int) -> Tensor:
+    """Torch's default initialisation of the family's network, from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = family.module(num_classes)
+    return family.layout(num_classes).flatten(
+        {name: p.detach() for name, p in module.named_parameters()}
+    )
+
+
+def train_trunk(
+    family: ResNet20Head,
+    dataset: Dataset,
+    class_ids: Sequence[int],
+    recipe: RecipeConfig,
+    *,
+    seed: int,
+    progress: Progress = lambda steps: None,
+) -> nn.Module:
+    """Train a trunk together with a head on all given classes; the head is thrown away."""
+    lesson = Lesson.of(dataset, class_ids, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential(family.new_trunk(), family.module(len(class_ids)))
+    optimiser = _optimiser(list(network.parameters()), recipe)
+    order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=seed)
+    for step, batch in enumerate(order):
+        _anneal(optimiser, recipe, step)
+        x = dataset.images[lesson.index[batch]].float().div(255).sub(0.5).div(0.5)
+        loss = F.cross_entropy(network(x), lesson.labels[batch])
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the trunk's loss is not finite at step {step}")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        progress(1)
+    return network[0]

@@ -1,0 +1,102 @@
+"""The generic model: trained once on all seen classes; every p-model and prompt inherits from it.
+
+Axes: B batch, K classes of a task, V seen classes, n_body parameters before the head, R values of a
+head row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tina.classifiers import Family, InputStore, ResNet20Head
+from tina.config import RecipeConfig
+from tina.datasets import Dataset
+from tina.errors import DataError
+from tina.files import write_tensors
+from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenericModel:
+    """The classifier trained on all classes that are not excluded.
+
+    Args:
+        class_ids: The V seen classes, in the order of the rows.
+        body: (n_body,).
+        rows: (V, R).
+    """
+
+    class_ids: tuple[int, ...]
+    body: Tensor
+    rows: Tensor
+
+    def inherit(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Body (B, n_body) and rows (B, K, R) for attention (B, K, V) over the seen classes."""
+        return self.body.expand(len(attention), -1), attention @ self.rows
+
+    def select(self, class_ids: Sequence[int]) -> Tensor:
+        """Classifier selection: the classes' own rows (K, R), the mean row for an unseen class."""
+        place = {c: i for i, c in enumerate(self.class_ids)}
+        mean = self.rows.mean(0)
+        return torch.stack([self.rows[place[c]] if c in place else mean for c in class_ids])
+
+
+def train_generic(
+    family: Family,
+    dataset: Dataset,
+    class_ids: Sequence[int],
+    recipe: RecipeConfig,
+    *,
+    seed: int,
+    progress: Progress = lambda steps: None,
+) -> GenericModel:
+    """Train on all `fit` images of the given classes; a ResNet's trunk first, then its head.
+
+    Raises:
+        NonFiniteError: Training diverged.
+    """
+    if isinstance(family, ResNet20Head):
+        trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
+        family.attach_trunk(trunk)
+    store = InputStore(family, dataset.images)
+    theta = initial_theta(family, len(class_ids), seed=seed)
+    lesson = Lesson.of(dataset, class_ids, seed=seed)
+    (theta,) = finetune(family, [theta], [lesson], store, recipe, stacked=False, progress=progress)
+    body, rows = family.layout(len(class_ids)).split(theta)
+    return GenericModel(class_ids=tuple(class_ids), body=body, rows=rows)
+
+
+def save_generic(file: Path, generic: GenericModel, family: Family) -> None:
+    """Write a generic model, and the trunk that was trained with it."""
+    tensors = {"body": generic.body, "rows": generic.rows}
+    tensors["class_ids"] = torch.tensor(generic.class_ids)
+    if isinstance(family, ResNet20Head):
+        tensors |= {f"trunk.{name}": value for name, value in family.trunk.state_dict().items()}
+    write_tensors(file, tensors)
+
+
+def load_generic(file: Path, family: Family) -> GenericModel:
+    """Read what `save_generic` wrote; attaches the trunk to the family.
+
+    Raises:
+        DataError: Unreadable file.
+    """
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file} is not a readable generic model: {error}") from error
+    if isinstance(family, ResNet20Head):
+        trunk = family.new_trunk()
+        state = {k: v for k, v in tensors.items() if k.startswith("trunk.")}
+        trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in state.items()})
+        family.attach_trunk(trunk)
+    return GenericModel(
+        class_ids=tuple(tensors["class_ids"].tolist()), body=tensors["body"], rows=tensors["rows"]
+    )

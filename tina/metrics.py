@@ -1,0 +1,85 @@
+"""Accuracy, calibration and paired bootstrap intervals over tasks, seeds and images.
+
+Axes: M methods, T tasks, S seeds, N images of a task, B bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One method on one task.
+
+    Args:
+        hit: bool (S, N).
+        confidence: float (S, N), probability of the predicted class.
+    """
+
+    hit: NDArray[np.bool_]
+    confidence: Array
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Score:
+        """From logits (S, N, K) and labels (N,); a label of -1 is never hit."""
+        top = logits.softmax(-1).max(-1)
+        return cls(hit=(top.indices == labels).numpy(), confidence=top.values.double().numpy())
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over seeds and images."""
+        return float(self.hit.mean())
+
+
+def calibration_error(scores: Sequence[Score], *, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, eq. 3) over all predictions of all tasks."""
+    hit = np.concatenate([s.hit.ravel() for s in scores]).astype(float)
+    confidence = np.concatenate([s.confidence.ravel() for s in scores])
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(place, hit, bins) - np.bincount(place, confidence, bins)
+    return float(np.abs(gap).sum() / len(hit))
+
+
+def resample(scores: Sequence[Sequence[Score]], *, count: int, seed: int) -> Array:
+    """Bootstrap means (B, M) of M methods' scores on the same T tasks.
+
+    Each resample draws tasks with replacement and, within a drawn task, seeds and images with
+    replacement. All methods share the draws of tasks and images, so differences are paired.
+
+    Args:
+        scores: M lists of T scores.
+    """
+    rng = np.random.default_rng(seed)
+    tasks = len(scores[0])
+    within = np.empty((count, tasks, len(scores)))
+    for t in range(tasks):
+        n = scores[0][t].hit.shape[1]
+        images = rng.multinomial(n, np.full(n, 1 / n), size=count) / n  # (B, N)
+        for m, method in enumerate(scores):
+            per_seed = images @ method[t].hit.T.astype(float)  # (B, S)
+            s = per_seed.shape[1]
+            seeds = rng.multinomial(s, np.full(s, 1 / s), size=count) / s
+            within[:, t, m] = (per_seed * seeds).sum(1)
+    drawn = rng.integers(tasks, size=(count, tasks))
+    means: Array = np.take_along_axis(within, drawn[:, :, None], 1).mean(1)
+    return means
+
+
+def interval(samples: Array) -> list[float]:
+    """The central 95 % of bootstrap samples (B,)."""
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def overlap(first: Score, second: Score) -> float:
+    """Overlap (intersection over union) of two methods' mispredicted images, first seeds."""
+    a, b = ~first.hit[0], ~second.hit[0]
+    return float((a & b).sum() / max(1, (a | b).sum()))

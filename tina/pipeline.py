@@ -1,0 +1,311 @@
+"""Prompt -> theta -> classifier: the object that users hold.
+
+Axes: B prompts, K classes (padded), E embedding width, N images, C channels, H W sides in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tina.checkpoint import check_manifest, load_generator, save_generator
+from tina.classifiers import Classifier, Family, build_family
+from tina.encoders import PromptEncoder, build_encoder
+from tina.errors import CheckpointError, ConfigError, PromptError
+from tina.files import write_tensors, write_whole
+from tina.generator import Generator, pad
+from tina.prompts import check_task, split_sentence
+
+ONNX_OPSET = 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedModel:
+    """A generated classifier.
+
+    Args:
+        theta: (n,), laid out for K classes.
+        familiarity: Per class, 0..1: how well the prompt is covered by the training classes.
+        checkpoint: sha256 of the checkpoint's manifest.
+    """
+
+    theta: Tensor
+    family: Family
+    class_names: tuple[str, ...]
+    familiarity: tuple[float, ...]
+    seed: int
+    steps: int
+    checkpoint: str
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """A module from float32 images (N, C, H, W) in [0, 1] of any size to logits (N, K)."""
+        return Classifier(self.family, self.theta, self.class_names)
+
+    def save(self, file: str | Path) -> None:
+        """Write weights as safetensors; all that is needed to rebuild it stands in the metadata."""
+        metadata = {
+            "format": "tina-classifier-1",
+            "family": self.family.name,
+            "class_names": json.dumps(list(self.class_names)),
+            "input_shape": json.dumps(
+                [self.family.channels, self.family.image_size, self.family.image_size]
+            ),
+            "checkpoint_sha256": self.checkpoint,
+            "seed": str(self.seed),
+            "steps": str(self.steps),
+        }
+        state = dict(self.classifier.network.state_dict())
+        if self.family.has_trunk:
+            state |= {f"trunk.{k}": v for k, v in self.family.trunk.state_dict().items()}
+        write_tensors(Path(file), state, metadata)
+
+    def export_onnx(self, file: str | Path) -> None:
+        """Write an ONNX graph with the resizing and normalising inside, any N, H and W."""
+        export_onnx(self.classifier, Path(file))
+
+
+def export_onnx(classifier: Classifier, file: Path) -> None:
+    """Write a classifier as ONNX (opset 18): input `images`, output `logits`."""
+    side = classifier.family.image_size + 1
+    example = torch.rand(2, classifier.family.channels, side, side + 1)
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.onnx.export(
+        classifier,
+        (example,),
+        dynamo=True,
+        opset_version=ONNX_OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=(dynamic,),
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props["class_names"] = json.dumps(list(classifier.class_names))
+    write_whole(file, lambda temporary: program.save(str(temporary), external_data=False))
+
+
+def load_classifier(file: str | Path) -> Classifier:
+    """Read what `GeneratedModel.save` wrote.
+
+    Raises:
+        CheckpointError: Unreadable, not made by Tina, or of another layout.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    try:
+        with safe_open(str(file), "pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != "tina-classifier-1":
+        raise CheckpointError(f"{file} is not a classifier that Tina wrote")
+    names = tuple(json.loads(metadata["class_names"]))
+    channels, size, _ = json.loads(metadata["input_shape"])
+    family = build_family(metadata["family"], channels=channels, image_size=size)
+    trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
+    theta = family.layout(len(names)).flatten(tensors)
+    if family.has_trunk:
+        if not hasattr(family, "new_trunk"):
+            raise CheckpointError(
+                f"{file} needs its CLIP image tower: load it through the pipeline"
+            )
+        module = family.new_trunk()
+        module.load_state_dict(trunk)
+        family.attach_trunk(module)
+    return Classifier(family, theta, names)
+
+
+class TinaPipeline:
+    """Text-to-model generation from a checkpoint.
+
+    Args:
+        checkpoint: sha256 of the manifest, written into every model.
+    """
+
+    def __init__(self, generator: Generator, *, checkpoint: str) -> None:
+        self.generator, self.checkpoint = generator, checkpoint
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> TinaPipeline:
+        """Load a checkpoint directory, or a repository of the Hugging Face hub (`owner/name`).
+
+        Raises:
+            CheckpointError: Missing, or not exactly what its manifest says.
+        """
+        directory = Path(name)
+        if not directory.is_dir():
+            directory = _download(str(name))
+        return cls(load_generator(directory), checkpoint=check_manifest(directory))
+
+    def save_pretrained(self, directory: str | Path, *, card: str = "A Tina checkpoint.\n") -> None:
+        """Write the checkpoint directory; see `tina.checkpoint`."""
+        save_generator(self.generator, Path(directory), card=card)
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """The encoder of the checkpoint's space; only built when a prompt needs it.
+
+        Raises:
+            ConfigError: The configured encoder's space is not the checkpoint's.
+        """
+        encoder = build_encoder(self.generator.config.prompt)
+        if encoder.space != self.generator.vocabulary.space:
+            raise ConfigError(
+                f"the prompt encoder's space is {encoder.space}, "
+                f"the checkpoint was trained in {self.generator.vocabulary.space}"
+            )
+        return encoder
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        images: Sequence[Tensor] | None = None,
+        descriptions: Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> GeneratedModel | list[GeneratedModel]:
+        """Generate classifiers.
+
+        Args:
+            prompt: One task (`["otter", "bicycle"]`), a batch of tasks (a list of lists; the result
+                is then a list), or one sentence, split at commas, "and" and "or".
+            images: For one task: per class float32 pictures (N, C, H, W) in [0, 1]. They take the
+                place of the words; names then only label the rows.
+            descriptions: For one task: a text per class that takes the place of its name.
+            seed: One for all, or one per task of a batch.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Classifier-free guidance; 1 is none.
+
+        Raises:
+            PromptError: The prompt names no task; see `tina.prompts.check_task`.
+        """
+        batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
+        if batched and (images is not None or descriptions is not None):
+            raise PromptError("images and descriptions go with one task, not with a batch")
+        tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
+        if not tasks:
+            raise PromptError("the batch holds no task")
+        most = self.generator.max_classes
+        names = [check_task(task, max_classes=most) for task in tasks]
+        seeds = [seed] * len(tasks) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(tasks):
+            raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
+        if images is not None:
+            embeddings = [self.embed_images(images)]
+        elif descriptions is not None:
+            if len(descriptions) != len(names[0]):
+                raise PromptError(
+                    f"{len(names[0])} classes need as many descriptions, got {len(descriptions)}"
+                )
+            check_task(descriptions, max_classes=most)
+            embeddings = [self.encoder.encode_text(descriptions)]
+        else:
+            embeddings = [self.embed_names(task) for task in names]
+        models = self._generate(embeddings, names, seeds, num_inference_steps, guidance_scale)
+        return models if batched else models[0]
+
+    @staticmethod
+    def _one(prompt: object, images: Sequence[Tensor] | None) -> Sequence[str]:
+        if isinstance(prompt, str):
+            return split_sentence(prompt)
+        if prompt is None and images is not None:
+            return [f"class {i + 1}" for i in range(len(images))]
+        if prompt is None:
+            raise PromptError("a prompt is needed: class names, a sentence or images")
+        return prompt  # type: ignore[return-value]
+
+    def embed_names(self, names: Sequence[str]) -> Tensor:
+        """Unit embeddings (K, E): the checkpoint's own for its class names, else encoded."""
+        known = [self.generator.vocabulary.lookup(name) for name in names]
+        new = [name for name, vector in zip(names, known, strict=True) if vector is None]
+        encoded = iter(self.encoder.encode_text(new)) if new else iter(())
+        return torch.stack([next(encoded) if vector is None else vector for vector in known])
+
+    def embed_images(self, images: Sequence[Tensor]) -> Tensor:
+        """Unit embeddings (K, E) of pictures per class, (N, C, H, W) each in [0, 1].
+
+        Through the encoder's image tower where it has one; otherwise by the generic body's mean
+        features, projected into the prompt space (`Generator.embed_shots`).
+        """
+        for shots in images:
+            if (
+                shots.ndim != 4
+                or not len(shots)
+                or shots.shape[1] != self.generator.family.channels
+            ):
+                raise PromptError(
+                    "pictures must be (N, C, H, W) with N above 0 and C = "
+                    f"{self.generator.family.channels}, got {tuple(shots.shape)}"
+                )
+        if self.generator.config.prompt.encoder == "open_clip":
+            means = [self.encoder.encode_images(shots).mean(0) for shots in images]
+            return F.normalize(torch.stack(means), dim=-1)
+        size = (self.generator.family.image_size,) * 2
+        return torch.stack(
+            [
+                self.generator.embed_shots(
+                    self.generator.family.embed(
+                        F.interpolate(shots.float(), size=size, mode="bilinear", antialias=True)
+                    )
+                )
+                for shots in images
+            ]
+        )
+
+    def _generate(
+        self,
+        embeddings: Sequence[Tensor],
+        names: Sequence[tuple[str, ...]],
+        seeds: Sequence[int],
+        steps: int | None,
+        guidance: float | None,
+    ) -> list[GeneratedModel]:
+        generator = self.generator
+        padded, mask = pad(embeddings)
+        body, rows = generator.generate(padded, mask, seeds=seeds, steps=steps, guidance=guidance)
+        return [
+            GeneratedModel(
+                theta=generator.theta(body[i], rows[i, : len(task)]),
+                family=generator.family,
+                class_names=task,
+                familiarity=tuple(generator.vocabulary.familiarity(embeddings[i]).tolist()),
+                seed=seeds[i],
+                steps=steps or generator.config.diffusion.sampling_steps,
+                checkpoint=self.checkpoint,
+            )
+            for i, task in enumerate(names)
+        ]
+
+
+def _is_batch(prompt: Sequence[object]) -> bool:
+    kinds = {isinstance(item, str) for item in prompt}
+    if len(kinds) > 1:
+        raise PromptError("a prompt is a list of names or a list of lists, not a mixture")
+    return kinds == {False}
+
+
+def _download(name: str) -> Path:
+    """A checkpoint of the Hugging Face hub, in its local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise CheckpointError(f"no checkpoint at {name}: train one with `make demo` first")
+    try:
+        return Path(snapshot_download(name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub repository: {reason}"
+        ) from error

@@ -1,0 +1,123 @@
+"""What a user says -> class names and conditions; what the task inherits by its prompt alone.
+
+Axes: B batch, K classes, V vocabulary, E embedding width, R values of a head row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tina.encoders import EmbeddingSpace
+from tina.errors import PromptError
+
+MAX_CHARACTERS = 1000
+SHARPNESS = 10.0
+"""Cosines are multiplied by this before the sparsemax of `Vocabulary.attention`: a prompt that is
+nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone."""
+
+
+def normalise_name(name: str) -> str:
+    """Lower case, underscores and runs of white space as one space."""
+    return " ".join(name.replace("_", " ").split()).lower()
+
+
+def split_sentence(prompt: str) -> list[str]:
+    """The class names in a sentence: split at commas, semicolons, "and" and "or"."""
+    parts = re.split(r"[,;\n]|\band\b|\bor\b", prompt, flags=re.IGNORECASE)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
+    """The names of a task, cleaned of surrounding white space.
+
+    Raises:
+        PromptError: Fewer than 2 names or more than `max_classes`, an empty or very long name, or
+            one name twice (case and underscores aside).
+    """
+    names = tuple(" ".join(name.split()) for name in names)
+    for name in names:
+        if not normalise_name(name):
+            raise PromptError("a class name is empty")
+        if len(name) > MAX_CHARACTERS:
+            raise PromptError(
+                f"a class name has {len(name)} characters, at most {MAX_CHARACTERS} are read"
+            )
+    if len(names) < 2:
+        raise PromptError(f"a task needs at least 2 classes, got {len(names)}")
+    if len(names) > max_classes:
+        raise PromptError(
+            f"this generator makes classifiers of at most {max_classes} classes, got {len(names)}"
+        )
+    keys = [normalise_name(name) for name in names]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise PromptError(f"each class may stand once in a task; twice: {', '.join(sorted(twice))}")
+    return names
+
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """Euclidean projection of scores (..., V) onto the simplex (Martins & Astudillo 2016, alg. 1).
+
+    Sparse where softmax is only small: scores that lead by 1 or more get a weight of exactly one.
+    """
+    ordered = scores.sort(-1, descending=True).values
+    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    excess = ordered.cumsum(-1) - 1
+    support = (rank * ordered > excess).sum(-1, keepdim=True)
+    return (scores - excess.gather(-1, support - 1) / support).clamp_min(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The embeddings of a data set's class names, which say what the generator knows.
+
+    Args:
+        space: The embedding space; conditions from another one mean nothing here.
+        names: V class names, as `normalise_name` writes them.
+        embeddings: (V, E), unit norm.
+        trained: bool (V,), false for classes kept out of all training.
+    """
+
+    space: EmbeddingSpace
+    names: tuple[str, ...]
+    embeddings: Tensor
+    trained: Tensor
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        # CLIP vectors are crowded (mean cosine about .75): without their common part, what
+        # distinguishes classes fills the scale
+        return self.embeddings[self.trained].mean(0)
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return self._centred(self.embeddings[self.trained])
+
+    def _centred(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings - self._centre, dim=-1)
+
+    def lookup(self, name: str) -> Tensor | None:
+        """The embedding (E,) of a class of the data set, or None."""
+        key = normalise_name(name)
+        return self.embeddings[self.names.index(key)] if key in self.names else None
+
+    def condition(self, embeddings: Tensor) -> Tensor:
+        """What the denoiser sees of embeddings (..., E): centred, values of about 1."""
+        return self._centred(embeddings) * embeddings.shape[-1] ** 0.5
+
+    def attention(self, embeddings: Tensor) -> Tensor:
+        """Weights (..., V) over the V trained classes, a function of the embedding alone.
+
+        One-hot for a prompt that means one of them, else a sparse mixture of the nearest.
+        """
+        return sparsemax(SHARPNESS * self._centred(embeddings) @ self._keys.T)
+
+    def familiarity(self, embeddings: Tensor) -> Tensor:
+        """0..1 (...,): centred cosine to the nearest trained class, 1 for a trained name."""
+        return (self._centred(embeddings) @ self._keys.T).amax(-1).clamp(0, 1)

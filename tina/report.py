@@ -1,0 +1,176 @@
+"""The report for people: a table in the terminal, a table in Markdown, plots as PNG."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tina.evaluation import DIRECT, SELECTION, SHUFFLED, SWAPPED, TINA
+from tina.files import write_whole
+
+ORDER = (
+    DIRECT,
+    TINA,
+    "ridge",
+    "nearest_pmodel",
+    "class_mean",
+    SELECTION,
+    "untrained",
+    "generic",
+    SWAPPED,
+    SHUFFLED,
+)
+Report = Mapping[str, Any]
+
+
+def axes_of(report: Report) -> dict[str, Any]:
+    """The axes that were measured."""
+    return {name: axis for name, axis in report["axes"].items() if "missing" not in axis}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _rows(axis: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name in ORDER:
+        if name not in axis["methods"]:
+            continue
+        method = axis["methods"][name]
+        low, high = method["ci95"]
+        row = [name, _percent(method["accuracy"]), f"{_percent(low)} to {_percent(high)}"]
+        row += [_percent(method["p05"]), f"{method['ece']:.3f}"]
+        if name in axis["tina_minus"]:
+            diff = axis["tina_minus"][name]
+            low, high = (100 * x for x in diff["ci95"])
+            row.append(f"{100 * diff['diff']:+.1f} ({low:+.1f} to {high:+.1f})")
+        else:
+            row.append("")
+        rows.append(row)
+    return rows
+
+
+HEADER = ["method", "accuracy %", "95 % interval", "worst 5 %", "ECE", "Tina minus it, points"]
+
+
+def _gap(axis: Mapping[str, Any]) -> str:
+    if axis["gap_closed"] is None:
+        return "gap closed: not measured (no direct fine-tuning)"
+    if axis["gap_closed_ci95"] is None:
+        low, high = (100 * x for x in axis["gap"]["ci95"])
+        return (
+            "gap closed: undetermined, as direct fine-tuning is not measurably above selection "
+            f"({low:+.1f} to {high:+.1f} points)"
+        )
+    low, high = axis["gap_closed_ci95"]
+    on = axis["methods"][DIRECT]["tasks"]
+    return f"gap closed {axis['gap_closed']:.2f} ({low:.2f} to {high:.2f}, {on} tasks)"
+
+
+def _caption(name: str, axis: Mapping[str, Any]) -> str:
+    return (
+        f"{name.replace('_', ' ')}: {axis['tasks']} tasks, {axis['images_per_class']} report "
+        f"images per class, chance {_percent(axis['chance'])} %; {_gap(axis)}"
+    )
+
+
+def print_report(report: Report) -> None:
+    """Tables in the terminal, one per axis."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"[bold]{report['dataset']}, {report['family']}[/]: generator of "
+        f"{report['generator']['parameters']:,} parameters, {report['generator']['steps']} steps, "
+        f"{report['timing']['ms_per_model_batch1']:.0f} ms per model "
+        f"(direct fine-tuning: {report['timing']['finetune_s_per_model']:.1f} s)"
+    )
+    for name, axis in report["axes"].items():
+        if "missing" in axis:
+            console.print(f"{name.replace('_', ' ')}: not measured, {axis['missing']}")
+            continue
+        table = Table(title=_caption(name, axis), title_justify="left")
+        for i, column in enumerate(HEADER):
+            table.add_column(column, justify="right" if i else "left")
+        for row in _rows(axis):
+            table.add_row(*row, style="bold" if row[0] == TINA else None)
+        console.print(table)
+
+
+def markdown(report: Report) -> str:
+    """The same tables in Markdown."""
+    lines = []
+    for name, axis in axes_of(report).items():
+        lines += [f"**{_caption(name, axis)}**", ""]
+        lines += ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in _rows(axis)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot_report(report: Report, folder: Path) -> list[Path]:
+    """Write `accuracy.png`, `gap_closed.png` and `steps.png`; returns their paths."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = axes_of(report)
+    title = f"{report['dataset']}, {report['family']}"
+    written = []
+
+    def save(figure: Any, name: str) -> None:
+        file = folder / name
+        figure.suptitle(title)
+        figure.tight_layout()
+        write_whole(file, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+        plt.close(figure)
+        written.append(file)
+
+    figure, panels = plt.subplots(1, len(axes), figsize=(5.5 * len(axes), 4.2), squeeze=False)
+    for panel, (name, axis) in zip(panels[0], axes.items(), strict=True):
+        shown = [m for m in reversed(ORDER) if m in axis["methods"]]
+        for y, method in enumerate(shown):
+            found = axis["methods"][method]
+            value, (low, high) = found["accuracy"], found["ci95"]
+            color = "tab:red" if method == TINA else "tab:blue"
+            spread = [[max(0, value - low)], [max(0, high - value)]]
+            panel.errorbar(value, y, xerr=spread, fmt="o", color=color, capsize=3)
+        panel.axvline(axis["chance"], color="grey", linestyle=":", label="chance")
+        panel.set_yticks(range(len(shown)), [m.replace("_", " ") for m in shown])
+        panel.set_xlabel("accuracy on report images, 95 % interval")
+        panel.set_title(f"{name.replace('_', ' ')} ({axis['tasks']} tasks)", fontsize=10)
+        panel.legend(loc="lower right")
+    save(figure, "accuracy.png")
+
+    gaps = {n: a for n, a in axes.items() if a["gap_closed_ci95"] is not None}
+    figure, panel = plt.subplots(figsize=(5.5, 3.8))
+    if not gaps:
+        panel.text(
+            0.5, 0.5, "undetermined: no measurable gap", ha="center", transform=panel.transAxes
+        )
+    for x, axis in enumerate(gaps.values()):
+        value, (low, high) = axis["gap_closed"], axis["gap_closed_ci95"]
+        spread = [[max(0, value - low)], [max(0, high - value)]]
+        panel.errorbar(x, value, yerr=spread, fmt="o", color="tab:red", capsize=4)
+    panel.axhline(0, color="grey", label="classifier selection")
+    panel.axhline(1, color="grey", linestyle="--", label="direct fine-tuning")
+    panel.set_xticks(range(len(gaps)), [name.replace("_", "\n") for name in gaps])
+    panel.set_xlim(-0.5, max(1, len(gaps)) - 0.5)
+    panel.set_ylabel("gap closed, 95 % interval")
+    panel.legend()
+    save(figure, "gap_closed.png")
+
+    figure, panel = plt.subplots(figsize=(5.5, 3.8))
+    curve = report["accuracy_by_steps"]
+    panel.plot([c["steps"] for c in curve], [c["accuracy"] for c in curve], "o-", color="tab:red")
+    panel.set_xscale("log")
+    panel.set_xticks([c["steps"] for c in curve], [str(c["steps"]) for c in curve])
+    panel.set_xlabel("sampling steps")
+    panel.set_ylabel("accuracy on validation tasks (select images)")
+    save(figure, "steps.png")
+    return written

@@ -1,0 +1,283 @@
+"""A run's folder: where each stage leaves what the next one needs.
+
+<storage>/<name>/
+    config.yaml            the resolved configuration
+    generic.safetensors    the generic model, with its trunk
+    zoo/  direct/          p-models; direct fine-tuning of held-out tasks and their twins
+    start/                 the untrained generator: classifier selection
+    train/                 resumable training states
+    report.json  plots/    the evaluation
+    checkpoint/            the trained generator, written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+from torch import Tensor
+
+from tina.checkpoint import attach_trunk, save_generator
+from tina.classifiers import Family, InputStore, VitB32Head, build_family
+from tina.codec import fit_codec
+from tina.config import JobConfig, RecipeConfig
+from tina.configio import config_from_dict, config_to_dict
+from tina.datasets import Dataset, load_dataset
+from tina.encoders import build_encoder
+from tina.errors import ConfigError
+from tina.evaluation import Evaluation, twin
+from tina.files import hash_bytes, hash_file, write_text
+from tina.finetune import Lesson, accuracy
+from tina.generator import Generator, fit_shot_projection, new_denoiser, pad
+from tina.generic import GenericModel, load_generic
+from tina.prompts import Vocabulary, normalise_name
+from tina.report import markdown, plot_report
+from tina.tasks import Task, TaskSpace, build_task_space
+from tina.zoo import Zoo, describe_zoo, read_zoo
+
+
+class Run:
+    """One configuration and its folder; what is loaded is loaded once, when asked for."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        self.folder = Path(config.storage) / config.name
+        self.generic_file = self.folder / "generic.safetensors"
+        self.report_file = self.folder / "report.json"
+        self.checkpoint = self.folder / "checkpoint"
+        self.start = self.folder / "start"
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """The run that a folder holds.
+
+        Raises:
+            ConfigError: The folder holds none.
+        """
+        file = folder / "config.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{folder} holds no run: it has no config.yaml")
+        return cls(config_from_dict(JobConfig, yaml.safe_load(file.read_text())))
+
+    def claim(self) -> None:
+        """Save the configuration, or make sure that the folder was made with the same one.
+
+        Raises:
+            ConfigError: It was made with another; evaluation and cluster may differ.
+        """
+        file = self.folder / "config.yaml"
+        if file.is_file():
+            found, mine = yaml.safe_load(file.read_text()), config_to_dict(self.config)
+            loose = {"evaluation", "cluster", "storage"}
+            differing = [k for k in mine if k not in loose and found.get(k) != mine[k]]
+            if differing:
+                raise ConfigError(
+                    f"{self.folder} holds a run with another {', '.join(differing)}: "
+                    "choose another name or remove it"
+                )
+        write_text(file, yaml.safe_dump(config_to_dict(self.config), sort_keys=False))
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The images."""
+        return load_dataset(self.config.data)
+
+    @cached_property
+    def space(self) -> TaskSpace:
+        """The tasks."""
+        data = self.dataset
+        return build_task_space(data.name, data.class_names, data.groups, self.config.tasks)
+
+    @cached_property
+    def family(self) -> Family:
+        """The classifier family; a CLIP trunk is attached, a trained one comes with `generic`."""
+        _, channels, size, _ = self.dataset.images.shape
+        family = build_family(self.config.classifier.family, channels=channels, image_size=size)
+        if isinstance(family, VitB32Head):
+            attach_trunk(family, self.config.generator, self.folder)
+        return family
+
+    @cached_property
+    def generic(self) -> GenericModel:
+        """The generic model; must have been trained."""
+        return load_generic(self.generic_file, self.family)
+
+    @cached_property
+    def store(self) -> InputStore:
+        """All images as the generated network takes them."""
+        assert self.generic  # brings the trunk
+        return InputStore(self.family, self.dataset.images)
+
+    def zoo_tasks(self, kind: str) -> list[Task]:
+        """Tasks of the `zoo` or the `direct` folder.
+
+        Direct fine-tuning runs on the first held-out tasks of each axis; an eighth of them, at
+        least two, have a twin for the novelty figures.
+        """
+        if kind == "zoo":
+            return [*self.space.train, *self.space.val]
+        count = self.config.evaluation.direct_tasks
+        tasks = [task for tasks in self.space.held_out.values() for task in tasks[:count]]
+        return tasks + [twin(task) for task in tasks[: max(2, count // 8)]]
+
+    def recipe(self, kind: str) -> RecipeConfig:
+        """Recipe of the `zoo` or the `direct` folder."""
+        classifier = self.config.classifier
+        return classifier.finetune if kind == "zoo" else classifier.direct
+
+    def describe_zoo(self, kind: str) -> dict[str, Any]:
+        """What `zoo.json` of a folder says."""
+        return describe_zoo(
+            self.dataset,
+            self.family,
+            hash_file(self.generic_file),
+            self.recipe(kind),
+            self.config.tasks.max_classes,
+        )
+
+    def read_zoo(self, kind: str) -> Zoo:
+        """The rows of a folder."""
+        return read_zoo(self.folder / kind)
+
+    def vocabulary(self) -> Vocabulary:
+        """The data set's class names in the configured embedding space."""
+        encoder = build_encoder(self.config.prompt)
+        trained = torch.zeros(self.dataset.num_classes, dtype=torch.bool)
+        trained[list(self.generic.class_ids)] = True
+        return Vocabulary(
+            space=encoder.space,
+            names=tuple(normalise_name(name) for name in self.dataset.class_names),
+            embeddings=encoder.encode_text(self.dataset.class_names),
+            trained=trained,
+        )
+
+    def new_generator(self) -> Generator:
+        """The untrained generator, its codec fitted to the zoo's training p-models."""
+        config, train = self.config.generator, self.read_zoo("zoo").only("train")
+        vocabulary = self.vocabulary()
+        layout = self.family.layout(self.config.tasks.max_classes)
+        body, rows = layout.split(train.theta)
+        names = [vocabulary.embeddings[list(ids)] for ids in train.class_ids]
+        embeddings, mask = pad(names, layout.num_classes)
+        old_body, old_rows = self.generic.inherit(vocabulary.attention(embeddings))
+        codec = fit_codec(
+            layout,
+            chunk=config.denoiser.chunk,
+            body=body - old_body,
+            rows=rows - old_rows,
+            class_mask=mask,
+        )
+        seed = self.config.train.seed
+        shots = [
+            self.store[self.dataset.indices("fit", (c,))[:100]] for c in self.generic.class_ids
+        ]
+        return Generator(
+            config=config,
+            dataset=self.dataset.name,
+            family=self.family,
+            codec=codec,
+            vocabulary=vocabulary,
+            generic=self.generic,
+            denoiser=new_denoiser(config, codec, dim=vocabulary.space.dim, seed=seed),
+            max_classes=layout.num_classes,
+            shot_projection=fit_shot_projection(
+                self.family, self.generic, vocabulary, shots, seed=seed
+            ),
+        )
+
+    def validator(self, generator: Generator) -> Callable[[Mapping[str, Tensor]], float]:
+        """Accuracy, on `select` images of validation tasks, of what given weights generate."""
+        tasks = self.space.val
+        denoiser = new_denoiser(
+            generator.config, generator.codec, dim=generator.vocabulary.space.dim, seed=0
+        )
+        judge = replace(generator, denoiser=denoiser.eval())
+        lessons = [
+            Lesson.of(self.dataset, task.class_ids, seed=0, partition="select") for task in tasks
+        ]
+
+        def validate(weights: Mapping[str, Tensor]) -> float:
+            denoiser.load_state_dict(dict(weights))
+            names = [generator.vocabulary.embeddings[list(task.class_ids)] for task in tasks]
+            embeddings, mask = pad(names)
+            body, rows = judge.generate(embeddings, mask, seeds=[0] * len(tasks))
+            hits = [
+                accuracy(
+                    self.family,
+                    judge.theta(body[i], rows[i, : task.num_classes]),
+                    self.store,
+                    lesson,
+                )
+                for i, (task, lesson) in enumerate(zip(tasks, lessons, strict=True))
+            ]
+            return sum(hits) / len(hits)
+
+        return validate
+
+    def evaluate(
+        self, generator: Generator, *, on_progress: Callable[[int], object] = lambda tasks: None
+    ) -> dict[str, Any]:
+        """Measure a generator and write `report.json` and the plots."""
+        evaluation = Evaluation(
+            generator=generator,
+            config=self.config.evaluation,
+            dataset=self.dataset,
+            space=self.space,
+            zoo=self.read_zoo("zoo"),
+            direct=self.read_zoo("direct"),
+            store=self.store,
+            on_progress=on_progress,
+        )
+        weights = {k: v.contiguous() for k, v in generator.denoiser.state_dict().items()}
+        report = evaluation.report(
+            checkpoint=hash_bytes(save(weights)), commit=commit(), hardware=hardware()
+        )
+        write_text(self.report_file, json.dumps(report, indent=1))
+        plot_report(report, self.folder / "plots")
+        return report
+
+    def release(self, generator: Generator, report: Mapping[str, Any]) -> None:
+        """Write the checkpoint directory, its model card carrying the report's numbers."""
+        space = generator.vocabulary.space
+        card = (
+            f"# Tina: {self.config.name}\n\n"
+            f"Generates weights of `{generator.family.name}` classifiers for up to "
+            f"{generator.max_classes} classes of {self.dataset.name}. "
+            f"Prompt encoder: {space.model} ({space.dim} values). "
+            f"Known classes: {', '.join(self.dataset.class_names)}.\n\n"
+            f"Measured on {report['hardware']}, commit {report['commit']}:\n\n{markdown(report)}"
+        )
+        save_generator(generator, self.checkpoint, card=card)
+
+
+def commit() -> str:
+    """The code's commit: `TINA_COMMIT` where a job has no git, else git's word, else unknown."""
+    if "TINA_COMMIT" in os.environ:
+        return os.environ["TINA_COMMIT"]
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def hardware() -> str:
+    """What ran: processor, cores, GPU, torch."""
+    processor = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
+        processor = names[0] if names else processor
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{len(os.sched_getaffinity(0))} cores of {processor}{gpu}, torch {torch.__version__}"

@@ -1,0 +1,333 @@
+"""Where images come from: finding a data set on disk, and listing its images undecoded.
+
+A source names the files that identify its content, which the image cache is keyed on, and lists
+its images when they are wanted. Nothing here decodes, resizes or partitions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tina.config import DataConfig
+from tina.errors import ConfigError, DataError
+
+__all__ = ["Item", "Listing", "Source", "find_source", "one_line", "user_cache"]
+
+CLUTTER = "BACKGROUND_Google"  # Caltech-101's folder of random pictures is no class
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+ROWS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One image before decoding.
+
+    Attributes:
+        content: Encoded bytes, an image file, or uint8 pixels (H, W) or (H, W, 3).
+        label: Class id, a position in `Listing.class_names`.
+        test: Whether it belongs to the data set's own test split.
+        where: Names the image in an error message.
+    """
+
+    content: bytes | Path | np.ndarray
+    label: int
+    test: bool
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a source holds; `items` yields at most `count` images."""
+
+    class_names: Sequence[str]
+    count: int
+    items: Iterator[Item]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set that was found.
+
+    Attributes:
+        kind: Name of the way it is read.
+        folder: What the names of `files` are relative to.
+        files: All files that its content depends on; empty where reading costs nothing.
+        read: Lists the images; raises DataError where a file is corrupt.
+    """
+
+    kind: str
+    folder: Path
+    files: Sequence[Path]
+    read: Callable[[], Listing]
+
+
+def find_source(config: DataConfig) -> Source:
+    """Find a data set below `config.root`, else the variable TINA_DATA, else the user cache.
+
+    cifar100 and caltech101 are downloaded by torchvision into the user cache, and only there.
+
+    Raises:
+        ConfigError: there is no data set of that name.
+        DataError: it is not there; the message names each place and says how to get it.
+    """
+    if config.name not in _FINDERS:
+        raise ConfigError(f"unknown data set {config.name!r}; valid: {', '.join(_FINDERS)}")
+    given = config.root or os.environ.get("TINA_DATA")
+    root = Path(given).expanduser() if given else user_cache() / "data"
+    return _FINDERS[config.name](config.name, root, not given)
+
+
+def user_cache() -> Path:
+    """Tina's folder in the user cache; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tina"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --- digits ---------------------------------------------------------------------------------------
+
+
+def _find_digits(name: str, root: Path, may_download: bool) -> Source:
+    return Source(kind="digits", folder=Path(), files=(), read=_read_digits)
+
+
+def _read_digits() -> Listing:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    items = (
+        Item(content=image, label=int(label), test=False, where=f"digits row {row}")
+        for row, (image, label) in enumerate(zip(images, bunch.target, strict=True))
+    )
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return Listing(class_names=names, count=len(images), items=items)
+
+
+# --- Hugging Face parquet -------------------------------------------------------------------------
+
+
+def _find_parquet(name: str, root: Path, may_download: bool) -> Source:
+    places = [root / name, *([root] if name == "parquet" else [])]
+    for folder in places:
+        if source := _parquet_source(folder):
+            return source
+    raise DataError(
+        f"data set {name!r} not found: no train-*.parquet in {' or '.join(map(str, places))}; "
+        "put the parquet files of a Hugging Face image data set there (train-*, test-*), or set "
+        "data.root or TINA_DATA to where they are"
+    )
+
+
+def _parquet_source(folder: Path) -> Source | None:
+    """The hub keeps shards at the top of a repository or in its folder data."""
+    for place in (folder, folder / "data"):
+        if train := sorted(place.glob("train-*.parquet")):
+            test = sorted(place.glob("test-*.parquet"))
+            test = test or sorted(place.glob("validation-*.parquet"))
+            read = partial(_read_parquet, train, test)
+            return Source(kind="parquet", folder=place, files=train + test, read=read)
+    return None
+
+
+def _read_parquet(train: Sequence[Path], test: Sequence[Path]) -> Listing:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = {}
+    for path in (*train, *test):
+        try:
+            files[path] = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"corrupt parquet file {path}: {one_line(error)}") from error
+    columns = [_columns(path, file.schema_arrow) for path, file in files.items()]
+    for path, other in zip(files, columns, strict=True):
+        if other != columns[0]:
+            raise DataError(f"{path} has other columns or class names than {train[0]}")
+    names = columns[0].class_names
+    kept = [class_id for class_id, name in enumerate(names) if name != CLUTTER]
+    new_id = {class_id: position for position, class_id in enumerate(kept)}
+
+    def items() -> Iterator[Item]:
+        for path, file in files.items():
+            for row, content, label in _rows(path, file, columns[0]):
+                where = f"{path} row {row}"
+                if not content:
+                    raise DataError(f"no image bytes in {where}")
+                if label is None or not 0 <= label < len(names):
+                    raise DataError(f"label {label} is none of {len(names)} classes in {where}")
+                if label in new_id:
+                    test_row = path in test
+                    yield Item(content=content, label=new_id[label], test=test_row, where=where)
+
+    count = sum(file.metadata.num_rows for file in files.values())
+    return Listing(class_names=[names[old] for old in kept], count=count, items=items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    image: str
+    label: str
+    class_names: list[str]
+
+
+def _columns(path: Path, schema: Any) -> _Columns:
+    """Image column, label column and class names of a Hugging Face parquet schema."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    kinds = {key: value.get("_type") for key, value in features.items() if isinstance(value, dict)}
+    images = [key for key, kind in kinds.items() if kind == "Image"]
+    labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
+    # fine_label: what the hub's CIFAR-100 has beside a coarse one.
+    usual = [key for key in ("label", "fine_label") if key in labels][:1] or labels
+    if len(images) != 1 or len(usual) != 1 or not {*images, *usual} <= set(schema.names):
+        raise DataError(f"{path} needs one Image and one ClassLabel feature, has {kinds}")
+    return _Columns(image=images[0], label=usual[0], class_names=features[usual[0]]["names"])
+
+
+def _rows(path: Path, file: Any, columns: _Columns) -> Iterator[tuple[int, bytes | None, int]]:
+    """Row number, image bytes and label of each row."""
+    import pyarrow as pa
+
+    row = 0
+    wanted = [f"{columns.image}.bytes", columns.label]
+    try:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
+            images, labels = batch[columns.image].to_pylist(), batch[columns.label].to_pylist()
+            for image, label in zip(images, labels, strict=True):
+                yield row, image and image["bytes"], label
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"corrupt parquet file {path} at row {row}: {one_line(error)}") from error
+
+
+# --- folders of image files -----------------------------------------------------------------------
+
+
+def _find_folder(name: str, root: Path, may_download: bool) -> Source:
+    places = (root / name, root)
+    for folder in places:
+        train, test = _image_files(folder / "train"), _image_files(folder / "test")
+        if train and test:
+            if train.keys() != test.keys():
+                odd = ", ".join(sorted(train.keys() ^ test.keys()))
+                raise DataError(f"{folder}: train and test differ in their classes: {odd}")
+            return _folder_source(folder, train, test)
+        if both := _image_files(folder):
+            return _folder_source(folder, both, {})
+    raise DataError(
+        f"data set {name!r} not found: no class folders with images in "
+        f"{' or '.join(map(str, places))}; set data.root or TINA_DATA to a folder with one "
+        "sub-folder per class, or with such folders named train and test"
+    )
+
+
+def _image_files(folder: Path) -> dict[str, list[Path]]:
+    """Image files by class, both sorted; empty where `folder` has no class folders."""
+    found = {
+        child.name: sorted(f for f in child.glob("[!.]*") if f.suffix.lower() in SUFFIXES)
+        for child in sorted(folder.glob("[!.]*"))
+        if child.is_dir() and child.name != CLUTTER
+    }
+    return {name: files for name, files in found.items() if files}
+
+
+def _folder_source(
+    folder: Path, train: Mapping[str, Sequence[Path]], test: Mapping[str, Sequence[Path]]
+) -> Source:
+    names = list(train)
+    files = [
+        (file, label, split is test)
+        for split in (train, test)
+        for label, name in enumerate(names)
+        for file in split.get(name, ())
+    ]
+
+    def read() -> Listing:
+        items = (
+            Item(content=file, label=label, test=is_test, where=str(file))
+            for file, label, is_test in files
+        )
+        return Listing(class_names=names, count=len(files), items=items)
+
+    return Source(kind="folder", folder=folder, files=[file for file, _, _ in files], read=read)
+
+
+# --- torchvision ----------------------------------------------------------------------------------
+
+TORCHVISION_FOLDERS = {
+    "cifar100": "cifar-100-python",
+    "caltech101": "caltech101/101_ObjectCategories",
+}
+
+
+def _find_torchvision(name: str, root: Path, may_download: bool) -> Source:
+    """Parquet files, else what torchvision keeps or can download."""
+    if source := _parquet_source(root / name):
+        return source
+    folder = root / TORCHVISION_FOLDERS[name]
+    if not folder.is_dir():
+        looked = f"no train-*.parquet in {root / name} and no folder {folder}"
+        if not may_download:
+            raise DataError(
+                f"data set {name!r} not found: {looked}; put the hub's parquet files or "
+                "torchvision's folder there, or unset data.root and TINA_DATA to download it"
+            )
+        _download(name, root, looked)
+    if name == "caltech101":
+        found = _image_files(folder)
+        train = {key: [f for i, f in enumerate(fs) if i % 5 != 4] for key, fs in found.items()}
+        return _folder_source(folder, train, {key: fs[4::5] for key, fs in found.items()})
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    read = partial(_read_cifar100, root)
+    return Source(kind="torchvision-cifar100", folder=folder, files=files, read=read)
+
+
+def _download(name: str, root: Path, looked: str) -> None:
+    from torchvision.datasets import CIFAR100, Caltech101
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        {"cifar100": CIFAR100, "caltech101": Caltech101}[name](root, download=True)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"data set {name!r} not found: {looked}, and the download failed: {one_line(error)}"
+        ) from error
+
+
+def _read_cifar100(root: Path) -> Listing:
+    from torchvision.datasets import CIFAR100
+
+    try:
+        splits = [CIFAR100(root, train=train) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        folder = root / TORCHVISION_FOLDERS["cifar100"]
+        raise DataError(f"cifar100 in {folder} is unreadable: {one_line(error)}") from error
+    items = (
+        Item(content=image, label=label, test=not split.train, where=f"cifar100 row {row}")
+        for split in splits
+        for row, (image, label) in enumerate(zip(split.data, split.targets, strict=True))
+    )
+    count = sum(len(split.targets) for split in splits)
+    return Listing(class_names=splits[0].classes, count=count, items=items)
+
+
+_FINDERS: dict[str, Callable[[str, Path, bool], Source]] = {
+    "digits": _find_digits,
+    "cifar100": _find_torchvision,
+    "caltech101": _find_torchvision,
+    "mini_imagenet": _find_parquet,
+    "parquet": _find_parquet,
+    "folder": _find_folder,
+}

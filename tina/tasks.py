@@ -1,0 +1,358 @@
+"""Tasks: which classes a personal classifier must tell apart, and who may see that set of classes.
+
+Training, validation and held-out tasks differ as *sets* of classes. Held-out tasks lie on three
+axes: a new set of known classes, a set of another statistic (whole superclasses together), and a
+set with classes that no training task and no generic model has met.
+
+K is the number of classes of a task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, combinations
+from typing import Literal, get_args
+
+import numpy as np
+
+from tina.config import TaskConfig
+from tina.errors import ConfigError
+
+__all__ = ["Axis", "Split", "Task", "TaskSpace", "build_task_space", "check_disjoint"]
+
+Split = Literal["train", "val", "held_out"]
+Axis = Literal["unseen_combination", "shifted_combination", "unseen_class"]
+
+ClassIds = tuple[int, ...]
+
+FEW_SETS = 100_000  # up to here all sets are listed and drawn from uniformly
+MAX_REJECTS = FEW_SETS  # in a row; no fewer, so that such a list is read to its end
+BLOCK = 256
+AXES: tuple[Axis, ...] = get_args(Axis)
+STREAMS = ("excluded", *AXES, "val", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """An ordered choice of classes.
+
+    Attributes:
+        dataset: Name of the data set.
+        class_ids: The K class ids; position k is the classifier's output k.
+        class_names: Their names, in the same order.
+        split: train, val or held_out.
+        axis: What is new about a held-out task; training and validation tasks carry
+            unseen_combination.
+        seed: Seed of whatever is random about this task, its p-model's training above all.
+    """
+
+    dataset: str
+    class_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    split: Split
+    axis: Axis
+    seed: int
+
+    @property
+    def task_id(self) -> str:
+        """16 hex digits, stable across runs and machines."""
+        text = json.dumps([self.dataset, list(self.class_ids), self.seed])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def key(self) -> frozenset[int]:
+        """The set of classes, by which splits and axes are disjoint."""
+        return frozenset(self.class_ids)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpace:
+    """All tasks of an experiment, and the rule that fresh training tasks obey.
+
+    Attributes:
+        dataset: Name of the data set.
+        class_names: All its class names by class id.
+        groups: Superclass per class id, or None.
+        config: How many tasks of how many classes.
+        excluded: Sorted ids of the classes in no training task and in no generic model.
+        seen: The other class ids, sorted.
+        train: Training tasks.
+        val: Validation tasks.
+        held_out: Held-out tasks by axis.
+        missing: Axes that the data set cannot have, with the reason.
+    """
+
+    dataset: str
+    class_names: tuple[str, ...]
+    groups: tuple[int, ...] | None
+    config: TaskConfig
+    excluded: tuple[int, ...]
+    seen: tuple[int, ...]
+    train: tuple[Task, ...]
+    val: tuple[Task, ...]
+    held_out: Mapping[Axis, tuple[Task, ...]]
+    missing: Mapping[Axis, str]
+
+    @cached_property
+    def _reserved(self) -> frozenset[frozenset[int]]:
+        held_out = chain.from_iterable(self.held_out.values())
+        return frozenset(task.key for task in chain(self.val, held_out))
+
+    @cached_property
+    def _largest_group(self) -> int:
+        assert self.groups is not None
+        return max(Counter(self.groups[i] for i in self.seen).values())
+
+    def is_concentrated(self, class_ids: Sequence[int]) -> bool:
+        """Whether the K classes come from the fewest superclasses that hold K seen classes.
+
+        That is what the shifted axis shifts; always False where that axis is missing.
+        """
+        if self.groups is None or "shifted_combination" in self.missing:
+            return False
+        fewest = math.ceil(len(class_ids) / self._largest_group)
+        return len({self.groups[i] for i in class_ids}) <= fewest
+
+    def sample_fresh(
+        self, rng: np.random.Generator, n: int, *, num_classes: int | None = None
+    ) -> list[ClassIds]:
+        """Draw `n` training tasks anew: ordered ids of seen classes, repeats possible.
+
+        Validation and held-out sets of every axis are rejected, and so are concentrated sets where
+        the shifted axis is reported.
+
+        Args:
+            rng: Source of the draw.
+            n: Number of tasks.
+            num_classes: K of every task; default: drawn for each as for the training tasks.
+
+        Raises:
+            ConfigError: every one of very many draws in a row was rejected.
+        """
+        assert num_classes is None or num_classes <= len(self.seen), num_classes
+        fresh: list[ClassIds] = []
+        rejects = 0
+        while (wanted := n - len(fresh)) > 0:
+            sizes = _sizes(rng, self, wanted) if num_classes is None else [num_classes] * wanted
+            for class_ids in _random_sets(rng, self, sizes):
+                refused = frozenset(class_ids) in self._reserved or self.is_concentrated(class_ids)
+                rejects = rejects + 1 if refused else 0
+                if not refused:
+                    fresh.append(class_ids)
+            if rejects > MAX_REJECTS:
+                raise ConfigError(
+                    f"no class set is left to train on: {rejects} draws in a row from "
+                    f"{len(self.seen)} classes were held out or of few superclasses"
+                )
+        return fresh
+
+
+def build_task_space(
+    dataset: str,
+    class_names: Sequence[str],
+    groups: Sequence[int] | None,
+    config: TaskConfig,
+) -> TaskSpace:
+    """Draw the tasks of an experiment: held-out first, then validation, then training.
+
+    Asking for more training tasks leaves all others, and the training tasks before, as they are.
+
+    Args:
+        dataset: Name of the data set; part of every task id.
+        class_names: All class names by class id.
+        groups: Superclass per class id, or None: then there is no shifted axis.
+        config: How many tasks of how many classes, and the seed of all draws.
+
+    Raises:
+        ConfigError: the classes do not suffice for the tasks asked for.
+    """
+    excluded = _exclude(len(class_names), groups, config)
+    seen = tuple(i for i in range(len(class_names)) if i not in excluded)
+    space = TaskSpace(
+        dataset=dataset,
+        class_names=tuple(class_names),
+        groups=None if groups is None else tuple(groups),
+        config=config,
+        excluded=excluded,
+        seen=seen,
+        train=(),
+        val=(),
+        held_out={},
+        missing=_missing(groups, seen, excluded),
+    )
+    _check_counts(space)
+    for axis in AXES:
+        if axis not in space.missing:
+            tasks = _collect(space, "held_out", axis)
+            space = replace(space, held_out={**space.held_out, axis: tasks})
+    space = replace(space, val=_collect(space, "val", "unseen_combination"))
+    space = replace(space, train=_collect(space, "train", "unseen_combination"))
+    check_disjoint(space)
+    return space
+
+
+def check_disjoint(space: TaskSpace) -> None:
+    """Assert that no class set occurs twice, and that each task obeys its axis.
+
+    Raises:
+        AssertionError: a set is in two splits, axes or tasks; a task has excluded classes, or is
+            concentrated, where its axis forbids it, or is not where its axis demands it.
+    """
+    tasks = [*space.train, *space.val, *chain.from_iterable(space.held_out.values())]
+    assert len({task.key for task in tasks}) == len(tasks), "two tasks have the same class set"
+    for task in tasks:
+        assert len(task.key) == task.num_classes, f"task {task.task_id} has a class twice"
+        unseen = space.config.unseen_per_task if task.axis == "unseen_class" else 0
+        found = len(task.key & set(space.excluded))
+        assert found == unseen, f"task {task.task_id} has {found} excluded classes, not {unseen}"
+        shifted = task.axis == "shifted_combination"
+        assert space.is_concentrated(task.class_ids) == shifted, (
+            f"task {task.task_id} on the axis {task.axis} has the wrong number of superclasses"
+        )
+
+
+def _rng(config: TaskConfig, stream: str) -> np.random.Generator:
+    """A generator for each kind of draw, so that one's count does not change another's draws."""
+    return np.random.default_rng([config.seed, STREAMS.index(stream)])
+
+
+def _exclude(count: int, groups: Sequence[int] | None, config: TaskConfig) -> ClassIds:
+    """Sorted ids of the excluded classes: one from each superclass before a second from any."""
+    rounds: dict[int, int] = {}
+    rank: list[tuple[int, int, int]] = []
+    for i in _rng(config, "excluded").permutation(count).tolist():
+        group = 0 if groups is None else groups[i]
+        rounds[group] = rounds.get(group, 0) + 1
+        rank.append((rounds[group], len(rank), i))
+    return tuple(sorted(i for _, _, i in sorted(rank)[: round(config.excluded_fraction * count)]))
+
+
+def _missing(groups: Sequence[int] | None, seen: ClassIds, excluded: ClassIds) -> dict[Axis, str]:
+    missing: dict[Axis, str] = {}
+    if groups is None:
+        missing["shifted_combination"] = "data set has no superclasses"
+    elif len({groups[i] for i in seen}) in (1, len(seen)):
+        missing["shifted_combination"] = "superclasses do not divide the classes trained on"
+    if not excluded:
+        missing["unseen_class"] = "no class is excluded from training"
+    return missing
+
+
+def _check_counts(space: TaskSpace) -> None:
+    config, excluded = space.config, len(space.excluded)
+    if config.max_classes > len(space.seen):
+        raise ConfigError(
+            f"tasks.max_classes is {config.max_classes}, but {space.dataset} has "
+            f"{len(space.seen)} classes to train on"
+        )
+    if excluded and not 1 <= config.unseen_per_task <= min(config.min_classes, excluded):
+        raise ConfigError(
+            f"tasks.unseen_per_task is {config.unseen_per_task}, but must lie between 1 and both "
+            f"tasks.min_classes ({config.min_classes}) and the excluded classes ({excluded})"
+        )
+
+
+def _collect(space: TaskSpace, split: Split, axis: Axis) -> tuple[Task, ...]:
+    """Tasks on the candidates of an axis that are new and of its statistic."""
+    rng = _rng(space.config, axis if split == "held_out" else split)
+    candidates = _CANDIDATES[axis](rng, space)
+    n: int = getattr(space.config, split)
+    taken = {t.key for t in chain(space.train, space.val, *space.held_out.values())}
+    tasks: list[Task] = []
+    rejects = 0
+    while len(tasks) < n:
+        class_ids = next(candidates, None)
+        if class_ids is None or rejects > MAX_REJECTS:
+            raise ConfigError(
+                f"{n} {split} tasks of the axis {axis} asked for, but {space.dataset} has class "
+                f"sets for {len(tasks)}"
+            )
+        shifted = axis == "shifted_combination"
+        if frozenset(class_ids) in taken or space.is_concentrated(class_ids) != shifted:
+            rejects += 1
+            continue
+        rejects = 0
+        taken.add(frozenset(class_ids))
+        task = Task(
+            dataset=space.dataset,
+            class_ids=class_ids,
+            class_names=tuple(space.class_names[i] for i in class_ids),
+            split=split,
+            axis=axis,
+            seed=int(rng.integers(2**31)),
+        )
+        tasks.append(task)
+    return tuple(tasks)
+
+
+# --- candidates: ordered class sets, by axis ------------------------------------------------------
+
+
+def _sizes(rng: np.random.Generator, space: TaskSpace, n: int) -> np.ndarray:
+    """K of `n` tasks: uniform, or as uniform draws from a small space of sets have it."""
+    sizes = np.arange(space.config.min_classes, space.config.max_classes + 1)
+    odds = np.array([math.comb(len(space.seen), k) for k in sizes], dtype=float)
+    return rng.choice(sizes, n, p=odds / odds.sum() if odds.sum() <= FEW_SETS else None)
+
+
+def _random_sets(
+    rng: np.random.Generator, space: TaskSpace, sizes: Sequence[int] | np.ndarray
+) -> list[ClassIds]:
+    """One ordered set of seen classes for each size."""
+    order = rng.random((len(sizes), len(space.seen))).argsort(axis=1)
+    shuffled = np.asarray(space.seen)[order].tolist()
+    return [tuple(row[:size]) for row, size in zip(shuffled, sizes, strict=True)]
+
+
+def _combinations(rng: np.random.Generator, space: TaskSpace) -> Iterator[ClassIds]:
+    """Sets of seen classes: each once where there are few, without end where there are many."""
+    sizes = range(space.config.min_classes, space.config.max_classes + 1)
+    if sum(math.comb(len(space.seen), k) for k in sizes) <= FEW_SETS:
+        sets = list(chain.from_iterable(combinations(space.seen, k) for k in sizes))
+        for index in rng.permutation(len(sets)):
+            yield tuple(rng.permutation(sets[index]).tolist())
+    else:
+        while True:
+            yield from _random_sets(rng, space, _sizes(rng, space, BLOCK))
+
+
+def _concentrated_sets(rng: np.random.Generator, space: TaskSpace) -> Iterator[ClassIds]:
+    """Whole superclasses in random order, the last of them in part."""
+    assert space.groups is not None
+    members: dict[int, list[int]] = {}
+    for i in space.seen:
+        members.setdefault(space.groups[i], []).append(i)
+    while True:
+        (size,) = _sizes(rng, space, 1)
+        chosen: list[int] = []
+        for group in rng.permutation(list(members)).tolist():
+            chosen += rng.permutation(members[group])[: size - len(chosen)].tolist()
+        yield tuple(rng.permutation(chosen).tolist())
+
+
+def _unseen_sets(rng: np.random.Generator, space: TaskSpace) -> Iterator[ClassIds]:
+    """`unseen_per_task` excluded classes, the rest seen."""
+    unseen = space.config.unseen_per_task
+    while True:
+        (size,) = _sizes(rng, space, 1)
+        new = rng.choice(space.excluded, unseen, replace=False)
+        known = rng.choice(space.seen, size - unseen, replace=False)
+        yield tuple(rng.permutation(np.concatenate([new, known])).tolist())
+
+
+_CANDIDATES: dict[Axis, Callable[[np.random.Generator, TaskSpace], Iterator[ClassIds]]] = {
+    "unseen_combination": _combinations,
+    "shifted_combination": _concentrated_sets,
+    "unseen_class": _unseen_sets,
+}

@@ -1,0 +1,130 @@
+"""The denoiser: a diffusion transformer over weight tokens, conditioned on class embeddings.
+
+Axes: B batch, S body tokens, K classes (padded to the batch's most), L = S + K weight tokens,
+P values per token, R values of a head row, D model width, E embedding width.
+
+Sequence: S body tokens, K row tokens, K condition tokens. Row token k and condition token k both
+carry class k's embedding; nothing else tells rows apart, so permuting the classes permutes the rows
+of the result exactly. The timestep enters by adaLN-Zero (Peebles & Xie 2023, section 3.2). The
+output layers start at zero: the untrained denoiser predicts x0 = 0, which is classifier selection.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tina.config import DenoiserConfig
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoids (B, width) of integer or real timesteps (B,), as in Vaswani et al. 2017."""
+    half = width // 2
+    rate = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angle = t.float().unsqueeze(1) * rate
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the timestep."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, c: Tensor, attend: Tensor) -> Tensor:
+        """x (B, T, D), timestep c (B, D), attend bool (B, 1, 1, T) -> (B, T, D)."""
+        modulation = self.modulation(F.silu(c)).unsqueeze(1)  # (B, 1, 6D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)  # (B, heads, T, D / heads)
+        x = x + gate1 * self.proj(h.transpose(1, 2).flatten(2))
+        h = self.norm2(x) * (1 + scale2) + shift2
+        return cast(Tensor, x + gate2 * self.mlp(h))
+
+
+class Denoiser(nn.Module):
+    """`denoise(x, t, cond, mask) -> x0`, the one contract of samplers and losses.
+
+    Args:
+        body_tokens: S.
+        token_width: P.
+        row_width: R, at most P.
+        embedding_width: E.
+    """
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        *,
+        body_tokens: int,
+        token_width: int,
+        row_width: int,
+        embedding_width: int,
+    ) -> None:
+        super().__init__()
+        d = config.width
+        self.body_tokens, self.row_width = body_tokens, row_width
+        # each body token has a projection of its own in and out: position s always means the same
+        # weights; rows share one, as any class may stand at any row
+        self.body_in = nn.Parameter(torch.randn(body_tokens, token_width, d) / token_width**0.5)
+        self.body_out = nn.Parameter(torch.zeros(body_tokens, d, token_width))
+        self.position = nn.Parameter(torch.randn(body_tokens, d) * 0.02)
+        self.row_in = nn.Linear(row_width, d)
+        self.row_out = nn.Linear(d, row_width)
+        self.row_cond = nn.Linear(embedding_width, d)
+        self.token_cond = nn.Linear(embedding_width, d)
+        self.null_cond = nn.Parameter(torch.randn(embedding_width) / embedding_width**0.5)
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.modulation = nn.Linear(d, 2 * d)
+        for layer in (self.row_out, self.modulation):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor, mask: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
+        """Predict x0.
+
+        Args:
+            x: (B, S + K, P), noisy tokens.
+            t: (B,), timesteps.
+            cond: (B, K, E), one embedding per class.
+            mask: bool (B, K), false for padding.
+            drop: bool (B,), samples whose condition is replaced by the learnt null condition.
+
+        Returns:
+            (B, S + K, P); rows of padding and columns beyond R are zero.
+        """
+        s, k = self.body_tokens, cond.shape[1]
+        if drop is not None:
+            cond = torch.where(drop[:, None, None], self.null_cond.to(cond), cond)
+        body = torch.einsum("bsp,spd->bsd", x[:, :s], self.body_in) + self.position
+        rows = self.row_in(x[:, s:, : self.row_width]) + self.row_cond(cond)
+        h = torch.cat([body, rows, self.token_cond(cond)], 1)  # (B, S + 2K, D)
+        attend = torch.cat([mask.new_ones(len(x), s), mask, mask], 1)[:, None, None]
+        c = self.time(timestep_embedding(t, self.position.shape[1]).to(h))
+        for block in self.blocks:
+            h = block(h, c, attend)
+        shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, -1)
+        h = self.norm(h) * (1 + scale) + shift
+        body = torch.einsum("bsd,sdp->bsp", h[:, :s], self.body_out)
+        rows = self.row_out(h[:, s : s + k]) * mask.unsqueeze(-1)
+        return torch.cat([body, F.pad(rows, (0, x.shape[-1] - self.row_width))], 1)

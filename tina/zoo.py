@@ -1,0 +1,194 @@
+"""The zoo: one Parquet row per p-model, with `zoo.json` beside it.
+
+Axes: K classes, n values of theta at the zoo's largest number of classes.
+
+A row depends on its task, the generic model and the recipe alone. `zoo.json` pins those; a folder
+with another one is refused, so rows of two recipes never mix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tina.classifiers import Family, InputStore
+from tina.config import RecipeConfig
+from tina.configio import config_to_dict
+from tina.datasets import Dataset
+from tina.errors import DataError
+from tina.files import write_text
+from tina.finetune import Lesson, Progress, accuracy, finetune, widen
+from tina.generic import GenericModel
+from tina.tasks import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+
+def zoo_schema(theta_size: int) -> pa.Schema:
+    """Arrow types of a zoo row (DESIGN 4.3)."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "task_id": pa.string(),
+            "class_ids": pa.list_(pa.int32()),
+            "class_names": pa.list_(pa.string()),
+            "split": pa.string(),
+            "num_classes": pa.int32(),
+            "theta": pa.list_(pa.float32(), theta_size),
+            "accuracy": pa.float32(),
+            "seed": pa.int64(),
+            "steps": pa.int32(),
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zoo:
+    """P-models read from Parquet, sorted by task id.
+
+    Args:
+        theta: (Z, n), at `max_classes`; rows of absent classes are zero.
+        accuracy: (Z,), on `select` images.
+    """
+
+    task_ids: tuple[str, ...]
+    class_ids: tuple[tuple[int, ...], ...]
+    splits: tuple[str, ...]
+    theta: Tensor
+    accuracy: Tensor
+    steps: Tensor
+
+    def only(self, split: str) -> Zoo:
+        """The rows of one split."""
+        keep = [i for i, s in enumerate(self.splits) if s == split]
+        return Zoo(
+            task_ids=tuple(self.task_ids[i] for i in keep),
+            class_ids=tuple(self.class_ids[i] for i in keep),
+            splits=(split,) * len(keep),
+            theta=self.theta[keep],
+            accuracy=self.accuracy[keep],
+            steps=self.steps[keep],
+        )
+
+
+def describe_zoo(
+    dataset: Dataset, family: Family, generic_hash: str, recipe: RecipeConfig, max_classes: int
+) -> dict[str, Any]:
+    """What `zoo.json` says; equal descriptions mean equal rows for equal tasks."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "dataset": dataset.name,
+        "dataset_fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "family": family.name,
+        "max_classes": max_classes,
+        "layout": family.layout(max_classes).to_json(),
+        "generic": generic_hash,
+        "recipe": config_to_dict(recipe),
+        "versions": {"torch": version("torch")},
+    }
+
+
+def open_zoo(folder: Path, description: Mapping[str, Any]) -> set[str]:
+    """Make a zoo folder, or continue one; returns the task ids that it already holds.
+
+    Raises:
+        DataError: The folder holds a zoo of another description.
+    """
+    file = folder / "zoo.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(description, indent=1))
+        return set()
+    found = json.loads(file.read_text())
+    differing = [key for key in description if found.get(key) != description[key]]
+    if differing:
+        raise DataError(
+            f"{folder} holds a zoo of another {', '.join(differing)}: "
+            "choose another name or remove it; rows of two recipes are never mixed"
+        )
+    return set(read_zoo(folder).task_ids) if list(folder.glob("*.parquet")) else set()
+
+
+def read_zoo(folder: Path) -> Zoo:
+    """All rows of a zoo folder, each task once.
+
+    Raises:
+        DataError: No rows, unreadable Parquet, a task twice, or a theta that is not finite.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{folder} holds no zoo rows: build the zoo first")
+    try:
+        table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("task_id")
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{folder} holds an unreadable zoo file: {reason}") from error
+    ids = table["task_id"].to_pylist()
+    if len(set(ids)) != len(ids):
+        raise DataError(f"{folder} holds a task more than once")
+    flat = table["theta"].combine_chunks().flatten().to_numpy().copy()
+    theta = torch.from_numpy(flat).view(len(ids), -1)
+    if not bool(torch.isfinite(theta).all()):
+        raise DataError(f"{folder} holds a p-model with NaN or infinite weights")
+    return Zoo(
+        task_ids=tuple(ids),
+        class_ids=tuple(tuple(row) for row in table["class_ids"].to_pylist()),
+        splits=tuple(table["split"].to_pylist()),
+        theta=theta,
+        accuracy=torch.tensor(table["accuracy"].to_pylist()),
+        steps=torch.tensor(table["steps"].to_pylist()),
+    )
+
+
+def build_rows(
+    tasks: Sequence[Task],
+    *,
+    family: Family,
+    dataset: Dataset,
+    store: InputStore,
+    generic: GenericModel,
+    recipe: RecipeConfig,
+    max_classes: int,
+    stacked: bool,
+    progress: Progress = lambda steps: None,
+) -> list[dict[str, Any]]:
+    """Fine-tune one p-model per task from the generic model; rows as `zoo_schema` says."""
+    starts = [
+        family.layout(task.num_classes).join(generic.body, generic.select(task.class_ids))
+        for task in tasks
+    ]
+    lessons = [Lesson.of(dataset, task.class_ids, seed=task.seed) for task in tasks]
+    thetas = finetune(family, starts, lessons, store, recipe, stacked=stacked, progress=progress)
+    rows = []
+    for task, theta in zip(tasks, thetas, strict=True):
+        k = task.num_classes
+        select = Lesson.of(dataset, task.class_ids, seed=task.seed, partition="select")
+        rows.append(
+            {
+                "task_id": task.task_id,
+                "class_ids": list(task.class_ids),
+                "class_names": list(task.class_names),
+                "split": task.split,
+                "num_classes": k,
+                "theta": widen(family, theta, k, max_classes).cpu().numpy(),
+                "accuracy": accuracy(family, theta, store, select),
+                "seed": task.seed,
+                "steps": recipe.steps,
+            }
+        )
+    return rows
