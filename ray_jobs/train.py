@@ -6,6 +6,7 @@ Run again with the same name: the latest checkpoint is continued, with the same 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,7 @@ def train_on_rank(config: JobConfig) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     run = Run(config)
     generator = load_generator(run.start)
     denoiser = generator.denoiser.train().requires_grad_(True)
@@ -74,8 +76,15 @@ def train_on_rank(config: JobConfig) -> None:
             )
 
     bar = tqdm_ray.tqdm(total=config.train.steps, desc="generator") if rank == 0 else None
-    if bar and start.step:
-        bar.update(start.step)
+    shown = 0
+
+    def show(step: int) -> None:
+        nonlocal shown
+        # a bar of fifty strokes: each costs a line wherever the output is not a terminal
+        if bar and (step == config.train.steps or step - shown >= config.train.steps / 50):
+            bar.update(step - shown)
+            shown = step
+
     train(
         config.train,
         engine=engine,
@@ -92,7 +101,7 @@ def train_on_rank(config: JobConfig) -> None:
         validate=run.validator(generator),
         rank=rank,
         world=world,
-        on_step=lambda step: bar.update(1) if bar else None,
+        on_step=show,
     )
     if bar:
         bar.close()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tina.classifiers import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
@@ -36,6 +37,7 @@ from tina.generic import GenericModel
 from tina.prompts import Vocabulary
 
 FORMAT_VERSION = 1
+_MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
 def save_generator(generator: Generator, directory: Path, *, card: str) -> None:
@@ -107,6 +109,8 @@ def check_manifest(directory: Path) -> str:
         manifest = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{file} is not a table of files")
     found = {f.name for f in directory.iterdir()} - {"manifest.json"}
     if found != set(manifest):
         odd = ", ".join(sorted(found ^ set(manifest)))
@@ -136,7 +140,7 @@ def load_generator(directory: Path) -> Generator:
         return _read(directory, header)
     except CheckpointError:
         raise
-    except (TinaError, KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (TinaError, SafetensorError, OSError, *_MALFORMED) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory} does not fit its configuration: {reason}") from error
 

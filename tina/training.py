@@ -101,7 +101,11 @@ class LocalEngine:
 def build_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW as every engine uses it."""
     return torch.optim.AdamW(
-        module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        module.parameters(),
+        lr=config.lr,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

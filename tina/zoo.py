@@ -139,6 +139,8 @@ def read_zoo(folder: Path) -> Zoo:
         reason = str(error).splitlines()[0]
         raise DataError(f"{folder} holds an unreadable zoo file: {reason}") from error
     ids = table["task_id"].to_pylist()
+    if not ids:
+        raise DataError(f"{folder} holds no zoo rows: build the zoo first")
     if len(set(ids)) != len(ids):
         raise DataError(f"{folder} holds a task more than once")
     flat = table["theta"].combine_chunks().flatten().to_numpy().copy()

@@ -1,0 +1,66 @@
+"""Copy a run's report and plots to docs/results/ and write its tables into README and results.md.
+
+    python docs/publish.py runs/cifar100_cnn5k     # copy, then rewrite the tables
+    python docs/publish.py                         # rewrite the tables alone
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; everything in between is written
+here, so that no number is ever typed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from tina.report import markdown
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results"
+
+
+def table(name: str) -> str:
+    """The tables of a published report, with where and how they were measured."""
+    report = json.loads((RESULTS / name / "report.json").read_text())
+    generator, timing = report["generator"], report["timing"]
+    facts = (
+        f"{report['dataset']}, `{report['family']}`; generator of {generator['parameters']:,} "
+        f"parameters, {generator['steps']} sampling steps: "
+        f"{timing['ms_per_model_batch1']:.0f} ms per model alone, "
+        f"{timing['ms_per_model_batch64']:.1f} ms in a batch of 64; direct fine-tuning "
+        f"{timing['finetune_s_per_model']:.0f} s. Measured on {report['hardware']}, commit "
+        f"`{report['commit']}`, by `make demo CONFIG=configs/{name}.yaml`."
+    )
+    return f"{facts}\n\n{markdown(report)}"
+
+
+def rewrite(text: str) -> str:
+    """Text with every marked table written anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{table(match[1])}<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def publish(run: Path) -> None:
+    """Copy what a run measured."""
+    folder = RESULTS / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "report.json", folder)
+    for plot in (run / "plots").glob("*.png"):
+        shutil.copy(plot, folder)
+
+
+def main(argv: list[str]) -> None:
+    """Publish the runs named, then rewrite."""
+    for name in argv:
+        publish(Path(name))
+    for file in (DOCS.parent / "README.md", DOCS / "results.md"):
+        file.write_text(rewrite(file.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,350 @@
+"""A checkpoint directory: whole or not at all, strict both ways, the same generator again."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tina.checkpoint
+from tina.checkpoint import check_manifest, load_generator, save_generator
+from tina.classifiers import build_family
+from tina.codec import fit_codec
+from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, GeneratorConfig
+from tina.encoders import HashEncoder
+from tina.errors import CheckpointError
+from tina.files import hash_file, write_tensors
+from tina.generator import Generator, new_denoiser, pad
+from tina.generic import GenericModel
+from tina.prompts import Vocabulary
+
+FILES = (
+    "README.md",
+    "codec.safetensors",
+    "config.json",
+    "manifest.json",
+    "model.safetensors",
+    "prompts.safetensors",
+)
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def tensors(generator):
+    """Every tensor of a generator, by name."""
+    found = dict(generator.denoiser.state_dict())
+    found |= {"body_scale": generator.codec.body_scale, "row_scale": generator.codec.row_scale}
+    found |= {"generic_body": generator.generic.body, "generic_rows": generator.generic.rows}
+    found |= {"embeddings": generator.vocabulary.embeddings}
+    found |= {"trained": generator.vocabulary.trained}
+    found |= {"shot_projection": generator.shot_projection}
+    if generator.family.has_trunk:
+        found |= {f"trunk.{k}": v for k, v in generator.family.trunk.state_dict().items()}
+    return found
+
+
+def assert_same(one, other):
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+    for key in ("config", "dataset", "max_classes"):
+        assert getattr(one, key) == getattr(other, key)
+    assert one.generic.class_ids == other.generic.class_ids
+    assert one.vocabulary.names == other.vocabulary.names
+    assert one.vocabulary.space == other.vocabulary.space
+    assert one.codec.layout == other.codec.layout
+    assert one.family.name == other.family.name
+
+
+def theta(generator, class_ids=(2, 0, 3), seed=7):
+    embeddings, mask = pad([generator.vocabulary.embeddings[list(class_ids)]])
+    body, rows = generator.generate(embeddings, mask, seeds=[seed], steps=3)
+    return generator.theta(body[0], rows[0])
+
+
+@pytest.fixture
+def copied(tiny_checkpoint, tmp_path):
+    """A checkpoint that may be spoilt."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+def rehash(directory):
+    """A manifest that agrees with whatever the files now hold."""
+    files = sorted(f for f in directory.iterdir() if f.name != "manifest.json")
+    hashes = {file.name: hash_file(file) for file in files}
+    (directory / "manifest.json").write_text(json.dumps(hashes))
+
+
+def edit_header(directory, **changes):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    rehash(directory)
+
+
+def resnet_generator():
+    """A generator of heads on a random ResNet-20 trunk; class 3 is kept out of training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        family = build_family("resnet20_head", channels=3, image_size=16)
+        trunk = family.new_trunk()
+        for name, buffer in trunk.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2)
+        family.attach_trunk(trunk)
+        layout = family.layout(3)
+        encoder = HashEncoder()
+        vocabulary = Vocabulary(
+            space=encoder.space,
+            names=NAMES,
+            embeddings=encoder.encode_text(NAMES),
+            trained=torch.tensor([True, True, True, False, True]),
+        )
+        rows = torch.randn(4, 3, layout.row_size)
+        mask = torch.ones(4, 3, dtype=torch.bool)
+        codec = fit_codec(layout, chunk=64, body=torch.zeros(4, 0), rows=rows, class_mask=mask)
+        config = GeneratorConfig(
+            classifier=ClassifierConfig(family="resnet20_head"),
+            denoiser=DenoiserConfig(width=16, depth=1, heads=2, chunk=64),
+            diffusion=DiffusionConfig(timesteps=50, sampling_steps=3),
+        )
+        denoiser = new_denoiser(config, codec, dim=encoder.space.dim, seed=0)
+        for parameter in denoiser.parameters():  # a trained one predicts something
+            torch.nn.init.normal_(parameter, std=0.1)
+        return Generator(
+            config=config,
+            dataset="made up",
+            family=family,
+            codec=codec,
+            vocabulary=vocabulary,
+            generic=GenericModel(
+                class_ids=(0, 1, 2, 4), body=torch.zeros(0), rows=torch.randn(4, layout.row_size)
+            ),
+            denoiser=denoiser.eval().requires_grad_(False),
+            max_classes=3,
+            shot_projection=torch.randn(65, encoder.space.dim),
+        )
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+
+def test_round_trip(tiny_generator, tiny_checkpoint):
+    again = load_generator(tiny_checkpoint)
+    assert_same(again, tiny_generator)
+    assert not again.denoiser.training
+    assert not any(p.requires_grad for p in again.denoiser.parameters())
+    assert torch.equal(theta(again), theta(tiny_generator))
+    assert not torch.equal(theta(again), theta(again, seed=8))
+
+
+def test_round_trip_with_a_trunk(tmp_path):
+    generator, directory = resnet_generator(), tmp_path / "resnet"
+    save_generator(generator, directory, card="card")
+    assert {f.name for f in directory.iterdir()} == {*FILES, "trunk.safetensors"}
+    again = load_generator(directory)
+    assert_same(again, generator)
+    assert torch.equal(theta(again), theta(generator))
+    images = torch.rand(2, 3, 16, 16)
+    inputs = again.family.embed(images)
+    assert torch.equal(inputs, generator.family.embed(images))
+    assert torch.equal(again.embed_shots(inputs), generator.embed_shots(inputs))
+
+
+def test_saving_again_gives_the_same_bytes(tiny_checkpoint, tmp_path):
+    card = (tiny_checkpoint / "README.md").read_text()
+    save_generator(load_generator(tiny_checkpoint), tmp_path / "again", card=card)
+    assert check_manifest(tmp_path / "again") == check_manifest(tiny_checkpoint)
+
+
+def test_files_are_json_safetensors_and_prose_only(tiny_checkpoint):
+    assert sorted(f.name for f in tiny_checkpoint.iterdir()) == sorted(FILES)
+    for file in tiny_checkpoint.iterdir():
+        content = file.read_bytes()
+        assert not content.startswith((b"\x80", b"PK")), f"{file.name} looks like a pickle"
+        if file.suffix == ".safetensors":
+            assert load_file(file)
+        elif file.suffix == ".json":
+            assert json.loads(content)
+        else:
+            assert content.decode().startswith("A tiny checkpoint")
+
+
+def test_loading_unpickles_nothing(tiny_checkpoint, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(f"pickle.{name}", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    load_generator(tiny_checkpoint)
+
+
+def test_modes_let_others_read(tiny_checkpoint):
+    assert tiny_checkpoint.stat().st_mode & 0o777 == 0o755
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_existing_directory_is_left_alone(tiny_generator, tmp_path, filled):
+    directory = tmp_path / "there"
+    directory.mkdir()
+    if filled:
+        (directory / "mine.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_generator(tiny_generator, directory, card="card")
+    assert [f.name for f in tmp_path.rglob("*")] == ["there", "mine.txt"][: 1 + filled]
+    assert not filled or (directory / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_write_that_fails_leaves_nothing(tiny_generator, tmp_path, monkeypatch, fails_at):
+    calls = []
+
+    def failing(file, *args):
+        calls.append(file)
+        if len(calls) == fails_at:
+            raise OSError("no space left on device")
+        write_tensors(file, *args)
+
+    monkeypatch.setattr(tina.checkpoint, "write_tensors", failing)
+    with pytest.raises(OSError, match="no space left"):
+        save_generator(tiny_generator, tmp_path / "new", card="card")
+    assert len(calls) == fails_at
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- refusing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_changed_byte(copied, name, share):
+    file = copied / name
+    content = bytearray(file.read_bytes())
+    content[round(share * (len(content) - 1))] ^= 0x11
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest|sha256") as refused:
+        load_generator(copied)
+    assert name == "manifest.json" or name in str(refused.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_generator(copied)
+
+
+@pytest.mark.parametrize("name", ["pickle.bin", ".hidden", "trunk.safetensors"])
+def test_an_additional_file(copied, name):
+    (copied / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=name):
+        load_generator(copied)
+
+
+def test_an_additional_folder(copied):
+    (copied / "more").mkdir()
+    with pytest.raises(CheckpointError, match="more"):
+        load_generator(copied)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "7", "{", ""])
+def test_a_manifest_of_another_kind(copied, content):
+    (copied / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError):
+        load_generator(copied)
+
+
+def test_an_empty_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_generator(tmp_path)
+
+
+@pytest.mark.parametrize("found", [0, 2, None, "1"])
+def test_another_format_version(copied, found):
+    edit_header(copied, format_version=found)
+    with pytest.raises(CheckpointError, match=f"format version {found}; .* reads 1"):
+        load_generator(copied)
+
+
+def test_another_layout(copied):
+    layout = json.loads((copied / "config.json").read_text())["layout"]
+    layout[0][1][0] += 1
+    edit_header(copied, layout=layout)
+    with pytest.raises(CheckpointError, match="another layout of cnn5k"):
+        load_generator(copied)
+
+
+def test_an_unknown_key_in_the_configuration(copied):
+    config = json.loads((copied / "config.json").read_text())["config"]
+    config["denoiser"]["colour"] = 1
+    edit_header(copied, config=config)
+    with pytest.raises(CheckpointError, match=r"does not fit .*colour"):
+        load_generator(copied)
+
+
+@pytest.mark.parametrize("key", ["config", "dataset", "channels", "layout", "space", "class_names"])
+def test_a_missing_key_in_the_header(copied, key):
+    file = copied / "config.json"
+    header = json.loads(file.read_text())
+    del header[key]
+    file.write_text(json.dumps(header))
+    rehash(copied)
+    with pytest.raises(CheckpointError, match=key):
+        load_generator(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("model.safetensors", "norm.extra", torch.zeros(1)),
+        ("model.safetensors", "position", None),
+        ("model.safetensors", "position", torch.zeros(1, 1)),
+        ("codec.safetensors", "row_scale", None),
+        ("codec.safetensors", "row_scale", torch.ones(2)),
+        ("codec.safetensors", "body_scale", torch.ones(2)),
+        ("prompts.safetensors", "embeddings", None),
+    ],
+    ids=lambda change: f"{change[1]} {'gone' if change[2] is None else tuple(change[2].shape)}",
+)
+def test_tensors_of_another_model(copied, change):
+    name, key, value = change
+    held = load_file(copied / name)
+    held.pop(key, None)
+    save_file(held if value is None else held | {key: value}, copied / name)
+    rehash(copied)
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        load_generator(copied)
+
+
+def test_a_file_that_is_no_safetensors(copied):
+    (copied / "model.safetensors").write_bytes(b"not safetensors at all")
+    rehash(copied)
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        load_generator(copied)
+
+
+def test_a_trunk_that_the_manifest_does_not_know(tmp_path):
+    save_generator(resnet_generator(), tmp_path / "resnet", card="card")
+    (tmp_path / "resnet" / "trunk.safetensors").unlink()
+    rehash(tmp_path / "resnet")
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        load_generator(tmp_path / "resnet")
+
+
+def test_class_names_are_part_of_the_checkpoint(tiny_generator, tiny_checkpoint, tmp_path):
+    vocabulary = replace(tiny_generator.vocabulary, names=tuple("abcdefghij"))
+    save_generator(replace(tiny_generator, vocabulary=vocabulary), tmp_path / "x", card="card")
+    assert load_generator(tmp_path / "x").vocabulary.names == tuple("abcdefghij")
+    assert check_manifest(tmp_path / "x") != check_manifest(tiny_checkpoint)
+
+
+def test_a_header_of_another_kind(copied):
+    (copied / "config.json").write_text("[1]")
+    rehash(copied)
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        load_generator(copied)

@@ -1,0 +1,256 @@
+"""Words to tasks, and what a prompt inherits by its embedding alone."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tina.config import PromptConfig
+from tina.encoders import HashEncoder, build_encoder
+from tina.errors import PromptError
+from tina.prompts import (
+    MAX_CHARACTERS,
+    SHARPNESS,
+    Vocabulary,
+    check_task,
+    normalise_name,
+    sparsemax,
+    split_sentence,
+)
+from tina.superclasses import CIFAR100_SUPERCLASSES
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+EXCLUDED = torch.tensor([4, 9])
+
+words = st.text("abcdeor", min_size=1, max_size=6).filter(lambda w: w not in ("or", "and"))
+phrases = st.lists(words, min_size=1, max_size=3).map(" ".join)
+names = st.lists(phrases, min_size=1, max_size=6)
+
+
+# --- sentences ------------------------------------------------------------------------------------
+
+
+@given(names, st.sampled_from([", ", ",", " ; ", "\n", " and ", " OR ", ", and "]))
+def test_a_joined_list_is_split_again(parts, separator):
+    assert split_sentence(separator.join(parts)) == parts
+
+
+@pytest.mark.parametrize(
+    ("sentence", "parts"),
+    [
+        ("otter, bicycle and maple tree", ["otter", "bicycle", "maple tree"]),
+        ("otter, bicycle, and maple tree", ["otter", "bicycle", "maple tree"]),
+        ("orchid or sand, pandas\nAND doors", ["orchid", "sand", "pandas", "doors"]),
+        (" ,, otter ;", ["otter"]),
+        ("and or", []),
+        ("", []),
+    ],
+)
+def test_sentences(sentence, parts):
+    assert split_sentence(sentence) == parts
+
+
+def test_names_are_compared_without_case_underscores_and_white_space():
+    assert normalise_name("  Maple_Tree\t ") == normalise_name("maple  tree") == "maple tree"
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def test_a_task_keeps_its_names_as_they_were_written():
+    assert check_task([" Maple  tree", "maple_leaf\n"], max_classes=2) == (
+        "Maple tree",
+        "maple_leaf",
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ([], "at least 2 classes, got 0"),
+        (["otter"], "at least 2 classes, got 1"),
+        (["a", "b", "c", "d"], "at most 3 classes, got 4"),
+        (["otter", ""], "a class name is empty"),
+        (["otter", " _ "], "a class name is empty"),
+        (["otter", "x" * (MAX_CHARACTERS + 1)], "1001 characters, at most 1000"),
+        (["Maple_Tree", "otter", " maple  tree"], "twice: maple tree"),
+        (["b", "a", "B"], "twice: b$"),
+    ],
+)
+def test_what_is_no_task_is_refused(task, message):
+    with pytest.raises(PromptError, match=message):
+        check_task(task, max_classes=3)
+
+
+def test_the_longest_name_is_still_read():
+    longest = "x" * MAX_CHARACTERS
+    assert check_task([longest, "y"], max_classes=2) == (longest, "y")
+
+
+# --- sparsemax ------------------------------------------------------------------------------------
+
+scores = st.lists(st.floats(-20, 20), min_size=1, max_size=8)
+
+
+def project(values):
+    """The nearest point of the simplex, max(z - tau, 0), with tau by bisection."""
+    z = torch.tensor(values, dtype=torch.float64)
+    low, high = float(z.min()) - 1, float(z.max())
+    for _ in range(100):
+        tau = (low + high) / 2
+        if (z - tau).clamp_min(0).sum() > 1:
+            low = tau
+        else:
+            high = tau
+    return (z - high).clamp_min(0)
+
+
+@settings(deadline=None)
+@given(scores)
+def test_sparsemax_is_the_projection_onto_the_simplex(values):
+    found = sparsemax(torch.tensor(values, dtype=torch.float64))
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1)
+    torch.testing.assert_close(found, project(values), atol=1e-9, rtol=0)
+
+
+@settings(deadline=None)
+@given(scores, st.floats(-5, 5), st.data())
+def test_sparsemax_ignores_a_shift_and_follows_a_permutation(values, shift, data):
+    order = data.draw(st.permutations(range(len(values))))
+    z = torch.tensor(values, dtype=torch.float64)
+    torch.testing.assert_close(sparsemax(z + shift), sparsemax(z), atol=1e-9, rtol=0)
+    assert torch.equal(sparsemax(z[order]), sparsemax(z)[order])
+
+
+@settings(deadline=None)
+@given(scores, st.floats(1, 5))
+def test_a_lead_of_one_takes_all(values, lead):
+    z = torch.tensor([*values, max(values) + lead + 1e-9], dtype=torch.float64)
+    found = sparsemax(z)
+    assert not found[:-1].any()
+    assert found[-1] == pytest.approx(1)
+
+
+def test_a_lead_of_less_than_one_is_shared():
+    found = sparsemax(torch.tensor([[3.0, 2.2, 0.0], [1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(found, torch.tensor([[0.9, 0.1, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+
+
+def test_sparsemax_is_differentiable():
+    z = torch.tensor([0.3, 0.1, -2.0], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(sparsemax, (z,))
+
+
+# --- vocabulary -----------------------------------------------------------------------------------
+
+
+def vocabulary_of(encoder, class_names, excluded):
+    trained = torch.ones(len(class_names), dtype=torch.bool)
+    trained[excluded] = False
+    return Vocabulary(
+        space=encoder.space,
+        names=tuple(normalise_name(name) for name in class_names),
+        embeddings=encoder.encode_text(class_names),
+        trained=trained,
+    )
+
+
+@pytest.fixture(scope="module", params=["hash", "clip"])
+def vocabulary(request):
+    """Ten digits by their spelling, and CIFAR-100 by CLIP, a fifth of it excluded."""
+    if request.param == "hash":
+        return vocabulary_of(HashEncoder(), DIGITS, EXCLUDED)
+    table = request.getfixturevalue("shared_data") / "clip_vitb32_text_vectors.parquet"
+    config = PromptConfig(encoder="table", model="cifar100", weights=str(table))
+    classes = sorted(itertools.chain.from_iterable(CIFAR100_SUPERCLASSES.values()))
+    return vocabulary_of(build_encoder(config), classes, torch.arange(0, 100, 5))
+
+
+def test_a_trained_name_inherits_its_own_row_exactly(vocabulary):
+    trained = vocabulary.trained
+    attention = vocabulary.attention(vocabulary.embeddings[trained])
+    assert torch.equal(attention, torch.eye(int(trained.sum())))
+
+
+def test_an_excluded_name_inherits_a_mixture_of_trained_rows(vocabulary):
+    excluded = vocabulary.embeddings[~vocabulary.trained]
+    attention = vocabulary.attention(excluded)
+    assert attention.shape == (len(excluded), int(vocabulary.trained.sum()))
+    torch.testing.assert_close(attention.sum(1), torch.ones(len(excluded)))
+    assert attention.min() >= 0
+    assert (attention == 0).any(1).all()  # sparse
+
+
+def test_what_is_excluded_leaves_no_trace(vocabulary):
+    trained = vocabulary.trained
+    strangers = vocabulary.embeddings.clone()
+    strangers[~trained] = vocabulary.embeddings[~trained].flip(-1)
+    blind = dataclasses.replace(vocabulary, embeddings=strangers)
+    prompts = vocabulary.embeddings
+    assert torch.equal(blind.attention(prompts), vocabulary.attention(prompts))
+    assert torch.equal(blind.condition(prompts), vocabulary.condition(prompts))
+    assert torch.equal(blind.familiarity(prompts), vocabulary.familiarity(prompts))
+
+
+def test_attention_is_a_function_of_the_embedding_alone(vocabulary):
+    renamed = dataclasses.replace(vocabulary, names=tuple(reversed(vocabulary.names)))
+    prompts = torch.nn.functional.normalize(
+        vocabulary.embeddings + 0.3 * vocabulary.embeddings.roll(1, 0), dim=1
+    )
+    mixed = vocabulary.attention(prompts)
+    assert torch.equal(renamed.attention(prompts), mixed)
+    batch = prompts.view(2, -1, prompts.shape[1])
+    torch.testing.assert_close(vocabulary.attention(batch), mixed.view(2, len(prompts) // 2, -1))
+
+
+def test_attention_is_sharpened_sparsemax_of_centred_cosines(vocabulary):
+    trained = vocabulary.embeddings[vocabulary.trained].double()
+    centre = trained.mean(0)
+    prompts = vocabulary.embeddings[~vocabulary.trained]
+
+    def centred(x):
+        return torch.nn.functional.normalize(x.double() - centre, dim=1)
+
+    cosines = centred(prompts) @ centred(trained).T
+    expected = torch.stack([project((SHARPNESS * row).tolist()) for row in cosines])
+    found = vocabulary.attention(prompts).double()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_familiarity_is_one_for_trained_names_and_less_for_others(vocabulary):
+    familiar = vocabulary.familiarity(vocabulary.embeddings)
+    trained = vocabulary.trained
+    torch.testing.assert_close(familiar[trained], torch.ones(int(trained.sum())))
+    assert familiar[~trained].max() < 0.9
+    assert familiar.min() >= 0
+    assert familiar.max() <= 1
+    first, second = vocabulary.embeddings[trained][:2]
+    blend = vocabulary.familiarity(torch.nn.functional.normalize(first + second, dim=0))
+    assert familiar[~trained].min() < blend < 0.95
+
+
+def test_conditions_have_values_of_about_one(vocabulary):
+    conditions = vocabulary.condition(vocabulary.embeddings)
+    assert conditions.shape == vocabulary.embeddings.shape
+    sizes = conditions.square().mean(1)
+    torch.testing.assert_close(sizes, torch.ones(len(conditions)))
+
+
+def test_conditions_tell_names_apart_that_their_embeddings_crowd(vocabulary):
+    width = vocabulary.embeddings.shape[1]
+    crowd = vocabulary.embeddings @ vocabulary.embeddings.T
+    conditions = vocabulary.condition(vocabulary.embeddings)
+    spread = conditions @ conditions.T / width
+    off = ~torch.eye(len(crowd), dtype=torch.bool)
+    assert spread[off].mean().abs() < 0.1
+    assert spread[off].mean() < crowd[off].mean()
+
+
+def test_a_known_name_is_looked_up_in_any_spelling():
+    vocabulary = vocabulary_of(HashEncoder(), ("maple_tree", "otter"), [])
+    assert torch.equal(vocabulary.lookup(" Maple  Tree"), vocabulary.embeddings[0])
+    assert vocabulary.lookup("maple") is None

@@ -1,0 +1,636 @@
+"""The training loop: exact resume, honest batches, two losses, and no step on a loss gone wrong."""
+
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from tina.diffusion import signal_level
+from tina.errors import NonFiniteError
+from tina.training import Batch, LocalEngine, Progress, Source, encode_zoo, losses, train
+
+SCRIPT = Path(__file__).with_name("resume_script.py")
+
+
+class Stop(Exception):
+    """What interrupts a run in these tests."""
+
+
+@pytest.fixture(scope="module")
+def base(tiny_run):
+    """The untrained generator; `fresh` copies it."""
+    return tiny_run.new_generator()
+
+
+@pytest.fixture
+def fresh(base):
+    return lambda: replace(base, denoiser=copy.deepcopy(base.denoiser))
+
+
+def make_source(run, generator, config):
+    return Source(
+        generator=generator,
+        config=config,
+        zoo=run.read_zoo("zoo").only("train"),
+        space=run.space,
+        dataset=run.dataset,
+        store=run.store,
+    )
+
+
+@pytest.fixture
+def short(tiny_run):
+    """12 steps with validations at 3, 6, 9, 12 and states at 5, 10, 12."""
+    return replace(tiny_run.config.train, validate_every=3, checkpoint_every=5)
+
+
+def go(run, generator, config, *, engine=None, start=None, report=None, **options):
+    """`train` with a plain engine."""
+    return train(
+        config,
+        engine=engine or LocalEngine(generator.denoiser, config),
+        source=options.pop("source", None) or make_source(run, generator, config),
+        start=start or Progress.start(generator.denoiser),
+        report=report or (lambda progress, figures: None),
+        validate=options.pop("validate", None) or run.validator(generator),
+        **options,
+    )
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best_is", ["before the stop", "after it"])
+def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path, best_is):
+    def validate(ema):
+        grown = float(ema["row_out.bias"].abs().sum())  # zero at the start
+        return 1 - grown if best_is == "before the stop" else grown
+
+    whole = fresh()
+    figures_whole = []
+    want = go(
+        tiny_run,
+        whole,
+        short,
+        report=lambda p, figures: figures_whole.append(dict(figures)),
+        validate=validate,
+    )
+    assert want.step == 12
+
+    first = fresh()
+    engine = LocalEngine(first.denoiser, short)
+
+    def save_and_stop(progress, figures):
+        engine.save(tmp_path / "engine.safetensors")
+        progress.save(tmp_path / "progress.safetensors")
+        raise Stop
+
+    with pytest.raises(Stop):
+        go(tiny_run, first, short, engine=engine, report=save_and_stop, validate=validate)
+
+    second = fresh()
+    engine = LocalEngine(second.denoiser, short)
+    engine.load(tmp_path / "engine.safetensors")
+    start = Progress.load(tmp_path / "progress.safetensors")
+    assert start.step == 5
+    figures = []
+    found = go(
+        tiny_run,
+        second,
+        short,
+        engine=engine,
+        start=start,
+        report=lambda p, latest: figures.append(dict(latest)),
+        validate=validate,
+    )
+    assert_equal(weights(second.denoiser), weights(whole.denoiser))
+    assert_equal(found.ema, want.ema)
+    assert_equal(found.best, want.best)
+    assert found.best_accuracy == want.best_accuracy > 0
+    assert figures[-1] == figures_whole[-1]
+    # and the steps since went somewhere
+    saved = Progress.load(tmp_path / "progress.safetensors")
+    assert not torch.equal(saved.ema["position"], found.ema["position"])
+    kept = torch.equal(saved.best["position"], found.best["position"])
+    assert kept == (best_is == "before the stop")
+
+
+def test_engine_state_round_trip(tiny_run, fresh, short, tmp_path):
+    generator, other = fresh(), fresh()
+    engine = LocalEngine(generator.denoiser, short)
+    go(tiny_run, generator, replace(short, steps=2), engine=engine)
+    engine.save(tmp_path / "engine.safetensors")
+    again = LocalEngine(other.denoiser, short)
+    again.load(tmp_path / "engine.safetensors")
+    assert_equal(weights(other.denoiser), weights(generator.denoiser))
+    mine, theirs = (e.optimizer.state_dict()["state"] for e in (engine, again))
+    assert mine.keys() == theirs.keys()
+    for place, slot in mine.items():
+        assert slot["step"] == 2
+        assert_equal(slot, theirs[place])
+
+
+def test_progress_round_trip(tmp_path):
+    ema, best = ({f"a.{i}": torch.randn(3) for i in range(2)} for _ in range(2))
+    progress = Progress(step=17, ema=ema, best=best, best_accuracy=1 / 3)
+    progress.save(tmp_path / "p.safetensors")
+    again = Progress.load(tmp_path / "p.safetensors")
+    assert (again.step, again.best_accuracy) == (17, 1 / 3)
+    assert_equal(again.ema, ema)
+    assert_equal(again.best, best)
+
+
+def test_best_is_a_copy(tiny_run, fresh, short):
+    """The averaged weights go on changing in place; the best ones must not."""
+    generator, seen = fresh(), []
+
+    def validate(ema):
+        seen.append({name: value.clone() for name, value in ema.items()})
+        return [0.3, 0.7, 0.7, 0.1][len(seen) - 1]
+
+    progress = go(tiny_run, generator, short, validate=validate)
+    assert len(seen) == 4
+    assert progress.best_accuracy == 0.7
+    assert_equal(progress.best, seen[1])
+    assert_equal(progress.ema, seen[3])
+
+
+def test_ranks_other_than_0_do_not_validate(tiny_run, fresh, short):
+    def validate(ema):
+        raise AssertionError("validated")
+
+    reports = []
+    go(
+        tiny_run,
+        fresh(),
+        replace(short, steps=3),
+        validate=validate,
+        report=lambda progress, figures: reports.append((progress.step, sorted(figures))),
+        rank=1,
+        world=2,
+    )
+    assert reports == [(3, ["function_loss", "lr", "weight_loss"])]
+
+
+def test_reports_come_every_few_steps_and_at_the_end(tiny_run, fresh, short):
+    reports, steps = [], []
+    go(
+        tiny_run,
+        fresh(),
+        short,
+        report=lambda progress, figures: reports.append(progress.step),
+        validate=lambda ema: 0.5,
+        on_step=steps.append,
+    )
+    assert reports == [5, 10, 12]
+    assert steps == list(range(1, 13))
+
+
+def test_killed_run_equals_an_undisturbed_one(tiny_run, fresh, tmp_path):
+    steps, every = 32, 4
+    states = tmp_path / "states"
+    command = [sys.executable, str(SCRIPT), str(tiny_run.folder), str(states), str(steps)]
+    command += [str(every)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not list(states.glob("step-*")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, "no state was written"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (states / f"step-{steps:04d}").exists(), "it was not killed in the middle"
+
+    reached = max(int(state.name[-4:]) for state in states.glob("step-*"))
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout == f"from step {reached}\n"
+    assert 0 < reached < steps
+
+    generator = fresh()
+    config = replace(
+        tiny_run.config.train, steps=steps, checkpoint_every=every, validate_every=every + 1
+    )
+    want = go(tiny_run, generator, config)
+    last = states / f"step-{steps:04d}"
+    found = Progress.load(last / "progress.safetensors")
+    assert found.step == steps
+    assert found.best_accuracy == want.best_accuracy
+    assert_equal(found.ema, want.ema)
+    assert_equal(found.best, want.best)
+    held = load_file(last / "engine.safetensors")
+    module = {k[7:]: v for k, v in held.items() if k.startswith("module.")}
+    assert_equal(module, weights(generator.denoiser))
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def comparable(batch):
+    """Everything in a batch, as tensors."""
+    found = {k: v for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    found |= {f"images.{i}": x for i, x in enumerate(batch.images)}
+    found |= {f"labels.{i}": x for i, x in enumerate(batch.labels)}
+    return found | {"draws": torch.randn(8, generator=batch.draws)}
+
+
+def test_batches_are_functions_of_seed_step_and_rank(tiny_run, base, short):
+    def source(**changes):
+        return make_source(tiny_run, base, replace(short, **changes))
+
+    want = comparable(source().batch(3, rank=1, world=2))
+    other = source()
+    other.batch(9, rank=0, world=2)  # what was asked before does not count
+    torch.manual_seed(99)
+    assert_equal(comparable(other.batch(3, rank=1, world=2)), want)
+    assert_equal(comparable(source(steps=50, lr=1.0).batch(3, rank=1, world=2)), want)
+    for batch in (
+        source().batch(3, rank=0, world=2),
+        source().batch(4, rank=1, world=2),
+        source(seed=1).batch(3, rank=1, world=2),
+    ):
+        found = comparable(batch)
+        for name in ("tokens", "cond", "images.0", "draws"):
+            assert not torch.equal(found[name], want[name]), name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_share_the_batch(tiny_run, base, short, world):
+    batch = make_source(tiny_run, base, short).batch(0, rank=0, world=world)
+    assert len(batch.tokens) == short.zoo_batch // world
+    assert len(batch.images) == len(batch.labels) == len(batch.rows) == short.fresh_tasks // world
+    assert len(batch.cond) == len(batch.mask) == (short.zoo_batch + short.fresh_tasks) // world
+    assert {len(x) for x in batch.images + batch.labels} == {short.images_per_task}
+
+
+def test_tokens_decode_to_the_p_models(tiny_run, base):
+    """Zoo tokens, decoded and added to what the prompt inherits, are the zoo's thetas."""
+    zoo = tiny_run.read_zoo("zoo")
+    body, rows = base.codec.decode(encode_zoo(base, zoo))
+    layout = base.family.layout(base.max_classes)
+    for z, class_ids in enumerate(zoo.class_ids):
+        own_body, own_rows = base.inherit(base.vocabulary.embeddings[list(class_ids)].unsqueeze(0))
+        k = len(class_ids)
+        want_body, want_rows = layout.split(zoo.theta[z])
+        torch.testing.assert_close(own_body[0] + body[z], want_body, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own_rows[0] + rows[z, :k], want_rows[:k], rtol=0, atol=1e-5)
+        assert (rows[z, k:] == 0).all()
+
+
+def test_conditions_belong_to_their_p_models(tiny_run, base, short):
+    source = make_source(tiny_run, base, short)
+    tokens, vocabulary = encode_zoo(base, source.zoo), base.vocabulary
+    batch = source.batch(5, rank=0, world=1)
+    for i, own in enumerate(batch.tokens):
+        (z,) = [z for z, other in enumerate(tokens) if torch.equal(own, other)]
+        ids = list(source.zoo.class_ids[z])
+        want = vocabulary.condition(vocabulary.embeddings[ids])
+        assert batch.mask[i].tolist() == [k < len(ids) for k in range(base.max_classes)]
+        torch.testing.assert_close(batch.cond[i, : len(ids)], want)
+
+
+class Places:
+    """A store that answers with the places themselves, so that a batch tells what it read."""
+
+    def __getitem__(self, index):
+        return index
+
+
+def fresh_tasks(source, batch):
+    """The class ids of a batch's fresh tasks, read off their conditions."""
+    vocabulary = source.generator.vocabulary
+    known = vocabulary.condition(vocabulary.embeddings)
+    tasks = []
+    for cond, mask in zip(batch.cond, batch.mask, strict=True):
+        nearest = (cond[mask].unsqueeze(1) - known).norm(dim=-1).min(1)
+        assert nearest.values.max() < 1e-3
+        tasks.append(nearest.indices.tolist())
+    return tasks[len(batch.tokens) :]
+
+
+def test_fresh_tasks_are_nobody_elses_and_read_fit_images_only(tiny_run, base, short):
+    config = replace(short, fresh_tasks=40, images_per_task=6)
+    source = replace(make_source(tiny_run, base, config), store=Places())
+    space, data = tiny_run.space, tiny_run.dataset
+    held_out = [task for tasks in space.held_out.values() for task in tasks]
+    reserved = {task.key for task in [*space.val, *held_out]}
+    fit = set(data.indices("fit").tolist())
+    met = []
+    for step in range(40):
+        batch = source.batch(step, rank=0, world=1)
+        for task, places, labels in zip(
+            fresh_tasks(source, batch), batch.images, batch.labels, strict=True
+        ):
+            met.append(frozenset(task))
+            assert set(places.tolist()) <= fit
+            assert data.labels[places].tolist() == [task[row] for row in labels]
+    # 1600 draws from 375 sets: without the rule about 26 of them would be reserved
+    assert not reserved & set(met)
+    assert len(set(met)) > 300
+
+
+def test_batches_draw_training_p_models_only(tiny_run, base, short):
+    source = make_source(tiny_run, base, short)
+    val = encode_zoo(base, tiny_run.read_zoo("zoo").only("val"))
+    for step in range(10):
+        for own in source.batch(step, rank=0, world=1).tokens:
+            assert not any(torch.equal(own, other) for other in val)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+class Answer:
+    """An engine whose answer is given; it remembers how it was called."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def __call__(self, x, t, cond, mask, drop=None):
+        self.calls.append({"x": x, "t": t, "cond": cond, "mask": mask, "drop": drop})
+        # the first call of a step asks for the fresh tasks alone
+        return self.answer[-len(x) :]
+
+
+def test_function_loss_is_the_decoded_classifiers_cross_entropy(tiny_run, base, short):
+    """Value and gradient against torch modules in float64, and central differences of those."""
+    config = replace(short, zoo_batch=1, fresh_tasks=2)
+    batch = make_source(tiny_run, base, config).batch(2, rank=0, world=1)
+    z = len(batch.tokens)
+    torch.manual_seed(0)
+    guess = (0.3 * torch.randn(len(batch.mask), *batch.tokens.shape[1:])).requires_grad_()
+    abar = signal_level(base.config.diffusion)
+    found = losses(Answer(guess), base, batch, config, abar)["function_loss"]
+    (gradient,) = torch.autograd.grad(found, guess)
+
+    def reference(tokens):
+        body, rows = base.codec.decode(tokens)
+        total = 0.0
+        for j, (images, labels) in enumerate(zip(batch.images, batch.labels, strict=True)):
+            k = int(batch.mask[z + j].sum())
+            layout = base.family.layout(k)
+            theta = layout.join(batch.body + body[j], (batch.rows + rows)[j, :k])
+            module = base.family.module(k).double()
+            module.load_state_dict(layout.unflatten(theta.detach()))
+            total += F.cross_entropy(module(images.double()), labels).item()
+        return total / len(batch.images)
+
+    tokens = guess.detach()[z:].double()
+    assert found.item() == pytest.approx(reference(tokens), rel=1e-5)
+    strongest = gradient[z:].abs().flatten().topk(400).indices
+    for place in [*strongest[:6].tolist(), *strongest[100::100].tolist()]:
+        bump = torch.zeros(tokens.numel(), dtype=torch.float64)
+        bump[place] = 1e-4
+        bump = bump.view_as(tokens)
+        slope = (reference(tokens + bump) - reference(tokens - bump)) / 2e-4
+        assert gradient[z:].flatten()[place].item() == pytest.approx(slope, rel=2e-3, abs=1e-7)
+    assert (gradient[:z] == 0).all()
+    # rows of padding reach no classifier
+    assert (gradient[z:, base.codec.body_tokens :][~batch.mask[z:]] == 0).all()
+
+
+def test_weight_loss_is_the_mean_square_over_what_is_there(tiny_run, base, short):
+    config = replace(short, function_loss=0.0)
+    batch = make_source(tiny_run, base, config).batch(2, rank=0, world=1)
+    guess = torch.randn(batch.tokens.shape)
+    abar = signal_level(base.config.diffusion)
+    found = losses(Answer(guess), base, batch, config, abar)
+    assert found.keys() == {"weight_loss"}
+    body, rows = base.codec.decode(guess - batch.tokens)
+    rows = rows[batch.mask] / base.codec.row_scale
+    values = torch.cat([(body / base.codec.body_scale).flatten(), rows.flatten()])
+    assert found["weight_loss"].item() == pytest.approx(values.square().mean().item(), rel=1e-5)
+
+
+def test_weight_loss_does_not_see_padding(tiny_run, tiny_generator, short):
+    config = replace(short, function_loss=0.0, zoo_batch=8)
+    abar = signal_level(tiny_generator.config.diffusion)
+    s, r = tiny_generator.codec.body_tokens, tiny_generator.codec.layout.row_size
+
+    def loss(change):
+        batch = make_source(tiny_run, tiny_generator, config).batch(2, rank=0, world=1)
+        assert not batch.mask.all(), "needs a task with fewer classes than the most"
+        tokens = batch.tokens.clone()
+        change(tokens, batch)
+        changed = replace(batch, tokens=tokens)
+        return losses(tiny_generator.denoiser, tiny_generator, changed, config, abar)["weight_loss"]
+
+    def absent_rows(tokens, batch):
+        tokens[:, s:][~batch.mask] = 50.0
+
+    def beyond_a_row(tokens, batch):
+        tokens[:, s:, r:] = 50.0
+
+    def one_row(tokens, batch):
+        tokens[0, s, 0] += 1.0
+
+    untouched = loss(lambda tokens, batch: None)
+    assert torch.equal(loss(absent_rows), untouched)
+    assert torch.equal(loss(beyond_a_row), untouched)
+    assert not torch.equal(loss(one_row), untouched)
+
+
+def test_conditions_of_padding_do_not_count(tiny_run, tiny_generator, short):
+    abar = signal_level(tiny_generator.config.diffusion)
+
+    def found(value):
+        batch = make_source(tiny_run, tiny_generator, short).batch(1, rank=0, world=1)
+        cond = torch.where(batch.mask.unsqueeze(-1), batch.cond, value)
+        return losses(
+            tiny_generator.denoiser, tiny_generator, replace(batch, cond=cond), short, abar
+        )
+
+    one, other = found(torch.tensor(0.0)), found(torch.tensor(9.0))
+    assert_equal(one, other)
+
+
+def test_condition_dropout_spares_fresh_tasks(tiny_run, base, short):
+    config = replace(short, condition_dropout=1.0)
+    batch = make_source(tiny_run, base, config).batch(0, rank=0, world=1)
+    engine = Answer(torch.zeros(len(batch.mask), *batch.tokens.shape[1:]))
+    losses(engine, base, batch, config, signal_level(base.config.diffusion))
+    own, both = engine.calls
+    assert own["drop"] is None
+    z = len(batch.tokens)
+    assert both["drop"].tolist() == [True] * z + [False] * (len(batch.mask) - z)
+
+
+def test_condition_dropout_is_a_share_of_the_samples(tiny_run, base, short):
+    config = replace(short, condition_dropout=0.25, function_loss=0.0, zoo_batch=64)
+    source = make_source(tiny_run, base, config)
+    engine = Answer(torch.zeros(64, *source.batch(0, rank=0, world=1).tokens.shape[1:]))
+    abar = signal_level(base.config.diffusion)
+    for step in range(20):
+        losses(engine, base, source.batch(step, rank=0, world=1), config, abar)
+    share = torch.cat([call["drop"] for call in engine.calls]).float().mean().item()
+    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 1280)  # four standard errors
+
+
+def test_fresh_tasks_start_from_pure_noise_or_the_own_prediction(tiny_run, base, short):
+    """At the top level x_t holds nothing of a prediction; below it holds the denoiser's own."""
+    config = replace(short, zoo_batch=1, fresh_tasks=32, images_per_task=1)
+    batch = make_source(tiny_run, base, config).batch(0, rank=0, world=1)
+    answer = torch.full((len(batch.mask), *batch.tokens.shape[1:]), 100.0)
+    engine, abar = Answer(answer), signal_level(base.config.diffusion)
+    losses(engine, base, batch, config, abar)
+    own, both = engine.calls
+    top = len(abar) - 1
+    assert (own["t"] == top).all()
+    assert abs(own["x"].mean()) < 0.1
+    assert abs(own["x"].std() - 1) < 0.1
+    t, x = both["t"][1:], both["x"][1:]
+    assert 8 <= int((t == top).sum()) <= 24
+    centre = (x.mean((1, 2)) - 100 * abar[t].sqrt()).abs()
+    assert (centre < 0.2).all()
+
+
+def test_both_losses_carry_their_factors(tiny_run, fresh, short):
+    """Doubling both factors doubles the gradient."""
+    taken = []
+
+    class Recording(LocalEngine):
+        def step(self):
+            taken.append([p.grad.clone() for p in self.module.parameters() if p.grad is not None])
+            raise Stop
+
+    for factor in (1.0, 2.0):
+        config = replace(short, weight_loss=0.5 * factor, function_loss=3.0 * factor)
+        generator = fresh()
+        with pytest.raises(Stop):
+            go(tiny_run, generator, config, engine=Recording(generator.denoiser, config))
+    assert any(bool(gradient.any()) for gradient in taken[0])
+    for one, two in zip(*taken, strict=True):
+        torch.testing.assert_close(2 * one, two, rtol=1e-4, atol=1e-6)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class Spoilt(Source):
+    """Batches with a NaN at one step."""
+
+    def batch(self, step, *, rank, world) -> Batch:
+        batch = super().batch(step, rank=rank, world=world)
+        if step == 3:
+            batch.tokens[0, 0, 0] = torch.nan
+        return batch
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_run, fresh, short):
+    generator = fresh()
+    engine = LocalEngine(generator.denoiser, short)
+    source = Spoilt(**vars(make_source(tiny_run, generator, short)))
+    kept, reports = {}, []
+
+    def keep(step):
+        kept[step] = weights(generator.denoiser)
+
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 3; it was not taken"):
+        go(
+            tiny_run,
+            generator,
+            short,
+            engine=engine,
+            source=source,
+            report=lambda progress, figures: reports.append(progress),
+            on_step=keep,
+        )
+    assert sorted(kept) == [1, 2, 3]
+    assert_equal(weights(generator.denoiser), kept[3])
+    assert {int(slot["step"]) for slot in engine.optimizer.state.values()} == {3}
+    assert reports == []
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing(tiny_run, fresh, short):
+    config = replace(short, warmup=0.25, steps=12, lr=0.01)
+    generator, rates = fresh(), []
+    engine = LocalEngine(generator.denoiser, config)
+    go(
+        tiny_run,
+        generator,
+        config,
+        engine=engine,
+        validate=lambda ema: 0.5,
+        on_step=lambda step: rates.append(engine.optimizer.param_groups[0]["lr"]),
+    )
+    warm = [0.01 / 3, 0.02 / 3, 0.01]
+    cosine = [0.005 * (1 + math.cos(math.pi * i / 9)) for i in range(9)]
+    assert rates == pytest.approx(warm + cosine)
+
+
+@pytest.mark.parametrize(("share", "last"), [(0.5, 1 - 1 / 6), (0.25, 1 - 1 / 3), (0.01, 0.0)])
+def test_ema_has_the_horizon_that_is_asked_for(tiny_run, fresh, short, share, last):
+    """Never more than (1 + step) / (10 + step), and in the end a share of the run."""
+    config = replace(short, ema=share)
+    generator = fresh()
+    mean = weights(generator.denoiser)["position"].double()
+    passed = []
+
+    def follow(step):
+        passed.append(weights(generator.denoiser)["position"].double())
+
+    found = go(tiny_run, generator, config, validate=lambda ema: 0.5, on_step=follow)
+    for step, value in enumerate(passed):
+        decay = min((1 + step) / (10 + step), last)
+        mean = decay * mean + (1 - decay) * value
+    torch.testing.assert_close(found.ema["position"].double(), mean, rtol=0, atol=1e-6)
+    assert not torch.equal(passed[0], passed[-1])
+
+
+@pytest.mark.parametrize(("kind", "lr", "share"), [("weight", 3e-3, 0.5), ("function", 1e-2, 0.96)])
+def test_training_reduces_its_loss(tiny_run, fresh, short, kind, lr, share):
+    """On steps and tasks that it was not trained on."""
+    alone = {"weight_loss": 0.0, "function_loss": 0.0} | {f"{kind}_loss": 1.0}
+    config = replace(short, steps=60, lr=lr, zoo_batch=6, fresh_tasks=4, **alone)
+    generator = fresh()
+    abar = signal_level(generator.config.diffusion)
+    both = replace(config, weight_loss=1.0, function_loss=1.0, fresh_tasks=6, images_per_task=64)
+    judged = make_source(tiny_run, generator, both)
+
+    @torch.no_grad()
+    def level():
+        found = [
+            losses(
+                generator.denoiser, generator, judged.batch(i, rank=0, world=1), config, abar
+            ).get(f"{kind}_loss")
+            for i in range(1000, 1006)
+        ]
+        return torch.stack(found).mean().item()
+
+    before = level()
+    progress = go(tiny_run, generator, config, validate=lambda ema: 0.5)
+    generator.denoiser.load_state_dict(dict(progress.ema))
+    assert level() < share * before
+
+
+def test_padding_of_body_tokens_is_never_predicted(tiny_run, tiny_generator):
+    """Nothing trains those outputs, so a sampler shows the denoiser what training showed it."""
+    index = tiny_generator.codec.body_index
+    assert (index < 0).any()
+    out = tiny_generator.denoiser.body_out  # (S, D, P)
+    assert (out.transpose(1, 2)[index < 0] == 0).all()
+    assert (out.transpose(1, 2)[index >= 0] != 0).any()

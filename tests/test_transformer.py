@@ -1,0 +1,220 @@
+"""The denoiser: starts at classifier selection, and knows classes by their conditions alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tina.config import DenoiserConfig
+from tina.generator import pad
+from tina.transformer import Denoiser, timestep_embedding
+
+S, P, R, E = 3, 10, 7, 6  # body tokens, values per token, values of a row, embedding width
+
+
+def new_denoiser(*, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser(
+            DenoiserConfig(width=16, depth=2, heads=2),
+            body_tokens=S,
+            token_width=P,
+            row_width=R,
+            embedding_width=E,
+        )
+
+
+def randomise(denoiser):
+    """Every weight drawn anew, the zeros too."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in denoiser.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    return denoiser.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return randomise(new_denoiser())
+
+
+def draw(batch, classes, *, seed=0):
+    """Noisy tokens x, timesteps t, conditions and a mask."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, S + classes, P, generator=generator)
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    cond = torch.randn(batch, classes, E, generator=generator)
+    return x, t, cond, torch.ones(batch, classes, dtype=torch.bool)
+
+
+def assert_close(found, expected, *, tolerance):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+# --- step 0 ---------------------------------------------------------------------------------------
+
+
+def test_an_untrained_denoiser_predicts_zero():
+    x, t, cond, mask = draw(4, 5)
+    assert not new_denoiser()(x, t, cond, mask).any()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")  # diffusers
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (4, 1.0), (4, 3.0)])
+def test_an_untrained_generator_is_classifier_selection(tiny_run, sampler, steps, guidance):
+    generator = tiny_run.new_generator()
+    config = generator.config
+    diffusion = dataclasses.replace(config.diffusion, sampler=sampler)
+    generator = dataclasses.replace(
+        generator, config=dataclasses.replace(config, diffusion=diffusion)
+    )
+    tasks = tiny_run.space.held_out["unseen_combination"]
+    assert len({task.num_classes for task in tasks}) > 1
+    known = generator.vocabulary.embeddings
+    embeddings, mask = pad([known[list(task.class_ids)] for task in tasks])
+    seeds = range(len(tasks))
+    body, rows = generator.generate(embeddings, mask, seeds=seeds, steps=steps, guidance=guidance)
+    for i, task in enumerate(tasks):
+        k = task.num_classes
+        assert torch.equal(body[i], generator.generic.body)
+        assert torch.equal(rows[i, :k], generator.generic.select(task.class_ids))
+        assert not rows[i, k:].any()
+
+    randomise(generator.denoiser)
+    body, rows = generator.generate(embeddings, mask, seeds=seeds, steps=steps, guidance=guidance)
+    assert not torch.allclose(body[0], generator.generic.body)
+    assert not torch.allclose(rows[0, :2], generator.generic.select(tasks[0].class_ids[:2]))
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(5)), st.integers(1, 5))
+def test_permuting_the_classes_permutes_the_rows(order, present):
+    denoiser = randomise(new_denoiser())
+    x, t, cond, mask = draw(2, 5)
+    mask[1, present:] = False
+    out = denoiser(x, t, cond, mask)
+    body, rows = x[:, :S], x[:, S:]
+    permuted = denoiser(torch.cat([body, rows[:, order]], 1), t, cond[:, order], mask[:, order])
+    assert out[:, S:, :R].std() > 0.1
+    assert_close(permuted[:, :S], out[:, :S], tolerance=1e-5)
+    assert_close(permuted[:, S:], out[:, S:][:, order], tolerance=1e-5)
+
+
+def test_a_row_depends_on_its_own_condition_and_on_its_neighbours(denoiser):
+    x, t, cond, mask = draw(1, 4)
+    out = denoiser(x, t, cond, mask)
+    other = cond.clone()
+    other[:, 2] += 1
+    change = (denoiser(x, t, other, mask) - out).abs().amax(-1)[0]
+    assert change.min() > 1e-3  # the body and every row
+    swapped = denoiser(x, t, cond.flip(1), mask)  # conditions alone, the rows' tokens stay
+    assert (swapped[:, S:] - out[:, S:]).abs().max() > 1e-2
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(-100, 100, width=32))
+def test_padding_changes_nothing(classes, padding, value):
+    denoiser = randomise(new_denoiser())
+    x, t, cond, mask = draw(2, classes)
+    out = denoiser(x, t, cond, mask)
+    padded = denoiser(
+        torch.cat([x, torch.full((2, padding, P), value)], 1),
+        t,
+        torch.cat([cond, torch.full((2, padding, E), -value)], 1),
+        torch.cat([mask, mask.new_zeros(2, padding)], 1),
+    )
+    assert_close(padded[:, : S + classes], out, tolerance=3e-6)
+    assert not padded[:, S + classes :].any()
+
+
+def test_what_no_row_holds_is_zero(denoiser):
+    x, t, cond, mask = draw(3, 4)
+    mask[0, 1] = mask[2, 3] = False
+    out = denoiser(x, t, cond, mask)
+    assert not out[:, S:][~mask].any()
+    assert not out[:, S:, R:].any()
+    assert out[:, S:, :R][mask].ne(0).all()
+    x[:, S:, R:] += 1
+    assert torch.equal(denoiser(x, t, cond, mask), out)
+
+
+def test_samples_do_not_see_one_another(denoiser):
+    batch = draw(4, 5)
+    out = denoiser(*batch)
+    for i in range(4):
+        alone = denoiser(*(part[i : i + 1] for part in batch))
+        assert_close(alone, out[i : i + 1], tolerance=3e-6)
+
+
+# --- condition dropout ----------------------------------------------------------------------------
+
+
+def test_a_dropped_condition_is_not_seen(denoiser):
+    x, t, cond, mask = draw(4, 3)
+    drop = torch.tensor([True, False, True, False])
+    out = denoiser(x, t, cond, mask, drop)
+    other = denoiser(x, t, cond + 1, mask, drop)
+    assert torch.equal(other[drop], out[drop])
+    assert (other - out)[~drop].abs().amax((1, 2)).min() > 1e-2
+    assert_close(out[~drop], denoiser(x, t, cond, mask)[~drop], tolerance=3e-6)
+    null = denoiser.null_cond.expand(4, 3, E)
+    assert_close(out[drop], denoiser(x, t, null, mask)[drop], tolerance=3e-6)
+
+
+def test_to_drop_none_is_to_drop_no_one(denoiser):
+    x, t, cond, mask = draw(4, 3)
+    nobody = torch.zeros(4, dtype=torch.bool)
+    assert torch.equal(denoiser(x, t, cond, mask, nobody), denoiser(x, t, cond, mask))
+
+
+# --- timesteps ------------------------------------------------------------------------------------
+
+
+def test_timesteps_lie_on_circles_and_keep_their_distance():
+    t = torch.arange(0, 1000, 37)
+    codes = timestep_embedding(t, 32).double()
+    assert codes.shape == (len(t), 32)
+    products = codes @ codes.T
+    assert_close(products.diagonal(), torch.full((len(t),), 16.0).double(), tolerance=1e-5)
+    for lag in (1, 5):  # cos(a - b): a product depends on the difference alone
+        along = products.diagonal(lag)
+        assert_close(along, along[:1].expand_as(along), tolerance=1e-2)
+        assert along[0] < 15
+
+
+def test_the_timestep_matters(denoiser):
+    x, _, cond, mask = draw(1, 3)
+    early, late = (denoiser(x, torch.tensor([t]), cond, mask) for t in (10, 900))
+    assert (early - late).abs().max() > 1e-2
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def changed(denoiser, before):
+    return {name for name, p in denoiser.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_training_reaches_every_parameter():
+    # adaLN-Zero opens in order: the outputs, then the gates and what feeds the tokens, and with
+    # the gates open attention, MLP, timestep and condition tokens
+    denoiser = new_denoiser()
+    before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
+    optimiser = torch.optim.Adam(denoiser.parameters(), lr=1e-2)
+    x, t, cond, mask = draw(8, 3)
+    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    drop, reached = torch.arange(8) < 3, []
+    for _ in range(3):
+        optimiser.zero_grad()
+        (denoiser(x, t, cond, mask, drop) - target).square().mean().backward()
+        optimiser.step()
+        reached.append(changed(denoiser, before))
+    assert reached[0] == {"body_out", "row_out.weight", "row_out.bias"}
+    gates = {f"blocks.{i}.modulation.{part}" for i in (0, 1) for part in ("weight", "bias")}
+    assert reached[1] >= gates | {"body_in", "position", "row_in.weight", "null_cond"}
+    assert reached[2] == set(before)

@@ -1,0 +1,299 @@
+"""The `tina` command: generate, classify, evaluate, export, info.
+
+What a user can mend ends as one line on stderr and exit status 2. torch is imported by the command
+that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tina.errors import CheckpointError, DataError, PromptError, TinaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tina.pipeline import TinaPipeline
+
+DEFAULT_CHECKPOINT = Path("runs/quickstart/checkpoint")
+FAMILIAR = 0.5  # below this a class is called far from all that the generator was trained on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when the work is done, 2 for what the user can mend, 130 when interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except (TinaError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Generate a classifier for the classes of a prompt, as safetensors and ONNX."""
+    outputs = [file for file in (args.out, args.onnx) if file]
+    _check_outputs(outputs, force=args.force)
+    from tina.files import write_whole
+    from tina.pipeline import GeneratedModel
+    from tina.prompts import normalise_name, split_sentence
+
+    extras = [(normalise_name(name), value) for name, value in args.image or args.description]
+    given, words = dict(extras), args.prompt or list(dict(extras))
+    names = split_sentence(words[0]) if len(args.prompt) == 1 else words
+    keys = [normalise_name(name) for name in names]
+    # a class may go without a description, but not without a picture where others have one
+    if odd := given.keys() ^ keys if args.image else given.keys() - keys:
+        raise PromptError(f"pictures or texts do not fit the prompt: {', '.join(sorted(odd))}")
+    pipe = _load(args.checkpoint)
+    options = {"seed": args.seed, "guidance_scale": args.guidance}
+    if args.image:
+        channels = pipe.generator.family.channels
+        shots = [[read_image(v, channels=channels) for k, v in extras if k == key] for key in keys]
+        options["images"] = [_stack(of_class) for of_class in shots]
+    elif given:
+        options["descriptions"] = [given.get(k, name) for k, name in zip(keys, names, strict=True)]
+    pipe(names, num_inference_steps=1, **options)  # imports and encoders: loading, not generation
+    begin = time.perf_counter()
+    model = pipe(names, num_inference_steps=args.steps, **options)
+    milliseconds = 1000 * (time.perf_counter() - begin)
+    assert isinstance(model, GeneratedModel)
+
+    def write(temporary: Path) -> None:
+        model.save(temporary)
+        if args.onnx:  # complete before the first file gets its name: both or none
+            model.export_onnx(args.onnx)
+
+    write_whole(args.out, write)
+    familiarity = dict(zip(model.class_names, model.familiarity, strict=True))
+    _print_table({"class": "familiarity"} | {name: f"{x:.2f}" for name, x in familiarity.items()})
+    made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
+    print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
+    for name in [name for name, value in familiarity.items() if value < FAMILIAR]:
+        far = "is not close to anything the generator was trained on"
+        print(f"warning: {name!r} {far}", file=sys.stderr)
+    new = not args.image and (given or set(keys) - set(pipe.generator.vocabulary.names))
+    if new and not pipe.encoder.is_semantic:
+        print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
+
+
+def classify(args: argparse.Namespace) -> None:
+    """Classify pictures with a generated classifier."""
+    from tina.pipeline import load_classifier
+
+    classifier = load_classifier(args.model)
+    images = [read_image(file, channels=classifier.family.channels) for file in args.images]
+    found = {}
+    for file, image in zip(args.images, images, strict=True):
+        values = classifier(image)[0].softmax(0).tolist()
+        ranked = sorted(zip(classifier.class_names, values, strict=True), key=lambda x: -x[1])
+        found[str(file)] = dict(ranked)
+    if args.json:
+        print(json.dumps([{"image": k, "probabilities": v} for k, v in found.items()], indent=1))
+        return
+    for name, ranks in found.items():
+        print(name)
+        _print_table({f"  {k}": f"{p:6.1%}  {'#' * round(30 * p)}" for k, p in ranks.items()})
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure a run's checkpoint again; its report and plots are replaced."""
+    from tqdm import tqdm
+
+    from tina.checkpoint import load_generator
+    from tina.report import print_report
+    from tina.run import Run
+
+    config, folder = Run.open(args.run).config, args.run.resolve()
+    keys = ("seeds", "images_per_class", "sampling_steps")
+    changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    changed = replace(config.evaluation, **changes)
+    # the folder that was named is the one meant, even if it was moved since it was made
+    run = Run(replace(config, storage=str(folder.parent), name=folder.name, evaluation=changed))
+    generator = load_generator(run.checkpoint)
+    total = 8 * sum(len(tasks) for tasks in run.space.held_out.values())
+    with tqdm(total=total, desc="evaluation", unit="task") as bar:
+        report = run.evaluate(generator, on_progress=bar.update)
+    print_report(report)
+    print(f"{run.folder}: report.json, plots/")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Export a saved classifier as ONNX."""
+    _check_outputs([args.onnx], force=args.force)
+    from tina.pipeline import export_onnx, load_classifier
+
+    export_onnx(load_classifier(args.model), args.onnx)
+    print(args.onnx)
+
+
+def info(args: argparse.Namespace) -> None:
+    """Say what a checkpoint or a saved classifier is."""
+    if not args.model or args.model.is_dir():
+        _print_table(_checkpoint_facts(_load(args.model or args.checkpoint)))
+        return
+    from safetensors import safe_open
+
+    from tina.pipeline import load_classifier
+
+    size = sum(p.numel() for p in load_classifier(args.model).network.parameters())
+    with safe_open(str(args.model), "pt") as stream:
+        _print_table({"parameters": f"{size:,}"} | stream.metadata())
+
+
+def read_image(file: str | Path, *, channels: int) -> Tensor:
+    """A picture file as float32 (1, C, H, W) in [0, 1], upright, gray or RGB as C says.
+
+    Raises:
+        DataError: Missing, corrupt, or of more than 8 bits per channel.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"cannot read image {file}: {error}") from error
+    pixels = np.atleast_3d(np.asarray(upright, dtype=np.float32)) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+
+
+def _stack(shots: Sequence[Tensor]) -> Tensor:
+    """Pictures (1, C, H, W) of one class as (N, C, H, W), at the size of the largest."""
+    import torch
+
+    how: Any = {"size": max((x.shape[-2:] for x in shots), key=math.prod), "antialias": True}
+    return torch.cat([torch.nn.functional.interpolate(x, **how, mode="bilinear") for x in shots])
+
+
+def _load(name: str | Path | None) -> TinaPipeline:
+    """The checkpoint that the option, the environment or `make demo` names."""
+    from tina.pipeline import TinaPipeline
+
+    name = name or os.environ.get("TINA_CHECKPOINT")
+    if not name and not DEFAULT_CHECKPOINT.is_dir():
+        raise CheckpointError(f"no {DEFAULT_CHECKPOINT}: run `make demo`, or give --checkpoint")
+    return TinaPipeline.from_pretrained(name or DEFAULT_CHECKPOINT)
+
+
+def _check_outputs(files: Sequence[Path], *, force: bool) -> None:
+    if len({file.resolve() for file in files}) < len(files):
+        raise DataError(f"{files[0]} is named twice: each output needs a file of its own")
+    for file in files:
+        if file.is_dir() or (file.exists() and not force):
+            raise DataError(f"{file} exists already; --force replaces it if it is a file")
+
+
+def _print_table(rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}".rstrip())
+
+
+def _checkpoint_facts(pipe: TinaPipeline) -> dict[str, str]:
+    from tina.encoders import HashEncoder
+
+    generator, diffusion = pipe.generator, pipe.generator.config.diffusion
+    family, words, most = generator.family, generator.vocabulary, generator.max_classes
+    meaning = "no semantics: spelling alone" if words.space == HashEncoder.space else "semantic"
+    return {
+        "family": f"{family.name}, {family.layout(most).size:,} parameters at {most} classes",
+        "images": f"{family.channels} x {family.image_size} x {family.image_size}",
+        "data set": generator.dataset,
+        "max classes": str(most),
+        "embedding space": f"{words.space.model}, {words.space.dim} values ({meaning})",
+        "generator": f"{sum(p.numel() for p in generator.denoiser.parameters()):,} parameters",
+        "sampler": f"{diffusion.sampler}, {diffusion.sampling_steps} steps",
+        "class names": ", ".join(words.names),
+        "sha256": pipe.checkpoint,
+    }
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if least <= int(text) < 2**63:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^63, got {text}")
+
+    return number
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    return tuple(_number(1)(part) for part in text.split(","))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not name.strip() or not value:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Text to model: name the classes, get the weights of a classifier for them."
+    example = 'example: tina generate "three, five and eight" --out mine.safetensors'
+    parser = argparse.ArgumentParser(prog="tina", description=about, epilog=example)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(run: Callable[[argparse.Namespace], None], example: str) -> argparse.ArgumentParser:
+        about, epilog = run.__doc__, f"example: tina {example}"
+        command = commands.add_parser(run.__name__, help=about, description=about, epilog=epilog)
+        command.set_defaults(command=run)
+        return command
+
+    default = f"(default: the variable TINA_CHECKPOINT, else {DEFAULT_CHECKPOINT})"
+    folder: Any = {"help": f"a checkpoint's folder or Hugging Face hub id {default}"}
+    force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
+    model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
+    onnx: Any = {"type": Path, "metavar": "FILE.onnx", "help": "write ONNX, opset 18, here"}
+    pair: Any = {"type": _pair, "action": "append", "default": []}
+
+    command = add(generate, 'generate "three, five and eight" --seed 1 --out mine.safetensors')
+    arg = command.add_argument
+    arg("prompt", nargs="*", help="one sentence, split at commas, and, or; or one class name each")
+    arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")
+    arg("--onnx", **onnx)
+    arg("--checkpoint", **folder)
+    arg("--seed", type=_number(0), default=0, help="of the initial noise (default: 0)")
+    arg("--steps", type=_number(1), help="denoising steps (default: the checkpoint's)")
+    arg("--guidance", type=float, help="factor; 1 is none (default: the checkpoint's)")
+    arg("--force", **force)
+    arg = command.add_mutually_exclusive_group().add_argument
+    arg("--image", **pair, metavar="NAME=FILE", help="show class NAME; repeat for more pictures")
+    arg("--description", **pair, metavar="NAME=TEXT", help="a text that describes class NAME")
+    arg = add(classify, "classify mine.safetensors photo.png").add_argument
+    arg("model", **model)
+    arg("images", type=Path, nargs="+", metavar="IMAGE", help="picture files, any size in pixels")
+    arg("--json", action="store_true", help="probabilities 0 to 1 as JSON (default: percent bars)")
+    arg = add(evaluate, "evaluate runs/quickstart --seeds 5 --steps 1,5,20").add_argument
+    arg("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
+    arg("--seeds", type=_number(1), help="sampling seeds per task (default: the run's)")
+    arg("--images-per-class", type=_number(1), help="report images at most (default: the run's)")
+    arg("--steps", type=_steps, dest="sampling_steps", help="to compare (default: the run's)")
+    arg = add(export, "export mine.safetensors --onnx mine.onnx").add_argument
+    arg("model", **model)
+    arg("--onnx", required=True, **onnx)
+    arg("--force", **force)
+    arg = add(info, "info --checkpoint runs/quickstart/checkpoint").add_argument
+    arg("model", nargs="?", **model)
+    arg("--checkpoint", **folder)
+    return parser
