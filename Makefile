@@ -46,7 +46,7 @@ endif
 
 .PHONY: demo
 demo: install ## Zoo, training, generation and report on the embedded digits; CONFIG=, DATA= for others.
-	$(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs $(if $(DATA),--data.root $(abspath $(DATA)))
+	$(if $(DATA),TINA_DATA=$(abspath $(DATA))) $(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs
 
 .PHONY: test
 test: install ## Run the default test suite.

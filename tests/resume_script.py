@@ -1,7 +1,7 @@
 """A training process that may be killed at any time, for `test_training.py`.
 
-python resume_script.py RUN STATES STEPS EVERY: trains the run's generator, writes STATES/step-N every
-few steps, and goes on from the latest state there.
+python resume_script.py RUN STATES STEPS EVERY: trains the run's generator, writes STATES/step-N
+every few steps, and goes on from the latest state there.
 """
 
 import os

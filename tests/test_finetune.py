@@ -132,6 +132,22 @@ def test_stacked_equals_the_loop(request, digits, which, weight_decay):
     assert all(torch.equal(theta, copy) for theta, copy in zip(thetas, before, strict=True))
 
 
+@pytest.mark.parametrize("which", ["cnn", "head"])
+def test_half_precision_takes_nearly_the_same_way_and_keeps_full_weights(request, digits, which):
+    family, store = request.getfixturevalue(which)
+    half = dataclasses.replace(SHORT, precision="bf16")
+    thetas, lessons = start(family, TASKS), lessons_of(digits, TASKS)
+    full, loop, stacked = (
+        finetune(family, thetas, lessons, store, recipe, stacked=way)
+        for recipe, way in ((SHORT, False), (half, False), (half, True))
+    )
+    for theta, *ends in zip(thetas, full, loop, stacked, strict=True):
+        assert {end.dtype for end in ends} == {torch.float32}
+        assert not torch.equal(ends[1], ends[0])
+        ways = torch.nn.functional.normalize(torch.stack(ends) - theta, dim=1)
+        assert (ways @ ways.T).min() > 0.99  # the three directions agree
+
+
 @WAYS
 def test_the_order_of_the_models_is_kept(cnn, digits, stacked):
     family, store = cnn

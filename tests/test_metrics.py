@@ -87,9 +87,9 @@ def test_resampling_repeats_with_its_seed():
 def test_resamples_centre_on_the_mean():
     rng = np.random.default_rng(1)
     scores = [score(rng.random((3, 40)) < rng.beta(2, 2)) for _ in range(30)]
-    found = resample([scores], count=4000, seed=0)[:, 0]
+    found = resample([scores], count=1000, seed=0)[:, 0]
     want = np.mean([s.accuracy for s in scores])
-    assert abs(found.mean() - want) < 5 * found.std() / math.sqrt(4000)
+    assert abs(found.mean() - want) < 5 * found.std() / math.sqrt(1000)
 
 
 def test_coverage_of_the_interval():
@@ -98,12 +98,12 @@ def test_coverage_of_the_interval():
     Resampling tasks and, within them, images counts the images' noise twice, so rather more.
     """
     rng = np.random.default_rng(0)
-    trials, tasks, images = 300, 25, 12
+    trials, tasks, images = 250, 20, 12
     covered, widths = 0, []
     for _ in range(trials):
         levels = rng.beta(6, 2, size=tasks)  # mean .75
         scores = [score(rng.random((1, images)) < level) for level in levels]
-        low, high = interval(resample([scores], count=200, seed=int(rng.integers(2**31)))[:, 0])
+        low, high = interval(resample([scores], count=100, seed=int(rng.integers(2**31)))[:, 0])
         covered += low <= 0.75 <= high
         widths.append(high - low)
     assert 0.92 <= covered / trials <= 1
@@ -125,14 +125,15 @@ def test_images_are_resampled_within_a_task():
     rng = np.random.default_rng(0)
     scores = [score(rng.permutation(np.arange(64) % 2)) for _ in range(10)]
     found = resample([scores], count=2000, seed=0)[:, 0]
-    assert found.std() == pytest.approx(math.sqrt(0.25 / 640), rel=0.1)
+    # a task drawn twice brings the same draw of images twice: up to sqrt(2) more than 640 images
+    assert 0.9 < found.std() / math.sqrt(0.25 / 640) < 1.5
 
 
 def test_seeds_are_resampled():
     scores = [score(np.repeat([[1], [0]], 30, axis=1))]
     found = resample([scores], count=4000, seed=0)[:, 0]
     # two draws of two seeds: both right, one, none
-    assert [np.mean(found == value) for value in (0, 0.5, 1)] == pytest.approx(
+    assert [np.isclose(found, value).mean() for value in (0, 0.5, 1)] == pytest.approx(
         [0.25, 0.5, 0.25], abs=0.03
     )
 

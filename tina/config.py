@@ -96,12 +96,14 @@ class RecipeConfig:
         batch_size: Images per step.
         lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
+        precision: Arithmetic of the forward and backward pass; weights stay fp32.
     """
 
     steps: int = 400
     batch_size: int = 64
     lr: float = 3e-3
     weight_decay: float = 0.0
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         _positive(self, steps=self.steps, batch_size=self.batch_size, lr=self.lr)

@@ -48,7 +48,8 @@ def _build(cls: type[T], parse: Callable[[], T]) -> T:
                 raise ConfigError(str(cause)) from error
             cause = cause.__cause__ or cause.__context__
         reason = " ".join(str(error).split())
-        unknown_key = "not accept option" in reason or "unrecognized arguments" in reason
+        signs = ("not accept option", "is not accepted", "unrecognized arguments")
+        unknown_key = any(sign in reason for sign in signs)
         known = f"; valid keys: {', '.join(_keys(cls))}" if unknown_key else ""
         raise ConfigError(f"{reason}{known}") from error
 

@@ -371,12 +371,12 @@ def twin(task: Task) -> Task:
 
 
 def _other_classes(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
-    """For each task the classes of the next one with at least as many, cut to its own number."""
+    """For each task as many classes of the tasks after it; its own only where there is no other."""
     others = []
     for i, task in enumerate(tasks):
         after = [*tasks[i + 1 :], *tasks[: i + 1]]
-        other = next(o for o in after if o.num_classes >= task.num_classes)
-        others.append(other.class_ids[: task.num_classes])
+        classes = dict.fromkeys(c for other in after for c in other.class_ids)
+        others.append(tuple(classes)[: task.num_classes])
     return others
 
 

@@ -108,6 +108,11 @@ def _optimiser(parameters: list[nn.Parameter], recipe: RecipeConfig) -> torch.op
     return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
+def _autocast(inputs: Tensor, recipe: RecipeConfig) -> torch.autocast:
+    enabled = recipe.precision == "bf16"
+    return torch.autocast(inputs.device.type, torch.bfloat16, enabled=enabled)
+
+
 def _anneal(optimiser: torch.optim.Optimizer, recipe: RecipeConfig, step: int) -> None:
     for group in optimiser.param_groups:
         group["lr"] = recipe.lr * annealed(step, recipe.steps)
@@ -129,9 +134,12 @@ def _train_loop(
         order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=lesson.seed)
         for step, batch in enumerate(order):
             _anneal(optimiser, recipe, step)
-            logits = family.logits(parameter, store[lesson.index[batch]], num_classes=k)
-            labels = lesson.labels[batch].to(logits.device)
-            (parameter.grad,) = torch.autograd.grad(F.cross_entropy(logits, labels), parameter)
+            inputs = store[lesson.index[batch]]
+            labels = lesson.labels[batch].to(inputs.device)
+            with _autocast(inputs, recipe):
+                logits = family.logits(parameter, inputs, num_classes=k)
+            loss = F.cross_entropy(logits.float(), labels)
+            (parameter.grad,) = torch.autograd.grad(loss, parameter)
             optimiser.step()
             progress(1)
         trained.append(parameter.detach())
@@ -163,8 +171,9 @@ def _train_stacked(
     labels = torch.stack([x.labels[o] for x, o in zip(lessons, orders, strict=True)], 1).to(device)
 
     def loss(theta: Tensor, inputs: Tensor, labels: Tensor, absent: Tensor) -> Tensor:
-        logits = family.logits(theta, inputs, num_classes=k_max)
-        return F.cross_entropy(logits.masked_fill(absent, -torch.inf), labels)
+        with _autocast(inputs, recipe):
+            logits = family.logits(theta, inputs, num_classes=k_max)
+        return F.cross_entropy(logits.float().masked_fill(absent, -torch.inf), labels)
 
     gradient = vmap(grad(loss))
     for step in range(recipe.steps):

@@ -202,6 +202,10 @@ class TinaPipeline:
         if len(seeds) != len(tasks):
             raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
         if images is not None:
+            if len(images) != len(names[0]):
+                raise PromptError(
+                    f"{len(names[0])} classes need pictures of as many, got {len(images)}"
+                )
             embeddings = [self.embed_images(images)]
         elif descriptions is not None:
             if len(descriptions) != len(names[0]):

@@ -270,12 +270,13 @@ def losses(
     drop[z:] = False  # without its condition, a fresh task has no right answer
     t[z:] = torch.where(pure[z:], top, t[z:])
     t, drop = t.to(device), drop.to(device)
-    x0 = batch.tokens
-    if b > z:
+    x0 = torch.cat([batch.tokens, torch.zeros_like(noise[z:])])
+    again = z + torch.nonzero(~pure[z:]).flatten().to(device)
+    if len(again):
         with torch.no_grad():
-            tops = torch.full((b - z,), top, device=device)
-            own = engine(first[z:], tops, batch.cond[z:], batch.mask[z:])
-        x0 = torch.cat([x0, own])
+            tops = torch.full((len(again),), top, device=device)
+            own = engine(first[again], tops, batch.cond[again], batch.mask[again])
+        x0[again] = own.to(x0)
     guess = engine(add_noise(x0, noise, abar[t]), t, batch.cond, batch.mask, drop).float()
     valid = generator.codec.valid(batch.mask[:z])
     error = (guess[:z] - batch.tokens).square()

@@ -1,0 +1,589 @@
+"""The report: its schema, its controls, and who may read which images; the baselines."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import tina.evaluation
+from tina.baselines import class_mean, classifier_selection, nearest_pmodel, ridge
+from tina.classifiers import InputStore
+from tina.evaluation import Evaluation, twin
+from tina.finetune import Lesson
+from tina.generator import Generator
+from tina.metrics import Score
+from tina.report import ORDER, markdown, plot_report, print_report
+from tina.run import Run
+from tina.tasks import Task
+from tina.training import LocalEngine, Progress, Source, train
+from tina.zoo import Zoo, build_rows
+
+AXIS = "unseen_combination"
+WITHOUT_IMAGES = {
+    "tina",
+    "untrained",
+    "generic",
+    "classifier_selection",
+    "nearest_pmodel",
+    "class_mean",
+    "ridge",
+    "tina_swapped_condition",
+    "tina_shuffled_prompt",
+}
+
+
+class Watched(Generator):
+    """A generator that remembers what it was asked."""
+
+    def generate(self, embeddings, mask, **options):
+        self.asked.append({"embeddings": embeddings, "mask": mask, **options})
+        return super().generate(embeddings, mask, **options)
+
+
+class Recording(InputStore):
+    """A store that remembers which images were read."""
+
+    def __init__(self, family, images):
+        super().__init__(family, images)
+        self.read = set()
+
+    def __getitem__(self, index):
+        self.read |= set(index.flatten().tolist())
+        return super().__getitem__(index)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_run, tiny_generator):
+    watched = Watched(**{k: v for k, v in vars(tiny_generator).items() if not k.startswith("_")})
+    object.__setattr__(watched, "asked", [])
+    return Evaluation(
+        generator=watched,
+        config=tiny_run.config.evaluation,
+        dataset=tiny_run.dataset,
+        space=tiny_run.space,
+        zoo=tiny_run.read_zoo("zoo"),
+        direct=tiny_run.read_zoo("direct"),
+        store=tiny_run.store,
+    )
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_run, evaluation):
+    """The report; which images each kind of reading saw; what the generator was asked."""
+    seen = {"scored": set(), "chosen_by": set(), "trained_on": set()}
+    names = {"predict": "scored", "accuracy": "chosen_by", "finetune": "trained_on"}
+
+    def watch(name):
+        original = getattr(tina.evaluation, name)
+
+        def watching(*args, **options):
+            for value in args:
+                for item in value if isinstance(value, list) else [value]:
+                    if isinstance(item, Lesson):
+                        seen[names[name]].update(item.index.tolist())
+            if name == "predict":
+                seen["scored"].update(args[3].tolist())
+            return original(*args, **options)
+
+        return watching
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(tina.evaluation, name, watch(name))
+        report = evaluation.report(checkpoint="c" * 64, commit="unknown", hardware="a machine")
+    return report, seen, list(evaluation.generator.asked)
+
+
+@pytest.fixture(scope="module")
+def report(watched):
+    return watched[0]
+
+
+@pytest.fixture(scope="module")
+def axis(report):
+    return report["axes"][AXIS]
+
+
+# --- schema ---------------------------------------------------------------------------------------
+
+
+def test_report_has_the_keys_of_the_contract(report):
+    head = {"dataset", "family", "checkpoint", "commit", "hardware", "seeds", "generator"}
+    assert head | {"axes", "novelty", "timing"} <= report.keys()
+    assert report["dataset"] == "digits"
+    assert report["family"] == "cnn5k"
+    assert report["commit"] == "unknown"
+    assert report["seeds"] == [0, 1]
+    assert {"parameters", "steps", "schedule"} == report["generator"].keys()
+    assert report["generator"]["parameters"] > 100_000
+    assert report["generator"]["steps"] == 4
+    timing = {"ms_per_model_batch1", "ms_per_model_batch64", "finetune_s_per_model"}
+    assert report["timing"].keys() == timing
+    assert all(value > 0 for value in report["timing"].values())
+
+
+def test_axes_are_measured_or_say_why_not(report):
+    assert report["axes"].keys() == {AXIS, "shifted_combination", "unseen_class"}
+    for name in ("shifted_combination", "unseen_class"):
+        assert report["axes"][name].keys() == {"missing"}
+        assert len(report["axes"][name]["missing"]) > 10
+
+
+def test_axis_has_all_rows(axis):
+    keys = {"tasks", "images_per_class", "methods", "tina_minus", "gap_closed", "gap_closed_ci95"}
+    assert keys <= axis.keys()
+    assert axis["tasks"] == 4
+    assert axis["images_per_class"] == 5
+    assert axis["methods"].keys() == WITHOUT_IMAGES | {"direct_finetuning"}
+    assert axis["tina_minus"].keys() == axis["methods"].keys() - {"tina"}
+    for name, row in axis["methods"].items():
+        low, high = row["ci95"]
+        assert 0 <= low <= row["accuracy"] + 1e-9, name
+        assert row["accuracy"] <= high + 1e-9 <= 1 + 1e-8, name
+        assert 0 <= row["p05"] <= row["accuracy"] + 1e-9, name
+        assert 0 <= row["ece"] <= 1, name
+    for name, row in axis["tina_minus"].items():
+        if name != "direct_finetuning":  # which is measured on fewer tasks
+            difference = axis["methods"]["tina"]["accuracy"] - axis["methods"][name]["accuracy"]
+            assert row["diff"] == pytest.approx(difference)
+        assert row["ci95"][0] <= row["diff"] + 1e-9
+        assert row["diff"] <= row["ci95"][1] + 1e-9
+
+
+def test_chance_is_the_mean_over_tasks(axis, tiny_run):
+    tasks = tiny_run.space.held_out[AXIS]
+    assert axis["chance"] == pytest.approx(sum(1 / t.num_classes for t in tasks) / len(tasks))
+
+
+def test_report_is_json_without_nan(report):
+    text = json.dumps(report, allow_nan=False)
+    assert json.loads(text) == json.loads(json.dumps(report))
+
+
+def test_direct_finetuning_counts_its_own_tasks(axis):
+    assert axis["methods"]["direct_finetuning"]["tasks"] == 2
+
+
+def test_gap_closed_is_a_ratio_on_the_same_tasks(evaluation, axis, tiny_run):
+    tasks = [t for t in tiny_run.space.held_out[AXIS] if t.task_id in evaluation.direct.task_ids]
+    assert len(tasks) == 2
+    layout = evaluation.generator.family.layout
+    direct = dict(zip(evaluation.direct.task_ids, evaluation.direct.theta, strict=True))
+    selection = classifier_selection(evaluation.generator)
+
+    def mean(thetas):
+        return sum(s.accuracy for s in evaluation.score(tasks, thetas)) / len(tasks)
+
+    tina = mean(evaluation.generate(tasks))
+    base = mean([[evaluation.generator.theta(*selection(task))] for task in tasks])
+    thetas = []
+    for task in tasks:
+        body, rows = layout(4).split(direct[task.task_id])
+        thetas.append([layout(task.num_classes).join(body, rows[: task.num_classes])])
+    top = mean(thetas)
+    assert axis["methods"]["direct_finetuning"]["accuracy"] == pytest.approx(top)
+    assert axis["gap"]["diff"] == pytest.approx(top - base)
+    assert axis["gap_closed"] == (
+        pytest.approx((tina - base) / (top - base)) if top != base else None
+    )
+
+
+def test_an_axis_without_direct_finetuning_has_no_gap(evaluation):
+    none = evaluation.direct.only("nobody")
+    config = replace(evaluation.config, sampling_steps=(1,), bootstrap=10)
+    report = replace(evaluation, direct=none, config=config).report(hardware="x", commit="x")
+    axis = report["axes"][AXIS]
+    assert axis["methods"].keys() == WITHOUT_IMAGES
+    assert axis["gap_closed"] is None
+    assert axis["gap_closed_ci95"] is None
+    assert "not measured" in markdown(report)
+    assert report["novelty"]["l2_between_two_finetunings"] is None
+    json.dumps(report, allow_nan=False)
+
+
+def test_accuracy_by_steps(report):
+    assert [point["steps"] for point in report["accuracy_by_steps"]] == [1, 4]
+    assert all(0 <= point["accuracy"] <= 1 for point in report["accuracy_by_steps"])
+
+
+def test_novelty_stands_beside_twins(report):
+    novelty = report["novelty"]
+    assert novelty["l2_to_nearest_pmodel"] > 0
+    assert novelty["l2_between_two_finetunings"] > 0
+    for key in ("error_overlap_with_nearest_pmodel", "error_overlap_between_two_finetunings"):
+        assert 0 <= novelty[key] <= 1
+
+
+def test_a_twin_is_the_same_task_with_other_batches(tiny_run):
+    task = tiny_run.space.held_out[AXIS][0]
+    other = twin(task)
+    assert other.class_ids == task.class_ids
+    assert other.task_id != task.task_id
+
+
+# --- controls -------------------------------------------------------------------------------------
+
+
+def test_untrained_is_classifier_selection(axis):
+    rows = axis["methods"]
+    assert rows["untrained"] == rows["classifier_selection"]
+    minus = axis["tina_minus"]
+    assert minus["untrained"] == minus["classifier_selection"]
+
+
+def test_untrained_weights_are_classifier_selections(evaluation, tiny_run):
+    tasks = tiny_run.space.held_out[AXIS]
+    selection = classifier_selection(evaluation.generator)
+    for task, (theta,) in zip(
+        tasks, evaluation.generate(tasks, untrained=True, seeds=1), strict=True
+    ):
+        want = evaluation.generator.theta(*selection(task))
+        torch.testing.assert_close(theta, want, rtol=0, atol=1e-5)
+
+
+def test_the_new_denoiser_says_what_untrained_says(tiny_run, evaluation):
+    """`untrained` replaces the denoiser by zeros; that is what a new one predicts."""
+    start = tiny_run.new_generator()
+    tasks = tiny_run.space.held_out[AXIS]
+    (one,), (other,) = (
+        replace(evaluation, generator=start).generate(tasks[:1], seeds=1),
+        evaluation.generate(tasks[:1], seeds=1, untrained=True),
+    )
+    assert torch.equal(one[0], other[0])
+
+
+def test_swapped_condition_keeps_the_rows_and_changes_the_classes(watched, tiny_run, evaluation):
+    _, _, asked = watched
+    vocabulary = evaluation.generator.vocabulary
+    calls = [call for call in asked if call["conditions"] is not None]
+    assert len(calls) == evaluation.config.seeds
+    tasks = tiny_run.space.held_out[AXIS]
+    for call in calls:
+        for i, task in enumerate(tasks):
+            k = task.num_classes
+            own = vocabulary.embeddings[list(task.class_ids)]
+            assert call["mask"][i].sum() == k
+            assert torch.equal(call["embeddings"][i, :k], own)
+            shown = call["conditions"][i, :k]
+            ids = [int((vocabulary.embeddings == row).all(1).nonzero()) for row in shown]
+            assert len(set(ids)) == k
+            assert tuple(ids) != task.class_ids
+
+
+def test_swapped_condition_never_shows_a_task_its_own(evaluation):
+    """Even to the only task with that many classes."""
+    tasks = [task(0, 1), task(2, 3), task(4, 5, 6, 7)]
+    others = tina.evaluation._other_classes(tasks)
+    for own, other in zip(tasks, others, strict=True):
+        assert len(other) == own.num_classes
+        assert other != own.class_ids
+
+
+def test_shuffled_prompt_permutes_the_tasks_own_names(watched, tiny_run, evaluation):
+    _, _, asked = watched
+    table = evaluation.generator.vocabulary.embeddings
+    tasks = tiny_run.space.held_out[AXIS]
+    found = []
+    for call in asked:
+        if len(call["mask"]) == len(tasks) and call["conditions"] is None:
+            ids = [
+                [int((table == row).all(1).nonzero()) for row in rows[mask]]
+                for rows, mask in zip(call["embeddings"], call["mask"], strict=True)
+            ]
+            if all(sorted(i) == sorted(t.class_ids) for i, t in zip(ids, tasks, strict=True)):
+                found.append([tuple(i) for i in ids])
+    own = [t.class_ids for t in tasks]
+    assert own in found  # tina's own prompts
+    assert any(ids != own for ids in found)
+
+
+def test_uniform_shuffles_fall_to_chance_whatever_the_classifier(evaluation, tiny_run):
+    """Over all orders of the prompt each image is right in exactly one of K."""
+    (task,) = [t for t in tiny_run.space.train if t.num_classes == 3][:1]
+    orders = list(itertools.permutations(task.class_ids))
+    thetas = evaluation.generate([task] * len(orders), names=orders, seeds=1, untrained=True)
+    scores = evaluation.score([task] * len(orders), thetas)
+    assert np.stack([s.hit[0] for s in scores]).mean(0) == pytest.approx(1 / 3, abs=1e-9)
+    assert scores[0].accuracy > 0.8  # the first order is the true one
+
+
+def test_generic_is_scored_over_all_classes(evaluation, axis, tiny_run):
+    """It may name any class it knows; by hand from its logits."""
+    generic, data = evaluation.generator.generic, tiny_run.dataset
+    theta = evaluation.generator.theta(generic.body, generic.rows)
+    means = []
+    for task in tiny_run.space.held_out[AXIS]:
+        index = torch.cat([data.indices("report", (c,))[:5] for c in task.class_ids])
+        logits = evaluation.generator.family.logits(theta, tiny_run.store[index], num_classes=10)
+        means.append(float((logits.argmax(1) == data.labels[index]).float().mean()))
+    assert axis["methods"]["generic"]["accuracy"] == pytest.approx(sum(means) / len(means))
+
+
+def test_a_perfect_classifier_scores_one(evaluation, tiny_run, monkeypatch):
+    labels = tiny_run.dataset.labels
+
+    def know(family, theta, store, index, *, num_classes):
+        rows = {c: k for k, c in enumerate(known.class_ids)}
+        places = torch.tensor([rows[int(c)] for c in labels[index]])
+        return 20.0 * torch.nn.functional.one_hot(places, num_classes).float()
+
+    monkeypatch.setattr(tina.evaluation, "predict", know)
+    for known in tiny_run.space.held_out[AXIS]:
+        (score,) = evaluation.score([known], [[torch.zeros(1)]])
+        assert isinstance(score, Score)
+        assert score.accuracy == 1
+        assert score.hit.shape == (1, 5 * known.num_classes)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_scores_on_report_and_chooses_on_select(watched, tiny_run):
+    _, seen, _ = watched
+    data = tiny_run.dataset
+    partitions = {
+        "scored": "report",
+        "chosen_by": "select",
+        "trained_on": "fit",  # fine-tuning is timed
+    }
+    for kind, partition in partitions.items():
+        assert seen[kind], kind
+        assert seen[kind] <= set(data.indices(partition).tolist()), kind
+
+
+def test_training_and_zoo_never_read_report_images(tiny_run):
+    run = Run(tiny_run.config)  # the same folder, only read; its own store
+    store = Recording(run.family, run.dataset.images)
+    run.__dict__["store"] = store
+    build_rows(
+        run.zoo_tasks("zoo")[-1:],
+        family=run.family,
+        dataset=run.dataset,
+        store=store,
+        generic=run.generic,
+        recipe=run.recipe("zoo"),
+        max_classes=4,
+        stacked=False,
+    )
+    generator = run.new_generator()
+    config = replace(run.config.train, steps=3)
+    train(
+        config,
+        engine=LocalEngine(generator.denoiser, config),
+        source=Source(
+            generator=generator,
+            config=config,
+            zoo=run.read_zoo("zoo").only("train"),
+            space=run.space,
+            dataset=run.dataset,
+            store=store,
+        ),
+        start=Progress.start(generator.denoiser),
+        report=lambda progress, figures: None,
+        validate=run.validator(generator),
+    )
+    partitions = {
+        key: set(run.dataset.indices(key).tolist()) for key in ("fit", "select", "report")
+    }
+    assert not store.read & partitions["report"]
+    assert store.read & partitions["fit"]
+    assert store.read & partitions["select"]
+
+
+# --- baselines ------------------------------------------------------------------------------------
+
+
+def task(*class_ids):
+    names = tuple(f"name {c}" for c in class_ids)
+    return Task(
+        dataset="digits",
+        class_ids=class_ids,
+        class_names=names,
+        split="train",
+        axis="unseen_combination",
+        seed=0,
+    )
+
+
+def make_zoo(generator, models):
+    """A zoo of (class_ids, body, rows)."""
+    layout = generator.family.layout(generator.max_classes)
+    thetas = []
+    for class_ids, body, rows in models:
+        padding = torch.zeros(generator.max_classes - len(class_ids), layout.row_size)
+        thetas.append(layout.join(body, torch.cat([rows, padding])))
+    count = len(models)
+    return Zoo(
+        task_ids=tuple(f"{i:04d}" for i in range(count)),
+        class_ids=tuple(ids for ids, _, _ in models),
+        splits=("train",) * count,
+        theta=torch.stack(thetas),
+        accuracy=torch.ones(count),
+        steps=torch.ones(count),
+    )
+
+
+@pytest.fixture(scope="module")
+def random_zoo(tiny_generator):
+    """P-models of random numbers, on random class sets."""
+    draw = torch.Generator().manual_seed(0)
+    layout = tiny_generator.family.layout(4)
+    models = []
+    for ids in [(3, 1), (5, 1, 7), (1, 3, 9), (2, 6)]:
+        body = torch.randn(layout.body_size, generator=draw)
+        models.append((ids, body, torch.randn(len(ids), layout.row_size, generator=draw)))
+    return models, make_zoo(tiny_generator, models)
+
+
+def test_class_mean_by_hand(tiny_generator, random_zoo):
+    models, zoo = random_zoo
+    body, rows = class_mean(tiny_generator, zoo)(task(1, 5, 8))
+    torch.testing.assert_close(body, sum(m[1] for m in models) / 4)
+    of_one = (models[0][2][1] + models[1][2][1] + models[2][2][0]) / 3
+    torch.testing.assert_close(rows[0], of_one)
+    torch.testing.assert_close(rows[1], models[1][2][0])
+    assert torch.equal(rows[2], tiny_generator.generic.select([8])[0])  # in no p-model
+
+
+def test_nearest_is_the_p_model_itself_for_its_own_classes(tiny_generator, random_zoo):
+    models, zoo = random_zoo
+    predict = nearest_pmodel(tiny_generator, zoo)
+    for class_ids, body, rows in models:
+        order = [*range(1, len(class_ids)), 0]
+        found_body, found_rows = predict(task(*(class_ids[k] for k in order)))
+        assert torch.equal(found_body, body)
+        assert torch.equal(found_rows, rows[order])
+
+
+@pytest.mark.parametrize("larger_first", [True, False])
+def test_nearest_prefers_the_same_set_to_a_larger_one(tiny_generator, random_zoo, larger_first):
+    models, _ = random_zoo
+    pair = [models[2], models[0]] if larger_first else [models[0], models[2]]
+    body, _ = nearest_pmodel(tiny_generator, make_zoo(tiny_generator, pair))(task(3, 1))
+    assert torch.equal(body, models[0][1])
+
+
+def test_nearest_inherits_rows_that_its_p_model_lacks(tiny_generator, random_zoo):
+    models, zoo = random_zoo
+    body, rows = nearest_pmodel(tiny_generator, zoo)(task(6, 2, 4))
+    assert torch.equal(body, models[3][1])
+    assert torch.equal(rows[:2], models[3][2][[1, 0]])
+    assert torch.equal(rows[2], tiny_generator.generic.select([4])[0])
+
+
+@pytest.fixture(scope="module")
+def linear_world(tiny_generator):
+    """A zoo whose residuals are linear in the conditions, and the maps that made it."""
+    draw = torch.Generator().manual_seed(1)
+    layout, vocabulary = tiny_generator.family.layout(4), tiny_generator.vocabulary
+    conditions = vocabulary.condition(vocabulary.embeddings)
+    width = conditions.shape[1]
+    body_map = torch.randn(width, layout.body_size, generator=draw) / width
+    row_map = torch.randn(2 * width, layout.row_size, generator=draw) / width
+
+    def truth(class_ids):
+        own = conditions[list(class_ids)]
+        mean = own.mean(0)
+        body = tiny_generator.generic.body + mean @ body_map
+        rows = tiny_generator.generic.select(class_ids)
+        return body, rows + torch.cat([own, mean.expand_as(own)], 1) @ row_map
+
+    sets = list(itertools.combinations(range(10), 3))[::2]
+    zoo = make_zoo(tiny_generator, [(ids, *truth(ids)) for ids in sets])
+    return zoo, truth
+
+
+def error(found, want, base):
+    """Error relative to how far the truth lies from classifier selection."""
+    return max(
+        float((f - w).norm() / (w - b).norm()) for f, w, b in zip(found, want, base, strict=True)
+    )
+
+
+def test_ridge_recovers_a_linear_map_on_new_sets(tiny_generator, linear_world):
+    zoo, truth = linear_world
+    predict = ridge(tiny_generator, zoo, penalty=1e-4)
+    selection = classifier_selection(tiny_generator)
+    new = [*list(itertools.combinations(range(10), 3))[1::14], (9, 0), (7, 2, 4, 6)]
+    for ids in new:
+        assert ids not in zoo.class_ids
+        assert error(predict(task(*ids)), truth(ids), selection(task(*ids))) < 0.05
+
+
+def test_a_large_penalty_leaves_classifier_selection(tiny_generator, linear_world):
+    zoo, _ = linear_world
+    found = ridge(tiny_generator, zoo, penalty=1e6)(task(4, 0))
+    for value, want in zip(found, classifier_selection(tiny_generator)(task(4, 0)), strict=True):
+        torch.testing.assert_close(value, want, rtol=0, atol=1e-3)
+
+
+def test_ridge_is_the_textbook_solution(tiny_generator, linear_world):
+    """The dual form that is used against the primal one, in float64."""
+    zoo, _ = linear_world
+    vocabulary = tiny_generator.vocabulary
+    conditions = vocabulary.condition(vocabulary.embeddings)
+    means = torch.stack([conditions[list(ids)].mean(0) for ids in zoo.class_ids]).double()
+    x = torch.cat([means, torch.ones(len(means), 1)], 1)
+    layout = tiny_generator.family.layout(4)
+    y = (layout.split(zoo.theta)[0] - tiny_generator.generic.body).double()
+    scale = 0.1 * (x @ x.T).diagonal().mean()
+    primal = torch.linalg.solve(x.T @ x + scale * torch.eye(x.shape[1]), x.T @ y)
+    found, _ = ridge(tiny_generator, zoo, penalty=0.1)(task(4, 0))
+    own = torch.cat([conditions[[4, 0]].mean(0).double(), torch.ones(1)])
+    want = tiny_generator.generic.body + own @ primal
+    torch.testing.assert_close(found.double(), want, rtol=0, atol=1e-4)
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def test_markdown_has_every_method_and_only_measured_axes(report):
+    text = markdown(report)
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["method", *ORDER]
+    assert set(ORDER) == report["axes"][AXIS]["methods"].keys()
+    assert "unseen combination: 4 tasks, 5 report images per class" in text
+    assert "shifted" not in text
+    accuracy = report["axes"][AXIS]["methods"]["tina"]["accuracy"]
+    assert f"| tina | {100 * accuracy:.1f} |" in text
+
+
+def test_print_report(report, capsys):
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ORDER)
+    assert "shifted combination: not measured, data set has no superclasses" in printed
+
+
+@pytest.mark.parametrize("determined", [True, False])
+def test_plots(report, tmp_path, determined):
+    report = json.loads(json.dumps(report))
+    axis = report["axes"][AXIS]
+    axis["gap_closed"], axis["gap_closed_ci95"] = (0.4, [0.1, 0.6]) if determined else (0.4, None)
+    files = plot_report(report, tmp_path / "plots")
+    assert [file.name for file in files] == ["accuracy.png", "gap_closed.png", "steps.png"]
+    assert sorted(tmp_path.rglob("*.*")) == sorted(files)
+    for file in files:
+        content = file.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(content) > 5000
+
+
+@pytest.mark.parametrize(
+    ("gap_closed", "interval", "words"),
+    [
+        (0.4, [0.1, 0.6], "gap closed 0.40 (0.10 to 0.60, 2 tasks)"),
+        (0.4, None, "gap closed: undetermined"),
+        (None, None, "gap closed: not measured"),
+    ],
+)
+def test_the_gap_in_words(report, gap_closed, interval, words):
+    report = json.loads(json.dumps(report))
+    axis = report["axes"][AXIS]
+    axis |= {"gap_closed": gap_closed, "gap_closed_ci95": interval}
+    assert words in markdown(report)
+    assert math.isfinite(axis["chance"])

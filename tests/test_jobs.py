@@ -1,0 +1,395 @@
+"""Jobs: configuration and exit codes without Ray; the whole way, and its resumption, with it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from ray_jobs.job import run_job
+from tina.checkpoint import check_manifest, load_generator
+from tina.config import JobConfig
+from tina.configio import config_from_dict, config_to_dict
+from tina.errors import ConfigError, DataError
+from tina.run import Run
+
+ROOT = Path(__file__).parents[1]
+
+
+def short_config(storage, **changes):
+    """A run that takes seconds, Ray aside; its numbers mean nothing."""
+    short = {"steps": 20, "batch_size": 16, "lr": 3e-3}
+    values = {
+        "name": "short",
+        "storage": str(storage),
+        "data": {"name": "digits"},
+        "tasks": {"min_classes": 2, "max_classes": 4, "train": 8, "val": 2, "held_out": 4},
+        "classifier": {
+            "family": "cnn5k",
+            "generic": {"steps": 40, "batch_size": 32, "lr": 1e-2},
+            "finetune": short,
+            "direct": short,
+        },
+        "denoiser": {"width": 32, "depth": 2, "heads": 2},
+        "diffusion": {"timesteps": 100, "sampling_steps": 4},
+        "train": {
+            "steps": 12,
+            "zoo_batch": 4,
+            "fresh_tasks": 2,
+            "images_per_task": 16,
+            "validate_every": 6,
+            "checkpoint_every": 4,
+        },
+        "evaluation": {
+            "direct_tasks": 2,
+            "seeds": 2,
+            "bootstrap": 50,
+            "images_per_class": 5,
+            "sampling_steps": [1, 4],
+        },
+        "cluster": {"zoo_workers": 1, "train_workers": 2, "train_cpus": 0.5},
+    }
+    for key, change in changes.items():
+        values[key] |= change
+    return values
+
+
+def start(work, argv):
+    return run_job(work, argv, name="build_zoo", about="A job.")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(short_config(tmp_path / "runs")))
+    return file
+
+
+def never(run):
+    raise AssertionError("the work was started")
+
+
+# --- without Ray ----------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_a_configuration_that_reads_back(config_file, tmp_path, capsys):
+    assert start(never, ["--config", str(config_file), "--train.lr", "2e-4", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    config = config_from_dict(JobConfig, yaml.safe_load(printed.out))
+    values = short_config(tmp_path / "runs")
+    values["train"]["lr"] = 2e-4
+    assert config == config_from_dict(JobConfig, values)
+    assert printed.err == ""
+    assert not (tmp_path / "runs").exists()  # it was dry
+
+
+def test_printed_configuration_works_as_a_file(config_file, tmp_path, capsys):
+    start(never, ["--config", str(config_file), "--dry-run"])
+    once = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(once)
+    start(never, ["--config", str(tmp_path / "again.yaml"), "--dry-run"])
+    assert capsys.readouterr().out == once
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--train.learning_rate", "1"], "train.lr"),  # the valid keys are listed
+        (["--train.lr", "fast"], "train.lr"),
+        (["--train.lr", "-1"], "TrainConfig.lr must be above 0"),
+        (["--storage", "runs"], "storage must be an absolute path"),
+        (["--name", "../other"], "name must be a plain folder name"),
+        (["--cluster.train_workers", "3"], "train.zoo_batch must be a multiple"),
+        (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+        (["--data.name", "no such data"], "no such data"),
+    ],
+)
+def test_bad_configuration_ends_with_2_and_one_line(config_file, capsys, flags, words):
+    def work(run):
+        assert run.dataset  # so that an unknown data set is met
+        never(run)
+
+    assert start(work, ["--config", str(config_file), *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
+
+
+def test_unknown_key_in_the_file_ends_with_2(config_file, tmp_path, capsys):
+    values = short_config(tmp_path) | {"colour": "red"}
+    config_file.write_text(yaml.safe_dump(values))
+    assert start(never, ["--config", str(config_file)]) == 2
+    printed = capsys.readouterr().err
+    assert "colour" in printed
+    assert "train.lr" in printed
+    assert printed.count("\n") == 1
+
+
+def test_missing_name_and_storage(capsys):
+    assert start(never, []) == 2
+    assert "name" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as left:
+        start(never, ["--help"])
+    assert left.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "python -m ray_jobs.build_zoo --config configs/quickstart.yaml" in printed
+    assert "--train.lr" in printed
+
+
+def test_work_is_given_the_run_and_its_folder_keeps_the_configuration(config_file, tmp_path):
+    runs = []
+    assert start(runs.append, ["--config", str(config_file)]) == 0
+    (run,) = runs
+    assert run.folder == tmp_path / "runs" / "short"
+    kept = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert config_from_dict(JobConfig, kept) == run.config
+    assert Run.open(run.folder).config == run.config
+
+
+def test_an_error_of_the_users_ends_with_2(config_file, capsys):
+    def work(run):
+        raise DataError("the zoo is spoilt")
+
+    assert start(work, ["--config", str(config_file)]) == 2
+    assert capsys.readouterr().err == "error: the zoo is spoilt\n"
+
+
+def test_an_error_of_ours_is_not_hidden(config_file):
+    def work(run):
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        start(work, ["--config", str(config_file)])
+
+
+def test_a_module_runs_as_it_is_submitted(config_file):
+    command = [sys.executable, "-m", "ray_jobs.quickstart", "--config", str(config_file)]
+    done = subprocess.run(
+        [*command, "--storage", "here"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: storage must be an absolute path")
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    run = Run(config_from_dict(JobConfig, short_config(tmp_path)))
+    run.claim()
+    return run
+
+
+def test_the_same_configuration_may_go_on(claimed):
+    Run(claimed.config).claim()
+    assert Run.open(claimed.folder).config == claimed.config
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("train", {"steps": 13}),
+        ("tasks", {"train": 9}),
+        ("classifier", {"seed": 1}),
+        ("denoiser", {"width": 64}),
+        ("diffusion", {"schedule": "linear"}),
+        ("data", {"seed": 1}),
+        ("prompt", {"template": "a {}"}),
+    ],
+)
+def test_another_configuration_is_refused(claimed, section, change):
+    before = (claimed.folder / "config.yaml").read_bytes()
+    part = replace(getattr(claimed.config, section), **change)
+    other = Run(replace(claimed.config, **{section: part}))
+    with pytest.raises(ConfigError, match=rf"with another {section}: choose another name"):
+        other.claim()
+    assert (claimed.folder / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [("evaluation", {"seeds": 5}), ("cluster", {"zoo_workers": 7})],
+)
+def test_another_evaluation_or_cluster_may_go_on(claimed, section, change):
+    part = replace(getattr(claimed.config, section), **change)
+    other = Run(replace(claimed.config, **{section: part}))
+    other.claim()
+    assert Run.open(claimed.folder).config == other.config
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        Run.open(tmp_path)
+
+
+def test_a_run_may_be_moved(claimed, tmp_path):
+    shutil.copytree(claimed.folder, tmp_path / "elsewhere" / "short")
+    moved = Run(replace(claimed.config, storage=str(tmp_path / "elsewhere")))
+    moved.claim()
+    assert Run.open(moved.folder).config.storage == str(tmp_path / "elsewhere")
+
+
+def test_configurations_survive_their_dictionary(claimed):
+    assert config_from_dict(JobConfig, config_to_dict(claimed.config)) == claimed.config
+
+
+# --- with Ray -------------------------------------------------------------------------------------
+
+
+def environment():
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = os.environ | {"PATH": tools, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    found |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    found.pop("RAY_ADDRESS", None)  # a cluster of its own, that ends with it
+    return found
+
+
+def quickstart(config_file, log):
+    """Start the job in a session of its own."""
+    command = [sys.executable, "-m", "ray_jobs.quickstart", "--config", str(config_file)]
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def end(processes):
+    """Kill what is left of processes that this test started."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+
+
+def finish(config_file, log, *, timeout):
+    """Run the job to its end; what it printed. It may leave no process behind."""
+    process = quickstart(config_file, log)
+    family = {}
+    try:
+        limit = time.monotonic() + timeout
+        while process.poll() is None:
+            assert time.monotonic() < limit, log.read_text()[-3000:]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family |= {p.pid: p for p in psutil.Process(process.pid).children(recursive=True)}
+            time.sleep(0.2)
+        _, left = psutil.wait_procs(family.values(), timeout=20)
+    finally:
+        end([*family.values()])
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, log.read_text()[-3000:]
+    assert not [p for p in left if p.is_running()], left
+    return log.read_text()
+
+
+def stamps(folder):
+    return {
+        str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()
+    }
+
+
+@pytest.mark.ray
+def test_from_images_to_a_report(tmp_path):
+    file, storage = tmp_path / "config.yaml", tmp_path / "runs"
+    file.write_text(yaml.safe_dump(short_config(storage)))
+    printed = finish(file, tmp_path / "first.log", timeout=400)
+    assert "tina_shuffled_prompt" in printed
+
+    run = Run.open(storage / "short")
+    report = json.loads(run.report_file.read_text())
+    assert {"dataset", "family", "checkpoint", "commit", "hardware", "axes"} <= report.keys()
+    assert report["axes"]["unseen_combination"]["methods"]["direct_finetuning"]["tasks"] == 2
+    assert report["commit"] != ""
+    assert {f.name for f in (run.folder / "plots").iterdir()} == {
+        "accuracy.png",
+        "gap_closed.png",
+        "steps.png",
+    }
+    zoo = run.read_zoo("zoo")
+    assert set(zoo.task_ids) == {task.task_id for task in run.zoo_tasks("zoo")}
+    direct = run.read_zoo("direct")
+    assert set(direct.task_ids) == {task.task_id for task in run.zoo_tasks("direct")}
+    assert direct.only("held_out").task_ids == direct.task_ids
+    check_manifest(run.checkpoint)
+    assert load_generator(run.checkpoint).config == run.config.generator
+    assert "| tina |" in (run.checkpoint / "README.md").read_text()
+
+    # again: all of it is there, nothing is made anew
+    before = stamps(run.folder)
+    begin = time.monotonic()
+    again = finish(file, tmp_path / "second.log", timeout=100)
+    assert time.monotonic() - begin < 60
+    after = stamps(run.folder)
+    config = "config.yaml"  # claimed again, with the same content
+    assert {k: v for k, v in after.items() if k != config} == {
+        k: v for k, v in before.items() if k != config
+    }
+    assert "tina_shuffled_prompt" in again
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_job_ends_as_an_undisturbed_one(tmp_path):
+    """SIGKILL to the job in the middle of training; the same command again; the same bytes."""
+    steps = {"train": {"steps": 120, "checkpoint_every": 10, "validate_every": 30}}
+    files = {}
+    for name in ("whole", "killed"):
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(short_config(tmp_path / name, **steps)))
+    finish(files["whole"], tmp_path / "whole.log", timeout=600)
+
+    log, training = tmp_path / "killed.log", tmp_path / "killed" / "short" / "train"
+    process = quickstart(files["killed"], log)
+    family = {}
+    try:
+        limit = time.monotonic() + 400
+        # the second state: then Ray Train has certainly recorded the first
+        while len(list(training.glob("checkpoint_*"))) < 2:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < limit, log.read_text()[-3000:]
+            children = psutil.Process(process.pid).children(recursive=True)
+            family |= {child.pid: child for child in children}
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        family |= {child.pid: child for child in children}
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finally:
+        end([*family.values()])
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == -signal.SIGKILL
+    run = Run.open(tmp_path / "killed" / "short")
+    assert not run.checkpoint.exists()
+    assert not run.report_file.exists(), "training was over"
+    reached = {folder.name for folder in training.glob("checkpoint_*")}
+    zoo = stamps(run.folder / "zoo")
+
+    finish(files["killed"], tmp_path / "resumed.log", timeout=600)
+    assert stamps(run.folder / "zoo") == zoo
+    assert reached.isdisjoint({folder.name for folder in training.glob("checkpoint_*")})
+    for name in ("model.safetensors", "codec.safetensors", "config.json"):
+        undisturbed = (tmp_path / "whole" / "short" / "checkpoint" / name).read_bytes()
+        assert (run.checkpoint / name).read_bytes() == undisturbed, name

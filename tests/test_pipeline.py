@@ -1,0 +1,420 @@
+"""The pipeline: forms of prompts, seeds and batches, pictures, files and graphs."""
+
+import json
+from dataclasses import replace
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tina.checkpoint import check_manifest
+from tina.config import PromptConfig
+from tina.encoders import EmbeddingSpace
+from tina.errors import CheckpointError, ConfigError, NonFiniteError, PromptError
+from tina.pipeline import GeneratedModel, TinaPipeline, load_classifier
+
+TASK = ["zero", "seven", "four"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    pipe = TinaPipeline.from_pretrained(tiny_checkpoint)
+    # a dozen steps leave outputs near zero: larger ones, and prompts and seeds show
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in pipe.generator.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pictures(tiny_run):
+    """`fit` pictures of a class, (N, 1, 8, 8) in [0, 1]."""
+    data = tiny_run.dataset
+
+    def of(class_id, start=0, count=12):
+        index = data.indices("fit", (class_id,))[start : start + count]
+        return data.images[index].float() / 255
+
+    return of
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+# --- forms of a prompt ----------------------------------------------------------------------------
+
+
+def test_a_list_of_names_is_one_task(pipe):
+    model = pipe(TASK, seed=3, num_inference_steps=2)
+    assert isinstance(model, GeneratedModel)
+    assert model.class_names == tuple(TASK)
+    assert (model.seed, model.steps) == (3, 2)
+    assert model.theta.shape == (model.family.layout(3).size,)
+    assert model.classifier(torch.rand(5, 1, 8, 8)).shape == (5, 3)
+
+
+def test_default_number_of_steps_is_the_checkpoints(pipe):
+    assert pipe(TASK).steps == pipe.generator.config.diffusion.sampling_steps
+    assert torch.equal(pipe(TASK).theta, pipe(TASK, num_inference_steps=4).theta)
+    assert not torch.equal(pipe(TASK).theta, pipe(TASK, num_inference_steps=1).theta)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["zero, seven and four", "zero or Seven; FOUR", "zero,seven,and four", " zero\nseven\nfour "],
+)
+def test_a_sentence_is_split(pipe, sentence):
+    model = pipe(sentence)
+    assert [name.lower() for name in model.class_names] == TASK
+    assert torch.equal(model.theta, pipe(TASK).theta)
+
+
+def test_a_batch_is_a_list_in_its_order(pipe):
+    tasks = [["one", "two"], ["nine", "three", "five", "six"], ["two", "one"]]
+    models = pipe(tasks, seed=[5, 6, 7])
+    assert isinstance(models, list)
+    assert [list(model.class_names) for model in models] == tasks
+    assert [model.seed for model in models] == [5, 6, 7]
+    assert isinstance(pipe([["one", "two"]]), list)
+    assert isinstance(pipe((("one", "two"), ("one", "three"))), list)
+
+
+def test_guidance_of_one_is_none(pipe):
+    plain = pipe(TASK).theta
+    assert torch.equal(pipe(TASK, guidance_scale=1.0).theta, plain)
+    assert not torch.equal(pipe(TASK, guidance_scale=3.0).theta, plain)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (None, {}, "a prompt is needed"),
+        ("", {}, "at least 2 classes, got 0"),
+        ("zero", {}, "at least 2 classes, got 1"),
+        ([], {}, "at least 2 classes, got 0"),
+        (["zero"], {}, "at least 2 classes, got 1"),
+        (["zero", " "], {}, "empty"),
+        (["zero", "Zero"], {}, "twice: zero"),
+        (["zero", "a" * 1001], {}, "1001 characters"),
+        (["a", "b", "c", "d", "e"], {}, "at most 4 classes, got 5"),
+        ([["zero", "one"], ["two"]], {}, "at least 2 classes, got 1"),
+        ([["zero", "one"], []], {}, "at least 2 classes, got 0"),
+        ([["zero", "one"], "two"], {}, "not a mixture"),
+        (TASK, {"seed": [1, 2]}, "1 tasks need as many seeds, got 2"),
+        ([TASK, TASK], {"seed": [1]}, "2 tasks need as many seeds, got 1"),
+        (TASK, {"descriptions": ["round", "slim"]}, "3 classes need as many descriptions, got 2"),
+        (TASK, {"descriptions": ["round", "slim", "slim"]}, "twice: slim"),
+        (TASK, {"descriptions": ["round", "slim", ""]}, "empty"),
+        ([TASK], {"descriptions": ["a", "b", "c"]}, "not with a batch"),
+        ([TASK], {"images": [torch.rand(1, 1, 8, 8)] * 3}, "not with a batch"),
+        (None, {"images": []}, "at least 2 classes, got 0"),
+        (None, {"images": [torch.rand(1, 1, 8, 8)] * 5}, "at most 4 classes, got 5"),
+        (None, {"images": [torch.rand(1, 8, 8)] * 2}, r"must be \(N, C, H, W\)"),
+        (None, {"images": [torch.rand(0, 1, 8, 8)] * 2}, r"got \(0, 1, 8, 8\)"),
+        (None, {"images": [torch.rand(1, 3, 8, 8)] * 2}, "C = 1"),
+        (TASK, {"images": [torch.rand(1, 1, 8, 8)] * 2}, "3 classes .* got 2"),
+        (["a", "b"], {"images": [torch.rand(1, 1, 8, 8)] * 3}, "2 classes .* got 3"),
+    ],
+)
+def test_prompts_that_name_no_task(pipe, prompt, options, message):
+    with pytest.raises(PromptError, match=message) as refused:
+        pipe(prompt, **options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 101])
+def test_steps_out_of_range(pipe, steps):
+    with pytest.raises(ConfigError, match=rf"1\.\.100, got {steps}"):
+        pipe(TASK, num_inference_steps=steps)
+
+
+def test_weights_that_are_not_finite_are_not_returned(tiny_checkpoint):
+    pipe = TinaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.generator.denoiser.row_out.bias.fill_(torch.inf)
+    with pytest.raises(NonFiniteError, match="nothing is returned"):
+        pipe(TASK)
+
+
+# --- seeds and batches ----------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_the_same_bits(pipe, tiny_checkpoint):
+    assert torch.equal(pipe(TASK, seed=11).theta, pipe(TASK, seed=11).theta)
+    assert not torch.equal(pipe(TASK, seed=11).theta, pipe(TASK, seed=12).theta)
+    one, other = (TinaPipeline.from_pretrained(tiny_checkpoint)(TASK, seed=11) for _ in range(2))
+    assert torch.equal(one.theta, other.theta)
+    batches = [[model.theta for model in pipe([TASK] * 8, seed=range(8))] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_a_seed_means_the_same_in_a_batch_of_64(pipe):
+    models = pipe([TASK] * 64, seed=list(range(64)))
+    for seed in (0, 1, 31, 63):
+        close(models[seed].theta, pipe(TASK, seed=seed).theta)
+    assert (models[0].theta - models[1].theta).abs().max() > 1e-3
+
+
+def test_mixed_numbers_of_classes_do_not_disturb_each_other(pipe):
+    tasks = [["one", "two"], ["nine", "three", "five", "six"], TASK]
+    for model, task in zip(pipe(tasks, seed=9), tasks, strict=True):
+        alone = pipe(task, seed=9)
+        assert model.theta.shape == alone.theta.shape
+        close(model.theta, alone.theta)
+        assert model.familiarity == pytest.approx(alone.familiarity, abs=1e-6)
+
+
+def test_an_ancestral_sampler_keeps_to_its_seeds(pipe):
+    generator = pipe.generator
+    diffusion = replace(generator.config.diffusion, sampler="ddpm")
+    config = replace(generator.config, diffusion=diffusion)
+    other = TinaPipeline(replace(generator, config=config), checkpoint="x")
+    models = other([TASK] * 5, seed=[4, 5, 6, 7, 8])
+    close(models[2].theta, other(TASK, seed=6).theta)
+    assert not torch.equal(models[2].theta, models[3].theta)
+
+
+def test_the_prompt_counts(pipe):
+    """Other classes, other weights; the same in another order, the same rows in that order."""
+    layout = pipe.generator.family.layout(3)
+    _, rows = layout.split(pipe(TASK).theta)
+    _, others = layout.split(pipe(["zero", "seven", "five"]).theta)
+    assert (rows[2] - others[2]).abs().max() > 0.01
+
+
+# --- names, descriptions, familiarity -------------------------------------------------------------
+
+
+def test_familiarity_of_known_names_is_one(pipe):
+    model = pipe(["Zero", "NINE", "five"])
+    assert model.familiarity == pytest.approx((1, 1, 1), abs=1e-6)
+
+
+def test_familiarity_lies_between_0_and_1(pipe):
+    names = ["zero", "zeroes", "a wholly different thing", "xylophone"]
+    found = pipe(names).familiarity
+    assert all(0 <= value <= 1 for value in found)
+    assert found[0] == pytest.approx(1, abs=1e-6)
+    assert 0.3 < found[1] < 1
+    assert max(found[2:]) < found[1]
+
+
+def test_known_names_need_no_encoder(tiny_checkpoint, monkeypatch):
+    def refuse(config):
+        raise AssertionError("an encoder was built")
+
+    monkeypatch.setattr("tina.pipeline.build_encoder", refuse)
+    pipe = TinaPipeline.from_pretrained(tiny_checkpoint)
+    pipe(["zero", "One", " two "])
+    with pytest.raises(AssertionError, match="an encoder was built"):
+        pipe(["zero", "something else"])
+
+
+def test_known_and_new_names_keep_their_places(pipe):
+    names = ["otter", "seven", "maple tree", "one"]
+    found = pipe.embed_names(names)
+    for row, name in zip(found, names, strict=True):
+        close(row, pipe.encoder.encode_text([name])[0])
+    assert pipe(names).class_names == tuple(names)
+
+
+def test_descriptions_take_the_place_of_names(pipe):
+    described = pipe(["a", "b", "c"], descriptions=TASK)
+    assert described.class_names == ("a", "b", "c")
+    close(described.theta, pipe(TASK).theta)
+    other = pipe(["a", "b", "c"], descriptions=["a round ring", "two slim strokes", "a chair"])
+    assert not torch.allclose(other.theta, described.theta, atol=1e-3)
+
+
+def test_descriptions_win_over_known_names(pipe):
+    swapped = pipe(["zero", "one"], descriptions=["one", "zero"])
+    close(swapped.theta, pipe(["one", "zero"]).theta)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_instead_of_names(pipe, pictures):
+    shots = [pictures(c) for c in (3, 8)]
+    model = pipe(images=shots, seed=4)
+    assert model.class_names == ("class 1", "class 2")
+    assert model.classifier(torch.rand(2, 1, 8, 8)).shape == (2, 2)
+    assert all(0 <= value <= 1 for value in model.familiarity)
+    assert torch.equal(pipe(images=shots, seed=4).theta, model.theta)
+    assert not torch.equal(pipe(images=shots[::-1], seed=4).theta, model.theta)
+
+
+def test_names_only_label_pictures(pipe, pictures):
+    shots = [pictures(c) for c in (3, 8)]
+    named = pipe(["eight", "a thing"], images=shots)
+    assert named.class_names == ("eight", "a thing")
+    assert torch.equal(named.theta, pipe(images=shots).theta)
+
+
+def test_pictures_of_any_size_and_number(pipe, pictures):
+    shots = [torch.rand(1, 1, 30, 17), pictures(8)]
+    assert pipe(images=shots).theta.isfinite().all()
+
+
+def test_pictures_lie_near_their_names(pipe, pictures):
+    """For most classes, nearer to the own name than the names are on average."""
+    names = pipe.generator.vocabulary.embeddings
+    found = pipe.embed_images([pictures(c) for c in range(10)])
+    close(found.norm(dim=1), torch.ones(10))
+    similar = found @ names.T
+    own = similar.diagonal()
+    others = (similar.sum(1) - own) / 9
+    assert (own > others).sum() >= 8
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_saved_classifier_gives_the_same_bits(pipe, tiny_checkpoint, tmp_path):
+    model = pipe(TASK, seed=2)
+    model.save(tmp_path / "mine.safetensors")
+    again = load_classifier(tmp_path / "mine.safetensors")
+    images = torch.rand(4, 1, 11, 9)
+    assert torch.equal(again(images), model.classifier(images))
+    assert again.class_names == tuple(TASK)
+    assert not again.training
+
+    with safe_open(tmp_path / "mine.safetensors", "pt") as stream:
+        metadata = stream.metadata()
+    assert metadata == {
+        "format": "tina-classifier-1",
+        "family": "cnn5k",
+        "class_names": json.dumps(TASK),
+        "input_shape": "[1, 8, 8]",
+        "checkpoint_sha256": check_manifest(tiny_checkpoint),
+        "seed": "2",
+        "steps": "4",
+    }
+
+
+def test_classifier_is_fit_for_photographs(pipe):
+    """Any size; what it does inside is resize, normalise, run the network."""
+    model = pipe(TASK)
+    family, images = model.family, torch.rand(3, 1, 8, 8)
+    want = family.logits(model.theta, images * 2 - 1, num_classes=3)
+    close(model.classifier(images), want)
+    large = torch.rand(3, 1, 21, 34)
+    small = F.interpolate(large, size=(8, 8), mode="bilinear", antialias=True)
+    want = family.logits(model.theta, small * 2 - 1, num_classes=3)
+    close(model.classifier(large), want)
+
+
+def test_class_names_survive_unicode(pipe, tmp_path):
+    names = ['a "quoted" name', "Füchse, viele", "狐"]
+    pipe(names).save(tmp_path / "m.safetensors")
+    assert load_classifier(tmp_path / "m.safetensors").class_names == tuple(names)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "garbage", "foreign", "layout", "classes", "nan"])
+def test_files_that_are_no_classifier(pipe, tmp_path, spoil):
+    file = tmp_path / "m.safetensors"
+    pipe(TASK).save(file)
+    with safe_open(file, "pt") as stream:
+        metadata = stream.metadata()
+    tensors, error = load_file(file), CheckpointError
+    match spoil:
+        case "missing":
+            file.unlink()
+        case "garbage":
+            file.write_bytes(b"garbage")
+        case "foreign":
+            save_file(tensors, file)
+        case "layout":
+            tensors["fc.weight"] = torch.zeros(3, 5)
+            save_file(tensors, file, metadata)
+        case "classes":
+            save_file(tensors, file, metadata | {"class_names": '["one", "two"]'})
+        case "nan":
+            tensors["fc.bias"][0] = torch.nan
+            save_file(tensors, file, metadata)
+            error = NonFiniteError
+    with pytest.raises(error):
+        load_classifier(file)
+
+
+def test_checkpoint_round_trip_through_the_pipeline(tiny_checkpoint, tmp_path):
+    pipe = TinaPipeline.from_pretrained(str(tiny_checkpoint))
+    pipe.save_pretrained(tmp_path / "again", card="Mine.\n")
+    again = TinaPipeline.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(TASK).theta, pipe(TASK).theta)
+    assert (tmp_path / "again" / "README.md").read_text() == "Mine.\n"
+    assert again.checkpoint != pipe.checkpoint  # the card is part of a checkpoint
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "/no/such/folder", "./missing/one", "a/b/c", "not a name!/bad name!"]
+)
+def test_names_of_no_checkpoint(name, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    with pytest.raises(CheckpointError) as refused:
+        TinaPipeline.from_pretrained(name)
+    assert name in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_another_embedding_space_is_refused(pipe):
+    generator = pipe.generator
+    vocabulary = replace(
+        generator.vocabulary, space=EmbeddingSpace(model="other", dim=256, template="{}")
+    )
+    other = TinaPipeline(replace(generator, vocabulary=vocabulary), checkpoint="x")
+    other(TASK)  # known names need no encoder
+    with pytest.raises(ConfigError, match=r"hash-ngram-v1.*was trained in.*other"):
+        other(["zero", "an otter"])
+
+
+def test_another_encoder_is_refused(pipe):
+    config = replace(pipe.generator.config, prompt=PromptConfig(encoder="sentence"))
+    other = TinaPipeline(replace(pipe.generator, config=config), checkpoint="x")
+    with pytest.raises(ConfigError, match=r"minilm-l6-v2.*was trained in.*hash-ngram-v1"):
+        other(["zero", "an otter"])
+
+
+# --- ONNX -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(pipe, tmp_path_factory):
+    model, file = pipe(TASK, seed=1), tmp_path_factory.mktemp("onnx") / "mine.onnx"
+    model.export_onnx(file)
+    return model, file
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (40, 33)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnx_equals_torch(exported, size, batch):
+    model, file = exported
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    images = torch.rand(batch, 1, *size, generator=torch.Generator().manual_seed(batch))
+    (found,) = session.run(["logits"], {"images": images.numpy()})
+    want = model.classifier(images)
+    torch.testing.assert_close(torch.from_numpy(found), want, rtol=0, atol=1e-4)
+    assert want.std() > 0.05  # or the comparison would say nothing
+
+
+def test_onnx_says_what_it_is(exported):
+    _, file = exported
+    graph = onnx.load(str(file))
+    onnx.checker.check_model(graph)
+    assert {p.key: p.value for p in graph.metadata_props}["class_names"] == json.dumps(TASK)
+    (opset,) = [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")]
+    assert opset == 18
+    assert [i.name for i in graph.graph.input] == ["images"]
+    assert [o.name for o in graph.graph.output] == ["logits"]
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    assert [bool(d.dim_param) for d in dims] == [True, False, True, True]
+    assert dims[1].dim_value == 1
+    assert [f.name for f in file.parent.iterdir()] == ["mine.onnx"]  # weights are inside
