@@ -39,7 +39,7 @@ def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, abou
         run = Run(config)
         run.claim()
         work(run)
-    except TinaError as error:
+    except (TinaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

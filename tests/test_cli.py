@@ -171,7 +171,6 @@ def test_the_seed_decides(tina, workplace):
     assert (a - c).abs().max() > 0
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors writes metadata in random order")
 def test_the_same_command_writes_the_same_bytes(tina, workplace):
     for name in "abcd":
         tina("generate", "three or eight", "--out", f"{name}.safetensors")

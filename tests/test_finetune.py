@@ -230,6 +230,15 @@ def test_weight_decay_shrinks(cnn, digits):
 
 
 @WAYS
+def test_the_learning_rate_is_annealed(cnn, digits, stacked):
+    # Adam moves a weight whose gradient stays by the learning rate: here 1 and then 1/2 of the peak
+    before = initial_theta(cnn[0], 3, seed=0)
+    recipe = RecipeConfig(steps=2, batch_size=64, lr=1e-3)
+    after = train_one(cnn, digits, (7, 2, 5), recipe, stacked=stacked)
+    assert float((after - before).abs().max()) == pytest.approx(1.5e-3, rel=1e-2)
+
+
+@WAYS
 def test_divergence_is_an_error(cnn, digits, stacked):
     recipe = dataclasses.replace(SHORT, lr=1e20)
     with pytest.raises(NonFiniteError, match=r"diverged on classes \(7, 2, 5\)"):

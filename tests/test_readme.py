@@ -56,7 +56,9 @@ def test_command_lines_run(
         assert main(words[1:]) == 0, words
 
 
-def test_job_lines_parse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_lines_parse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     for words in lines("python -m ray_jobs.quickstart"):
         argv = [word.replace("$PWD", str(ROOT)) for word in words[3:]]

@@ -372,7 +372,7 @@ class Answer:
 
     def __call__(self, x, t, cond, mask, drop=None):
         self.calls.append({"x": x, "t": t, "cond": cond, "mask": mask, "drop": drop})
-        # the first call of a step asks for the fresh tasks alone
+        # the first call of a step asks for fresh tasks alone
         return self.answer[-len(x) :]
 
 
@@ -469,7 +469,7 @@ def test_conditions_of_padding_do_not_count(tiny_run, tiny_generator, short):
 
 
 def test_condition_dropout_spares_fresh_tasks(tiny_run, base, short):
-    config = replace(short, condition_dropout=1.0)
+    config = replace(short, condition_dropout=1.0, fresh_tasks=8, images_per_task=1)
     batch = make_source(tiny_run, base, config).batch(0, rank=0, world=1)
     engine = Answer(torch.zeros(len(batch.mask), *batch.tokens.shape[1:]))
     losses(engine, base, batch, config, signal_level(base.config.diffusion))

@@ -75,9 +75,14 @@ class Family(ABC):
         Returns:
             float32: images scaled to [-1, 1] (mean .5, std .5), or trunk features (N, F).
         """
-        x = images.float().div(255) if images.dtype == torch.uint8 else images
-        x = (x - 0.5) / 0.5
+        x = self.scale(images)
         return cast(Tensor, self.trunk(x)) if self.has_trunk else x
+
+    @staticmethod
+    def scale(images: Tensor) -> Tensor:
+        """Images, uint8 or float in [0, 1], with mean .5 and standard deviation .5 taken out."""
+        x = images.float().div(255) if images.dtype == torch.uint8 else images
+        return (x - 0.5) / 0.5
 
     def logits(self, theta: Tensor, inputs: Tensor, *, num_classes: int) -> Tensor:
         """Logits (N, K) of the classifier theta (n,) on what `embed` returned; differentiable."""

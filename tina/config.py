@@ -193,6 +193,10 @@ class DiffusionConfig:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.schedule == "linear" and self.timesteps <= 20:
+            raise ConfigError(
+                f"diffusion.timesteps must be above 20 for linear betas, got {self.timesteps}"
+            )
         if not 1 <= self.sampling_steps <= self.timesteps:
             raise ConfigError(
                 "diffusion.sampling_steps must lie between 1 and diffusion.timesteps, "
@@ -280,6 +284,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, direct_tasks=self.direct_tasks, seeds=self.seeds, bootstrap=self.bootstrap)
+        if self.images_per_class is not None:
+            _positive(self, images_per_class=self.images_per_class)
         if not self.sampling_steps or min(self.sampling_steps) < 1:
             raise ConfigError(
                 f"evaluation.sampling_steps must be positive, got {self.sampling_steps}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 
@@ -41,6 +42,12 @@ def write_text(file: Path, text: str) -> None:
 def write_tensors(
     file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; tensors are made contiguous and moved to the CPU."""
+    """Write a safetensors file; equal content gives equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(file, lambda temporary: save_file(plain, temporary, metadata))
+    content = save(plain, metadata)
+    # safetensors writes metadata in random order: write its header again, sorted
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    sorted_content = len(header).to_bytes(8, "little") + header + content[start:]
+    write_whole(file, lambda temporary: temporary.write_bytes(sorted_content))

@@ -227,8 +227,10 @@ def train_trunk(
     order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=seed)
     for step, batch in enumerate(order):
         _anneal(optimiser, recipe, step)
-        x = dataset.images[lesson.index[batch]].float().div(255).sub(0.5).div(0.5)
-        loss = F.cross_entropy(network(x), lesson.labels[batch])
+        x = family.scale(dataset.images[lesson.index[batch]])
+        with _autocast(x, recipe):
+            logits = network(x)
+        loss = F.cross_entropy(logits.float(), lesson.labels[batch])
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the trunk's loss is not finite at step {step}")
         optimiser.zero_grad()

@@ -90,13 +90,13 @@ def load_generic(file: Path, family: Family) -> GenericModel:
     """
     try:
         tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
+        class_ids = tuple(tensors["class_ids"].tolist())
+        body, rows = tensors["body"], tensors["rows"]
+    except (SafetensorError, KeyError, OSError) as error:
         raise DataError(f"{file} is not a readable generic model: {error}") from error
     if isinstance(family, ResNet20Head):
         trunk = family.new_trunk()
         state = {k: v for k, v in tensors.items() if k.startswith("trunk.")}
         trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in state.items()})
         family.attach_trunk(trunk)
-    return GenericModel(
-        class_ids=tuple(tensors["class_ids"].tolist()), body=tensors["body"], rows=tensors["rows"]
-    )
+    return GenericModel(class_ids=class_ids, body=body, rows=rows)

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tina.checkpoint import check_manifest, load_generator, save_generator
-from tina.classifiers import Classifier, Family, build_family
+from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
-from tina.errors import CheckpointError, ConfigError, PromptError
+from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.files import write_tensors, write_whole
 from tina.generator import Generator, pad
 from tina.prompts import check_task, split_sentence
@@ -108,19 +108,27 @@ def load_classifier(file: str | Path) -> Classifier:
         raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
     if metadata.get("format") != "tina-classifier-1":
         raise CheckpointError(f"{file} is not a classifier that Tina wrote")
+    try:
+        return _rebuild(metadata, tensors)
+    except TinaError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file} is not a whole classifier: {reason}") from error
+
+
+def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier:
     names = tuple(json.loads(metadata["class_names"]))
     channels, size, _ = json.loads(metadata["input_shape"])
     family = build_family(metadata["family"], channels=channels, image_size=size)
     trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
     theta = family.layout(len(names)).flatten(tensors)
-    if family.has_trunk:
-        if not hasattr(family, "new_trunk"):
-            raise CheckpointError(
-                f"{file} needs its CLIP image tower: load it through the pipeline"
-            )
+    if isinstance(family, ResNet20Head):
         module = family.new_trunk()
         module.load_state_dict(trunk)
         family.attach_trunk(module)
+    elif family.has_trunk:
+        raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
     return Classifier(family, theta, names)
 
 
@@ -193,14 +201,16 @@ class TinaPipeline:
         batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
         if batched and (images is not None or descriptions is not None):
             raise PromptError("images and descriptions go with one task, not with a batch")
+        if images is not None and descriptions is not None:
+            raise PromptError("a prompt is either images or descriptions, not both")
         tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
-        if not tasks:
-            raise PromptError("the batch holds no task")
         most = self.generator.max_classes
         names = [check_task(task, max_classes=most) for task in tasks]
         seeds = [seed] * len(tasks) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(tasks):
             raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
+        if odd := [s for s in seeds if not 0 <= s < 2**63]:
+            raise PromptError(f"a seed must lie in 0..2^63 - 1, got {odd[0]}")
         if images is not None:
             if len(images) != len(names[0]):
                 raise PromptError(

@@ -42,6 +42,7 @@ from tina.generator import Generator, fit_shot_projection, new_denoiser, pad
 from tina.generic import GenericModel, load_generic
 from tina.prompts import Vocabulary, normalise_name
 from tina.report import markdown, plot_report
+from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
 from tina.zoo import Zoo, describe_zoo, read_zoo
 
@@ -67,7 +68,7 @@ class Run:
         file = folder / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"{folder} holds no run: it has no config.yaml")
-        return cls(config_from_dict(JobConfig, yaml.safe_load(file.read_text())))
+        return cls(config_from_dict(JobConfig, _read_yaml(file)))
 
     def claim(self) -> None:
         """Save the configuration, or make sure that the folder was made with the same one.
@@ -75,9 +76,12 @@ class Run:
         Raises:
             ConfigError: It was made with another; evaluation and cluster may differ.
         """
+        # a typo in a name must not claim the folder for ever
+        find_source(self.config.data)
+        build_family(self.config.classifier.family, channels=1, image_size=8)
         file = self.folder / "config.yaml"
         if file.is_file():
-            found, mine = yaml.safe_load(file.read_text()), config_to_dict(self.config)
+            found, mine = _read_yaml(file), config_to_dict(self.config)
             loose = {"evaluation", "cluster", "storage"}
             differing = [k for k in mine if k not in loose and found.get(k) != mine[k]]
             if differing:
@@ -258,6 +262,17 @@ class Run:
             f"Measured on {report['hardware']}, commit {report['commit']}:\n\n{markdown(report)}"
         )
         save_generator(generator, self.checkpoint, card=card)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not readable YAML: {reason}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds no configuration")
+    return found
 
 
 def commit() -> str:

@@ -5,8 +5,10 @@ P values per token, R values of a head row, D model width, E embedding width.
 
 Sequence: S body tokens, K row tokens, K condition tokens. Row token k and condition token k both
 carry class k's embedding; nothing else tells rows apart, so permuting the classes permutes the rows
-of the result exactly. The timestep enters by adaLN-Zero (Peebles & Xie 2023, section 3.2). The
-output layers start at zero: the untrained denoiser predicts x0 = 0, which is classifier selection.
+of the result exactly. The timestep enters by adaptive layer norm (Peebles & Xie 2023, 3.2).
+The output layers start at zero: the untrained denoiser predicts x0 = 0, which is classifier
+selection. The blocks' gates start open, unlike adaLN-Zero's: closed ones would keep the classes
+from the body tokens for the first hundreds of steps (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tina.config import DenoiserConfig
+
+QUIET = 0.1
+"""Initial scale of the noisy tokens' projections beside the positions' and conditions' unit scale:
+at high noise x_t says nothing, and would drown what does."""
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -44,7 +50,8 @@ class Block(nn.Module):
         )
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        with torch.no_grad():  # shift, scale, gate: the gates start open
+            self.modulation.bias.copy_(torch.tensor([0.0, 0, 1, 0, 0, 1]).repeat_interleave(width))
 
     def forward(self, x: Tensor, c: Tensor, attend: Tensor) -> Tensor:
         """x (B, T, D), timestep c (B, D), attend bool (B, 1, 1, T) -> (B, T, D)."""
@@ -82,9 +89,11 @@ class Denoiser(nn.Module):
         self.body_tokens, self.row_width = body_tokens, row_width
         # each body token has a projection of its own in and out: position s always means the same
         # weights; rows share one, as any class may stand at any row
-        self.body_in = nn.Parameter(torch.randn(body_tokens, token_width, d) / token_width**0.5)
+        self.body_in = nn.Parameter(
+            torch.randn(body_tokens, token_width, d) * QUIET / token_width**0.5
+        )
         self.body_out = nn.Parameter(torch.zeros(body_tokens, d, token_width))
-        self.position = nn.Parameter(torch.randn(body_tokens, d) * 0.02)
+        self.position = nn.Parameter(torch.randn(body_tokens, d))
         self.row_in = nn.Linear(row_width, d)
         self.row_out = nn.Linear(d, row_width)
         self.row_cond = nn.Linear(embedding_width, d)
@@ -94,6 +103,8 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(d, elementwise_affine=False)
         self.modulation = nn.Linear(d, 2 * d)
+        with torch.no_grad():
+            self.row_in.weight.mul_(QUIET)
         for layer in (self.row_out, self.modulation):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -111,7 +111,10 @@ def open_zoo(folder: Path, description: Mapping[str, Any]) -> set[str]:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(description, indent=1))
         return set()
-    found = json.loads(file.read_text())
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file} is not readable: {error}") from error
     differing = [key for key in description if found.get(key) != description[key]]
     if differing:
         raise DataError(
@@ -135,7 +138,8 @@ def read_zoo(folder: Path) -> Zoo:
         raise DataError(f"{folder} holds no zoo rows: build the zoo first")
     try:
         table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("task_id")
-    except (pa.ArrowInvalid, OSError) as error:
+        table = table.select(zoo_schema(1).names)
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{folder} holds an unreadable zoo file: {reason}") from error
     ids = table["task_id"].to_pylist()
