@@ -309,6 +309,11 @@ def stamps(folder):
     }
 
 
+def states(training):
+    """Names of the states that Ray Train has kept."""
+    return {folder.name for folder in training.glob("checkpoint_*") if folder.is_dir()}
+
+
 @pytest.mark.ray
 def test_from_images_to_a_report(tmp_path):
     file, storage = tmp_path / "config.yaml", tmp_path / "runs"
@@ -365,7 +370,7 @@ def test_a_killed_job_ends_as_an_undisturbed_one(tmp_path):
     try:
         limit = time.monotonic() + 400
         # the second state: then Ray Train has certainly recorded the first
-        while len(list(training.glob("checkpoint_*"))) < 2:
+        while len(states(training)) < 2:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < limit, log.read_text()[-3000:]
             children = psutil.Process(process.pid).children(recursive=True)
@@ -384,12 +389,16 @@ def test_a_killed_job_ends_as_an_undisturbed_one(tmp_path):
     run = Run.open(tmp_path / "killed" / "short")
     assert not run.checkpoint.exists()
     assert not run.report_file.exists(), "training was over"
-    reached = {folder.name for folder in training.glob("checkpoint_*")}
+    reached = states(training)
     zoo = stamps(run.folder / "zoo")
 
     finish(files["killed"], tmp_path / "resumed.log", timeout=600)
     assert stamps(run.folder / "zoo") == zoo
-    assert reached.isdisjoint({folder.name for folder in training.glob("checkpoint_*")})
+    assert reached.isdisjoint(states(training))
+    # it went on, and did not start again
+    first = "Reporting training result 1:"
+    assert first in (tmp_path / "whole.log").read_text()
+    assert first not in (tmp_path / "resumed.log").read_text()
     for name in ("model.safetensors", "codec.safetensors", "config.json"):
         undisturbed = (tmp_path / "whole" / "short" / "checkpoint" / name).read_bytes()
         assert (run.checkpoint / name).read_bytes() == undisturbed, name

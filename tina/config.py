@@ -269,7 +269,8 @@ class EvaluationConfig:
     """What the report measures (DESIGN section 5).
 
     Args:
-        direct_tasks: Held-out tasks per axis that direct fine-tuning is run on.
+        direct_tasks: Unseen combinations that direct fine-tuning is run on.
+        direct_tasks_elsewhere: The same for each other axis.
         seeds: Sampling seeds per task.
         images_per_class: Report images per class at most; default: all.
         bootstrap: Resamples for the intervals.
@@ -277,6 +278,7 @@ class EvaluationConfig:
     """
 
     direct_tasks: int = 20
+    direct_tasks_elsewhere: int = 20
     seeds: int = 3
     images_per_class: int | None = None
     bootstrap: int = 1000
@@ -284,6 +286,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, direct_tasks=self.direct_tasks, seeds=self.seeds, bootstrap=self.bootstrap)
+        if self.direct_tasks_elsewhere < 0:
+            raise ConfigError(
+                "evaluation.direct_tasks_elsewhere must not be negative, "
+                f"got {self.direct_tasks_elsewhere}"
+            )
         if self.images_per_class is not None:
             _positive(self, images_per_class=self.images_per_class)
         if not self.sampling_steps or min(self.sampling_steps) < 1:

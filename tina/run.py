@@ -130,9 +130,13 @@ class Run:
         """
         if kind == "zoo":
             return [*self.space.train, *self.space.val]
-        count = self.config.evaluation.direct_tasks
-        tasks = [task for tasks in self.space.held_out.values() for task in tasks[:count]]
-        return tasks + [twin(task) for task in tasks[: max(2, count // 8)]]
+        evaluation = self.config.evaluation
+        held_out = dict(self.space.held_out)
+        tasks = list(held_out.pop("unseen_combination")[: evaluation.direct_tasks])
+        twins = [twin(task) for task in tasks[: max(2, len(tasks) // 8)]]
+        for others in held_out.values():
+            tasks += others[: evaluation.direct_tasks_elsewhere]
+        return tasks + twins
 
     def recipe(self, kind: str) -> RecipeConfig:
         """Recipe of the `zoo` or the `direct` folder."""
