@@ -36,6 +36,8 @@ def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, abou
         if dry:
             print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
             return 0
+        # the code that started the run is the one to name, whatever is checked out at its end
+        os.environ.setdefault("TINA_COMMIT", commit())
         run = Run(config)
         run.claim()
         work(run)
@@ -53,10 +55,9 @@ def start_ray() -> None:
         return
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     variables = {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    variables["TINA_COMMIT"] = commit()
     if not torch.cuda.is_available():
         variables["DS_ACCELERATOR"] = "cpu"
-    for name in ("TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+    for name in ("TINA_COMMIT", "TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         if name in os.environ:
             variables[name] = os.environ[name]
     ray.init(

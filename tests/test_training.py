@@ -582,7 +582,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing(tiny_run, fresh, short):
     assert rates == pytest.approx(warm + cosine)
 
 
-@pytest.mark.parametrize(("share", "last"), [(0.5, 1 - 1 / 6), (0.25, 1 - 1 / 3), (0.01, 0.0)])
+@pytest.mark.parametrize(("share", "last"), [(0.5, 1 - 1 / 6), (1 / 6, 0.5), (0.01, 0.0)])
 def test_ema_has_the_horizon_that_is_asked_for(tiny_run, fresh, short, share, last):
     """Never more than (1 + step) / (10 + step), and in the end a share of the run."""
     config = replace(short, ema=share)

@@ -97,6 +97,7 @@ class Denoiser(nn.Module):
         self.row_in = nn.Linear(row_width, d)
         self.row_out = nn.Linear(d, row_width)
         self.row_cond = nn.Linear(embedding_width, d)
+        self.set_cond = nn.Linear(embedding_width, d)
         self.token_cond = nn.Linear(embedding_width, d)
         self.null_cond = nn.Parameter(torch.randn(embedding_width) / embedding_width**0.5)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
@@ -127,8 +128,12 @@ class Denoiser(nn.Module):
         s, k = self.body_tokens, cond.shape[1]
         if drop is not None:
             cond = torch.where(drop[:, None, None], self.null_cond.to(cond), cond)
-        body = torch.einsum("bsp,spd->bsd", x[:, :s], self.body_in) + self.position
-        rows = self.row_in(x[:, s:, : self.row_width]) + self.row_cond(cond)
+        # the classes as a set, at unit scale: attention alone starts as a mean over all tokens, in
+        # which they are a few hundredths of what the output layers read
+        count = mask.sum(1, keepdim=True).clamp_min(1)
+        of_set = self.set_cond((cond * mask.unsqueeze(-1)).sum(1) / count.sqrt()).unsqueeze(1)
+        body = torch.einsum("bsp,spd->bsd", x[:, :s], self.body_in) + self.position + of_set
+        rows = self.row_in(x[:, s:, : self.row_width]) + self.row_cond(cond) + of_set
         h = torch.cat([body, rows, self.token_cond(cond)], 1)  # (B, S + 2K, D)
         attend = torch.cat([mask.new_ones(len(x), s), mask, mask], 1)[:, None, None]
         c = self.time(timestep_embedding(t, self.position.shape[1]).to(h))
