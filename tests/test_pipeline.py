@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from tina.checkpoint import check_manifest
 from tina.config import PromptConfig
-from tina.diffusion import sample
 from tina.encoders import EmbeddingSpace
 from tina.errors import CheckpointError, ConfigError, NonFiniteError, PromptError
 from tina.pipeline import GeneratedModel, TinaPipeline, load_classifier
@@ -168,22 +167,6 @@ def test_mixed_numbers_of_classes_do_not_disturb_each_other(pipe):
         assert model.theta.shape == alone.theta.shape
         close(model.theta, alone.theta)
         assert model.familiarity == pytest.approx(alone.familiarity, abs=1e-6)
-
-
-def test_noise_does_not_depend_on_the_number_of_classes(pipe, monkeypatch):
-    """To the last value: a shorter draw would end otherwise than a longer one begins."""
-    drawn = []
-
-    def watch(*args, noise, **options):
-        drawn.append(noise)
-        return sample(*args, noise=noise, **options)
-
-    monkeypatch.setattr("tina.generator.sample", watch)
-    pipe(["one", "two"], seed=9)
-    pipe(["nine", "three", "five", "six"], seed=9)
-    two, four = drawn
-    assert four.shape[1] == two.shape[1] + 2
-    assert torch.equal(two, four[:, :-2])
 
 
 def test_an_ancestral_sampler_keeps_to_its_seeds(pipe):
