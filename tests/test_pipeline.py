@@ -418,3 +418,24 @@ def test_onnx_says_what_it_is(exported):
     assert [bool(d.dim_param) for d in dims] == [True, False, True, True]
     assert dims[1].dim_value == 1
     assert [f.name for f in file.parent.iterdir()] == ["mine.onnx"]  # weights are inside
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: (255 * x).to(torch.uint8),
+        lambda x: 2 * x,
+        lambda x: x - 1,
+        lambda x: torch.full_like(x, torch.nan),
+    ],
+    ids=["uint8", "above 1", "below 0", "nan"],
+)
+def test_pictures_outside_of_0_to_1(pipe, pictures, spoil):
+    with pytest.raises(PromptError, match="floating point"):
+        pipe(images=[spoil(pictures(c)) for c in (3, 8)])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range(pipe, seed):
+    with pytest.raises(PromptError, match="seed"):
+        pipe(["one", "two"], seed=seed)

@@ -634,3 +634,14 @@ def test_padding_of_body_tokens_is_never_predicted(tiny_run, tiny_generator):
     out = tiny_generator.denoiser.body_out  # (S, D, P)
     assert (out.transpose(1, 2)[index < 0] == 0).all()
     assert (out.transpose(1, 2)[index >= 0] != 0).any()
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken(fresh, short):
+    module = fresh().denoiser
+    before = weights(module)
+    engine = LocalEngine(module, short)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    with pytest.raises(NonFiniteError, match="not taken"):
+        engine.step()
+    assert_equal(weights(module), before)

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ from tina.generic import GenericModel
 from tina.prompts import Vocabulary
 
 FORMAT_VERSION = 1
+HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}
+HEADER |= {"layout", "space", "class_names"}
+CODEC = {"body_scale", "row_scale", "generic_body", "generic_rows", "shot_projection"}
 _MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
@@ -145,7 +149,13 @@ def load_generator(directory: Path) -> Generator:
         raise CheckpointError(f"{directory} does not fit its configuration: {reason}") from error
 
 
+def _exactly(found: Collection[str], wanted: set[str], *, file: str) -> None:
+    if odd := set(found) ^ wanted:
+        raise CheckpointError(f"{file}: missing or unknown: {', '.join(sorted(odd))}")
+
+
 def _read(directory: Path, header: dict[str, Any]) -> Generator:
+    _exactly(header, HEADER, file="config.json")
     config = config_from_dict(GeneratorConfig, header["config"])
     family = build_family(
         config.classifier.family, channels=header["channels"], image_size=header["image_size"]
@@ -156,7 +166,9 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
             f"{directory} holds another layout of {family.name} than this version of Tina makes"
         )
     codec = load_file(directory / "codec.safetensors")
+    _exactly(codec, CODEC, file="codec.safetensors")
     prompts = load_file(directory / "prompts.safetensors")
+    _exactly(prompts, {"embeddings", "trained"}, file="prompts.safetensors")
     vocabulary = Vocabulary(
         space=EmbeddingSpace(**header["space"]),
         names=tuple(header["class_names"]),

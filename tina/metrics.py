@@ -52,7 +52,8 @@ def resample(scores: Sequence[Sequence[Score]], *, count: int, seed: int) -> Arr
     """Bootstrap means (B, M) of M methods' scores on the same T tasks.
 
     Each resample draws tasks with replacement and, within a drawn task, seeds and images with
-    replacement. All methods share the draws of tasks and images, so differences are paired.
+    replacement. All methods share the draws of tasks and images, so differences are paired. A task
+    drawn twice brings the same images twice, which errs towards wider intervals.
 
     Args:
         scores: M lists of T scores.

@@ -206,7 +206,7 @@ class TinaPipeline:
         tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
         most = self.generator.max_classes
         names = [check_task(task, max_classes=most) for task in tasks]
-        seeds = [seed] * len(tasks) if isinstance(seed, int) else list(seed)
+        seeds = [seed] * len(tasks) if isinstance(seed, int) else [int(s) for s in seed]
         if len(seeds) != len(tasks):
             raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
         if odd := [s for s in seeds if not 0 <= s < 2**63]:
@@ -262,6 +262,8 @@ class TinaPipeline:
                     "pictures must be (N, C, H, W) with N above 0 and C = "
                     f"{self.generator.family.channels}, got {tuple(shots.shape)}"
                 )
+            if not shots.is_floating_point() or not bool(((shots >= 0) & (shots <= 1)).all()):
+                raise PromptError("pictures must be floating point, with values in [0, 1]")
         if self.generator.config.prompt.encoder == "open_clip":
             means = [self.encoder.encode_images(shots).mean(0) for shots in images]
             return F.normalize(torch.stack(means), dim=-1)

@@ -72,8 +72,14 @@ class LocalEngine:
         loss.backward()
 
     def step(self) -> None:
-        """Clip the gradient norm, update, clear."""
-        nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        """Clip the gradient norm, update, clear.
+
+        Raises:
+            NonFiniteError: The gradient is NaN or infinite; nothing is updated.
+        """
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(f"the gradient's norm is {norm.item()}; the step was not taken")
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -322,7 +328,7 @@ def train(
     device = next(engine.module.parameters()).device
     abar = signal_level(source.generator.config.diffusion).to(device)
     weights = {"weight_loss": config.weight_loss, "function_loss": config.function_loss}
-    now = start
+    now = replace(start, ema={name: x.to(device, copy=True) for name, x in start.ema.items()})
     figures: dict[str, float] = {}
     for step in range(start.step, config.steps):
         rate = config.lr * annealed(step, config.steps, warmup=int(config.warmup * config.steps))
