@@ -1,9 +1,9 @@
 """How long does a training step of a p-model take: fp32 or bf16, loop or stacked?
 
-    python -m benchmarks.classifier_step        # appends a row to benchmarks/results/classifier_step.jsonl
+    python -m benchmarks.classifier_step     # appends a row to results/classifier_step.jsonl
 
-Axes: M models, N images of a batch. Every variant trains the same models on the same random images in
-one run, in turns, and the medians of the turns stand beside each other as ratios.
+Every variant trains the same models on the same random images in one run, in turns; the medians of
+the turns stand beside each other as ratios.
 """
 
 from __future__ import annotations

@@ -317,14 +317,14 @@ def test_tensors_of_another_model(copied, change):
     held.pop(key, None)
     save_file(held if value is None else held | {key: value}, copied / name)
     rehash(copied)
-    with pytest.raises(CheckpointError, match="does not fit its configuration|missing or unknown"):
+    with pytest.raises(CheckpointError, match=r"does not fit its configuration|missing or unknown"):
         load_generator(copied)
 
 
 def test_a_file_that_is_no_safetensors(copied):
     (copied / "model.safetensors").write_bytes(b"not safetensors at all")
     rehash(copied)
-    with pytest.raises(CheckpointError, match="does not fit its configuration|missing or unknown"):
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
         load_generator(copied)
 
 
@@ -332,7 +332,7 @@ def test_a_trunk_that_the_manifest_does_not_know(tmp_path):
     save_generator(resnet_generator(), tmp_path / "resnet", card="card")
     (tmp_path / "resnet" / "trunk.safetensors").unlink()
     rehash(tmp_path / "resnet")
-    with pytest.raises(CheckpointError, match="does not fit its configuration|missing or unknown"):
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
         load_generator(tmp_path / "resnet")
 
 
@@ -346,7 +346,7 @@ def test_class_names_are_part_of_the_checkpoint(tiny_generator, tiny_checkpoint,
 def test_a_header_of_another_kind(copied):
     (copied / "config.json").write_text("[1]")
     rehash(copied)
-    with pytest.raises(CheckpointError, match="does not fit its configuration|missing or unknown"):
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
         load_generator(copied)
 
 
