@@ -6,6 +6,7 @@ missing are computed.
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import partial
 from typing import Any
@@ -80,6 +81,7 @@ def build_zoo(run: Run, kind: str) -> None:
     label = {"zoo": "zoo", "direct": "direct fine-tuning"}[kind]
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=label, unit="model")
     if missing:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         DataContext.get_current().enable_progress_bars = False  # one bar, in models, is ours
         block = run.config.cluster.zoo_block
         gpu = torch.cuda.is_available()
