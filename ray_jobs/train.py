@@ -20,7 +20,7 @@ from tina.checkpoint import load_generator, save_generator
 from tina.config import JobConfig
 from tina.generator import Generator
 from tina.run import Run
-from tina.training import Progress, Source, build_optimiser, train
+from tina.training import Progress, build_optimiser, train
 
 PROGRESS = "progress.safetensors"
 
@@ -88,14 +88,7 @@ def train_on_rank(config: JobConfig) -> None:
     train(
         config.train,
         engine=engine,
-        source=Source(
-            generator=generator,
-            config=config.train,
-            zoo=run.read_zoo("zoo").only("train"),
-            space=run.space,
-            dataset=run.dataset,
-            store=run.store,
-        ),
+        source=run.source(generator, config.train),
         start=start,
         report=report,
         validate=run.validator(generator),

@@ -27,7 +27,7 @@ from tina.files import write_whole
 from tina.generator import Generator
 from tina.generic import save_generic, train_generic
 from tina.run import Run
-from tina.training import LocalEngine, Progress, Source, train
+from tina.training import LocalEngine, Progress, train
 from tina.zoo import build_rows, open_zoo, zoo_schema
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -112,18 +112,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def make_source(run: Run, generator: Generator, config: TrainConfig) -> Source:
-    """Batches of a run."""
-    return Source(
-        generator=generator,
-        config=config,
-        zoo=run.read_zoo("zoo").only("train"),
-        space=run.space,
-        dataset=run.dataset,
-        store=run.store,
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_generator(tiny_run: Run) -> Generator:
     """A generator after a few real training steps. Do not change its weights."""
@@ -132,7 +120,7 @@ def tiny_generator(tiny_run: Run) -> Generator:
     train(
         config,
         engine=LocalEngine(generator.denoiser, config),
-        source=make_source(tiny_run, generator, config),
+        source=tiny_run.source(generator, config),
         start=Progress.start(generator.denoiser),
         report=lambda progress, figures: None,
         validate=tiny_run.validator(generator),

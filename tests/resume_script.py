@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tina.run import Run
-from tina.training import LocalEngine, Progress, Source, train
+from tina.training import LocalEngine, Progress, train
 
 
 def main(run: Run, states: Path, *, steps: int, every: int) -> None:
@@ -39,14 +39,7 @@ def main(run: Run, states: Path, *, steps: int, every: int) -> None:
     train(
         config,
         engine=engine,
-        source=Source(
-            generator=generator,
-            config=config,
-            zoo=run.read_zoo("zoo").only("train"),
-            space=run.space,
-            dataset=run.dataset,
-            store=run.store,
-        ),
+        source=run.source(generator, config),
         start=start,
         report=report,
         validate=run.validator(generator),

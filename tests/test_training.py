@@ -37,17 +37,6 @@ def fresh(base):
     return lambda: replace(base, denoiser=copy.deepcopy(base.denoiser))
 
 
-def make_source(run, generator, config):
-    return Source(
-        generator=generator,
-        config=config,
-        zoo=run.read_zoo("zoo").only("train"),
-        space=run.space,
-        dataset=run.dataset,
-        store=run.store,
-    )
-
-
 @pytest.fixture
 def short(tiny_run):
     """12 steps with validations at 3, 6, 9, 12 and states at 5, 10, 12."""
@@ -59,7 +48,7 @@ def go(run, generator, config, *, engine=None, start=None, report=None, **option
     return train(
         config,
         engine=engine or LocalEngine(generator.denoiser, config),
-        source=options.pop("source", None) or make_source(run, generator, config),
+        source=options.pop("source", None) or run.source(generator, config),
         start=start or Progress.start(generator.denoiser),
         report=report or (lambda progress, figures: None),
         validate=options.pop("validate", None) or run.validator(generator),
@@ -260,7 +249,7 @@ def comparable(batch):
 
 def test_batches_are_functions_of_seed_step_and_rank(tiny_run, base, short):
     def source(**changes):
-        return make_source(tiny_run, base, replace(short, **changes))
+        return tiny_run.source(base, replace(short, **changes))
 
     want = comparable(source().batch(3, rank=1, world=2))
     other = source()
@@ -280,7 +269,7 @@ def test_batches_are_functions_of_seed_step_and_rank(tiny_run, base, short):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_share_the_batch(tiny_run, base, short, world):
-    batch = make_source(tiny_run, base, short).batch(0, rank=0, world=world)
+    batch = tiny_run.source(base, short).batch(0, rank=0, world=world)
     assert len(batch.tokens) == short.zoo_batch // world
     assert len(batch.images) == len(batch.labels) == len(batch.rows) == short.fresh_tasks // world
     assert len(batch.cond) == len(batch.mask) == (short.zoo_batch + short.fresh_tasks) // world
@@ -302,7 +291,7 @@ def test_tokens_decode_to_the_p_models(tiny_run, base):
 
 
 def test_conditions_belong_to_their_p_models(tiny_run, base, short):
-    source = make_source(tiny_run, base, short)
+    source = tiny_run.source(base, short)
     tokens, vocabulary = encode_zoo(base, source.zoo), base.vocabulary
     batch = source.batch(5, rank=0, world=1)
     for i, own in enumerate(batch.tokens):
@@ -334,7 +323,7 @@ def fresh_tasks(source, batch):
 
 def test_fresh_tasks_are_nobody_elses_and_read_fit_images_only(tiny_run, base, short):
     config = replace(short, fresh_tasks=40, images_per_task=6)
-    source = replace(make_source(tiny_run, base, config), store=Places())
+    source = replace(tiny_run.source(base, config), store=Places())
     space, data = tiny_run.space, tiny_run.dataset
     held_out = [task for tasks in space.held_out.values() for task in tasks]
     reserved = {task.key for task in [*space.val, *held_out]}
@@ -354,7 +343,7 @@ def test_fresh_tasks_are_nobody_elses_and_read_fit_images_only(tiny_run, base, s
 
 
 def test_batches_draw_training_p_models_only(tiny_run, base, short):
-    source = make_source(tiny_run, base, short)
+    source = tiny_run.source(base, short)
     val = encode_zoo(base, tiny_run.read_zoo("zoo").only("val"))
     for step in range(10):
         for own in source.batch(step, rank=0, world=1).tokens:
@@ -379,7 +368,7 @@ class Answer:
 def test_function_loss_is_the_decoded_classifiers_cross_entropy(tiny_run, base, short):
     """Value and gradient against torch modules in float64, and central differences of those."""
     config = replace(short, zoo_batch=1, fresh_tasks=2)
-    batch = make_source(tiny_run, base, config).batch(2, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(2, rank=0, world=1)
     z = len(batch.tokens)
     torch.manual_seed(0)
     guess = (0.3 * torch.randn(len(batch.mask), *batch.tokens.shape[1:])).requires_grad_()
@@ -415,7 +404,7 @@ def test_function_loss_is_the_decoded_classifiers_cross_entropy(tiny_run, base, 
 
 def test_weight_loss_is_the_mean_square_over_what_is_there(tiny_run, base, short):
     config = replace(short, function_loss=0.0)
-    batch = make_source(tiny_run, base, config).batch(2, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(2, rank=0, world=1)
     guess = torch.randn(batch.tokens.shape)
     abar = signal_level(base.config.diffusion)
     found = losses(Answer(guess), base, batch, config, abar)
@@ -432,7 +421,7 @@ def test_weight_loss_does_not_see_padding(tiny_run, tiny_generator, short):
     s, r = tiny_generator.codec.body_tokens, tiny_generator.codec.layout.row_size
 
     def loss(change):
-        batch = make_source(tiny_run, tiny_generator, config).batch(2, rank=0, world=1)
+        batch = tiny_run.source(tiny_generator, config).batch(2, rank=0, world=1)
         assert not batch.mask.all(), "needs a task with fewer classes than the most"
         tokens = batch.tokens.clone()
         change(tokens, batch)
@@ -458,7 +447,7 @@ def test_conditions_of_padding_do_not_count(tiny_run, tiny_generator, short):
     abar = signal_level(tiny_generator.config.diffusion)
 
     def found(value):
-        batch = make_source(tiny_run, tiny_generator, short).batch(1, rank=0, world=1)
+        batch = tiny_run.source(tiny_generator, short).batch(1, rank=0, world=1)
         cond = torch.where(batch.mask.unsqueeze(-1), batch.cond, value)
         return losses(
             tiny_generator.denoiser, tiny_generator, replace(batch, cond=cond), short, abar
@@ -470,7 +459,7 @@ def test_conditions_of_padding_do_not_count(tiny_run, tiny_generator, short):
 
 def test_condition_dropout_spares_fresh_tasks(tiny_run, base, short):
     config = replace(short, condition_dropout=1.0, fresh_tasks=8, images_per_task=1)
-    batch = make_source(tiny_run, base, config).batch(0, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(0, rank=0, world=1)
     engine = Answer(torch.zeros(len(batch.mask), *batch.tokens.shape[1:]))
     losses(engine, base, batch, config, signal_level(base.config.diffusion))
     own, both = engine.calls
@@ -481,7 +470,7 @@ def test_condition_dropout_spares_fresh_tasks(tiny_run, base, short):
 
 def test_condition_dropout_is_a_share_of_the_samples(tiny_run, base, short):
     config = replace(short, condition_dropout=0.25, function_loss=0.0, zoo_batch=64)
-    source = make_source(tiny_run, base, config)
+    source = tiny_run.source(base, config)
     engine = Answer(torch.zeros(64, *source.batch(0, rank=0, world=1).tokens.shape[1:]))
     abar = signal_level(base.config.diffusion)
     for step in range(20):
@@ -493,7 +482,7 @@ def test_condition_dropout_is_a_share_of_the_samples(tiny_run, base, short):
 def test_fresh_tasks_start_from_pure_noise_or_the_own_prediction(tiny_run, base, short):
     """At the top level x_t holds nothing of a prediction; below it holds the denoiser's own."""
     config = replace(short, zoo_batch=1, fresh_tasks=32, images_per_task=1)
-    batch = make_source(tiny_run, base, config).batch(0, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(0, rank=0, world=1)
     answer = torch.full((len(batch.mask), *batch.tokens.shape[1:]), 100.0)
     engine, abar = Answer(answer), signal_level(base.config.diffusion)
     losses(engine, base, batch, config, abar)
@@ -543,7 +532,7 @@ class Spoilt(Source):
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_run, fresh, short):
     generator = fresh()
     engine = LocalEngine(generator.denoiser, short)
-    source = Spoilt(**vars(make_source(tiny_run, generator, short)))
+    source = Spoilt(**vars(tiny_run.source(generator, short)))
     kept, reports = {}, []
 
     def keep(step):
@@ -609,7 +598,7 @@ def test_training_reduces_its_loss(tiny_run, fresh, short, kind, lr, share):
     generator = fresh()
     abar = signal_level(generator.config.diffusion)
     both = replace(config, weight_loss=1.0, function_loss=1.0, fresh_tasks=6, images_per_task=64)
-    judged = make_source(tiny_run, generator, both)
+    judged = tiny_run.source(generator, both)
 
     @torch.no_grad()
     def level():

@@ -30,7 +30,7 @@ from torch import Tensor
 from tina.checkpoint import attach_trunk, save_generator
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
-from tina.config import JobConfig, RecipeConfig
+from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import build_encoder
@@ -44,6 +44,7 @@ from tina.prompts import Vocabulary, normalise_name
 from tina.report import markdown, plot_report
 from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
+from tina.training import Source
 from tina.zoo import Zoo, describe_zoo, read_zoo
 
 
@@ -201,6 +202,17 @@ class Run:
             shot_projection=fit_shot_projection(
                 self.family, self.generic, vocabulary, shots, seed=seed
             ),
+        )
+
+    def source(self, generator: Generator, config: TrainConfig) -> Source:
+        """Training batches for a generator."""
+        return Source(
+            generator=generator,
+            config=config,
+            zoo=self.read_zoo("zoo").only("train"),
+            space=self.space,
+            dataset=self.dataset,
+            store=self.store,
         )
 
     def validator(self, generator: Generator) -> Callable[[Mapping[str, Tensor]], float]:
