@@ -455,7 +455,8 @@ UNTRUSTED = {
     "names no JSON": partial(rewrite, class_names="one, two"),
     "shape of two": partial(rewrite, input_shape="[1, 8]"),
 }
-MODELS |= {key: (damage, CheckpointError, "") for key, damage in UNTRUSTED.items()}
+WHOLE = "is not a whole classifier"
+MODELS |= {key: (damage, CheckpointError, WHOLE) for key, damage in UNTRUSTED.items()}
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,11 @@ def open_zoo(folder: Path, description: Mapping[str, Any]) -> set[str]:
         write_text(file, json.dumps(description, indent=1))
         return set()
     try:
-        found = dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{file} is not readable: {error}") from error
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file} is not a table")
     differing = [key for key in description if found.get(key) != description[key]]
     if differing:
         raise DataError(
