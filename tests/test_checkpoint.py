@@ -16,7 +16,7 @@ from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, Gener
 from tina.encoders import HashEncoder
 from tina.errors import CheckpointError
 from tina.files import hash_file, write_tensors
-from tina.generator import Generator, new_denoiser, pad
+from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
 
@@ -59,7 +59,7 @@ def assert_same(one, other):
 
 
 def theta(generator, class_ids=(2, 0, 3), seed=7):
-    embeddings, mask = pad([generator.vocabulary.embeddings[list(class_ids)]])
+    embeddings, mask = generator.vocabulary.of([class_ids])
     body, rows = generator.generate(embeddings, mask, seeds=[seed], steps=3)
     return generator.theta(body[0], rows[0])
 

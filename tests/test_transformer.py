@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tina.config import DenoiserConfig
-from tina.generator import pad
 from tina.transformer import Denoiser, timestep_embedding
 
 S, P, R, E = 3, 10, 7, 6  # body tokens, values per token, values of a row, embedding width
@@ -71,8 +70,7 @@ def test_an_untrained_generator_is_classifier_selection(tiny_run, sampler, steps
     )
     tasks = tiny_run.space.held_out["unseen_combination"]
     assert len({task.num_classes for task in tasks}) > 1
-    known = generator.vocabulary.embeddings
-    embeddings, mask = pad([known[list(task.class_ids)] for task in tasks])
+    embeddings, mask = generator.vocabulary.of([task.class_ids for task in tasks])
     seeds = range(len(tasks))
     body, rows = generator.generate(embeddings, mask, seeds=seeds, steps=steps, guidance=guidance)
     for i, task in enumerate(tasks):

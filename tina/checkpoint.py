@@ -32,7 +32,7 @@ from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
 from tina.errors import CheckpointError, TinaError
-from tina.files import hash_file, write_tensors
+from tina.files import hash_file, read_table, write_tensors
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
@@ -109,12 +109,7 @@ def check_manifest(directory: Path) -> str:
     file = directory / "manifest.json"
     if not file.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: it has no manifest.json")
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{file} is not a table of files")
+    manifest = read_table(file, CheckpointError)
     found = {f.name for f in directory.iterdir()} - {"manifest.json"}
     if found != set(manifest):
         odd = ", ".join(sorted(found ^ set(manifest)))

@@ -28,7 +28,7 @@ from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
 from tina.datasets import Dataset
 from tina.finetune import Lesson, accuracy, finetune
-from tina.generator import Generator, pad
+from tina.generator import Generator
 from tina.metrics import Score, calibration_error, interval, overlap, resample
 from tina.tasks import Task, TaskSpace
 from tina.zoo import Zoo
@@ -103,15 +103,12 @@ class Evaluation:
             conditions: Class ids whose embeddings the denoiser sees, the inherited rows kept.
             untrained: Replace the denoiser by its state at step 0, which predicts zero.
         """
-        table = self.generator.vocabulary.embeddings
         names = names or [task.class_ids for task in tasks]
         found: list[list[Tensor]] = [[] for _ in tasks]
         for start in range(0, len(tasks), 64):
             part = slice(start, start + 64)
-            embeddings, mask = pad([table[list(ids)] for ids in names[part]])
-            shown = None
-            if conditions:
-                shown, _ = pad([table[list(ids)] for ids in conditions[part]])
+            embeddings, mask = self.generator.vocabulary.of(names[part])
+            shown = self.generator.vocabulary.of(conditions[part])[0] if conditions else None
             for seed in range(seeds or self.config.seeds):
                 body, rows = self.generator.generate(
                     embeddings,

@@ -7,9 +7,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+
+from tina.errors import TinaError
 
 
 def hash_file(file: Path) -> str:
@@ -37,6 +40,21 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file."""
     write_whole(file, lambda temporary: temporary.write_text(text))
+
+
+def read_table(file: Path, error: type[TinaError]) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        TinaError: The caller's kind: the file is not readable JSON, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as reason:
+        raise error(f"{file} is not readable JSON: {reason}") from reason
+    if not isinstance(found, dict):
+        raise error(f"{file} is not a table")
+    return found
 
 
 def write_tensors(

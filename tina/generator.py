@@ -155,14 +155,3 @@ def fit_shot_projection(
     # a little ridge: dead ReLU features would leave the system singular
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
     return torch.linalg.solve(gram, x.T @ torch.stack(targets))
-
-
-def pad(parts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Stack B tensors (K_i, ...) to (B, K, ...) with zeros, and the mask bool (B, K)."""
-    most = length or max(len(part) for part in parts)
-    stacked = parts[0].new_zeros(len(parts), most, *parts[0].shape[1:])
-    mask = torch.zeros(len(parts), most, dtype=torch.bool)
-    for i, part in enumerate(parts):
-        stacked[i, : len(part)] = part
-        mask[i, : len(part)] = True
-    return stacked, mask

@@ -21,8 +21,8 @@ from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.files import write_tensors, write_whole
-from tina.generator import Generator, pad
-from tina.prompts import check_task, split_sentence
+from tina.generator import Generator
+from tina.prompts import check_task, pad, split_sentence
 
 ONNX_OPSET = 18
 

@@ -73,6 +73,17 @@ def sparsemax(scores: Tensor) -> Tensor:
     return (scores - excess.gather(-1, support - 1) / support).clamp_min(0)
 
 
+def pad(parts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack B tensors (K_i, ...) to (B, K, ...) with zeros, and the mask bool (B, K)."""
+    most = length or max(len(part) for part in parts)
+    stacked = parts[0].new_zeros(len(parts), most, *parts[0].shape[1:])
+    mask = torch.zeros(len(parts), most, dtype=torch.bool)
+    for i, part in enumerate(parts):
+        stacked[i, : len(part)] = part
+        mask[i, : len(part)] = True
+    return stacked, mask
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """The embeddings of a data set's class names, which say what the generator knows.
@@ -106,6 +117,12 @@ class Vocabulary:
         """The embedding (E,) of a class of the data set, or None."""
         key = normalise_name(name)
         return self.embeddings[self.names.index(key)] if key in self.names else None
+
+    def of(
+        self, tasks: Sequence[Sequence[int]], length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, K, E) of tasks' class ids, padded to `length`, and the mask (B, K)."""
+        return pad([self.embeddings[list(class_ids)] for class_ids in tasks], length)
 
     def condition(self, embeddings: Tensor) -> Tensor:
         """What the denoiser sees of embeddings (..., E): centred, values of about 1."""

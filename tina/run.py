@@ -38,13 +38,13 @@ from tina.errors import ConfigError
 from tina.evaluation import Evaluation, twin
 from tina.files import hash_bytes, hash_file, write_text
 from tina.finetune import Lesson, accuracy
-from tina.generator import Generator, fit_shot_projection, new_denoiser, pad
+from tina.generator import Generator, fit_shot_projection, new_denoiser
 from tina.generic import GenericModel, load_generic
 from tina.prompts import Vocabulary, normalise_name
 from tina.report import markdown, plot_report
 from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
-from tina.training import Source
+from tina.training import Source, residuals
 from tina.zoo import Zoo, describe_zoo, read_zoo
 
 
@@ -175,16 +175,9 @@ class Run:
         config, train = self.config.generator, self.read_zoo("zoo").only("train")
         vocabulary = self.vocabulary()
         layout = self.family.layout(self.config.tasks.max_classes)
-        body, rows = layout.split(train.theta)
-        names = [vocabulary.embeddings[list(ids)] for ids in train.class_ids]
-        embeddings, mask = pad(names, layout.num_classes)
-        old_body, old_rows = self.generic.inherit(vocabulary.attention(embeddings))
+        body, rows, mask = residuals(train, layout, generic=self.generic, vocabulary=vocabulary)
         codec = fit_codec(
-            layout,
-            chunk=config.denoiser.chunk,
-            body=body - old_body,
-            rows=rows - old_rows,
-            class_mask=mask,
+            layout, chunk=config.denoiser.chunk, body=body, rows=rows, class_mask=mask
         )
         seed = self.config.train.seed
         shots = [
@@ -228,8 +221,7 @@ class Run:
 
         def validate(weights: Mapping[str, Tensor]) -> float:
             denoiser.load_state_dict(dict(weights))
-            names = [generator.vocabulary.embeddings[list(task.class_ids)] for task in tasks]
-            embeddings, mask = pad(names)
+            embeddings, mask = generator.vocabulary.of([task.class_ids for task in tasks])
             body, rows = judge.generate(embeddings, mask, seeds=[0] * len(tasks))
             hits = [
                 accuracy(

@@ -35,7 +35,10 @@ from tina.diffusion import add_noise, signal_level
 from tina.errors import NonFiniteError
 from tina.files import write_tensors
 from tina.finetune import annealed
-from tina.generator import Generator, pad
+from tina.generator import Generator
+from tina.generic import GenericModel
+from tina.layout import ParamLayout
+from tina.prompts import Vocabulary
 from tina.tasks import TaskSpace
 from tina.zoo import Zoo
 
@@ -231,8 +234,7 @@ class Source:
                 labels.append(torch.from_numpy(rows))
                 classes.append(tuple(task))
         vocabulary = self.generator.vocabulary
-        names = [vocabulary.embeddings[list(c)] for c in classes]
-        embeddings, mask = pad(names, self.generator.max_classes)
+        embeddings, mask = vocabulary.of(classes, self.generator.max_classes)
         _, inherited = self.generator.inherit(embeddings[len(picks) :])
         return Batch(
             tokens=self._tokens[picks],
@@ -248,13 +250,20 @@ class Source:
 
 def encode_zoo(generator: Generator, zoo: Zoo) -> Tensor:
     """Tokens (Z, L, P) of the p-models' residuals on what their prompts inherit."""
-    layout = generator.family.layout(generator.max_classes)
+    body, rows, _ = residuals(
+        zoo, generator.codec.layout, generic=generator.generic, vocabulary=generator.vocabulary
+    )
+    return generator.codec.encode(body, rows)
+
+
+def residuals(
+    zoo: Zoo, layout: ParamLayout, *, generic: GenericModel, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The p-models less what their prompts inherit: body (Z, n_body), rows (Z, K, R), mask."""
     body, rows = layout.split(zoo.theta)
-    names = generator.vocabulary.embeddings
-    embeddings, mask = pad([names[list(c)] for c in zoo.class_ids], generator.max_classes)
-    inherited_body, inherited_rows = generator.inherit(embeddings)
-    rows = (rows - inherited_rows) * mask.unsqueeze(-1)
-    return generator.codec.encode(body - inherited_body, rows)
+    embeddings, mask = vocabulary.of(zoo.class_ids, layout.num_classes)
+    inherited_body, inherited_rows = generic.inherit(vocabulary.attention(embeddings))
+    return body - inherited_body, (rows - inherited_rows) * mask.unsqueeze(-1), mask
 
 
 def losses(

@@ -23,7 +23,7 @@ from tina.config import RecipeConfig
 from tina.configio import config_to_dict
 from tina.datasets import Dataset
 from tina.errors import DataError
-from tina.files import write_text
+from tina.files import read_table, write_text
 from tina.finetune import Lesson, Progress, accuracy, finetune, widen
 from tina.generic import GenericModel
 from tina.tasks import Task
@@ -111,12 +111,7 @@ def open_zoo(folder: Path, description: Mapping[str, Any]) -> set[str]:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(description, indent=1))
         return set()
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{file} is not a table")
+    found = read_table(file, DataError)
     differing = [key for key in description if found.get(key) != description[key]]
     if differing:
         raise DataError(
