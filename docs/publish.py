@@ -3,8 +3,8 @@
     python docs/publish.py runs/cifar100_cnn5k     # copy, then rewrite the tables
     python docs/publish.py                         # rewrite the tables alone
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; everything in between is written
-here, so that no number is ever typed.
+A table stands between `<!-- table NAME -->` (all axes) or `<!-- table NAME AXIS -->` and
+`<!-- end -->`; everything in between is written here, so that no number is ever typed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 
 
-def table(name: str) -> str:
+def table(name: str, axis: str | None = None) -> str:
     """The tables of a published report, with where and how they were measured."""
     report = json.loads((RESULTS / name / "report.json").read_text())
     generator, timing = report["generator"], report["timing"]
@@ -33,16 +33,17 @@ def table(name: str) -> str:
         f"{timing['finetune_s_per_model']:.0f} s. Measured on {report['hardware']}, commit "
         f"`{report['commit']}`, by `make demo CONFIG=configs/{name}.yaml`."
     )
-    return f"{facts}\n\n{markdown(report)}"
+    return f"{facts}\n\n{markdown(report, axis)}"
 
 
 def rewrite(text: str) -> str:
     """Text with every marked table written anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{table(match[1])}<!-- end -->"
+        return f"<!-- table {match[1]} -->\n{table(*match[1].split())}<!-- end -->"
 
-    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    pattern = r"<!-- table (\w+(?: \w+)?) -->\n.*?<!-- end -->"
+    return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
 def publish(run: Path) -> None:

@@ -1,27 +1,36 @@
 """Build the zoo on Ray Data: tasks stream through a pool of actors that fine-tune p-models.
 
-A row depends on its task, the generic model and the recipe alone. Run again: only rows that are
-missing are computed.
+A row depends on its task, the generic model and the recipe alone; where models are stacked on a
+GPU, to rounding. The pool grows as far as the cluster holds it and shrinks with it: an actor of a
+lost node starts again elsewhere, its block is done again, and the driver writes every block once.
+Run again: only rows that are missing are computed.
 """
 
 from __future__ import annotations
 
-import logging
+import resource
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from ray_jobs.job import run_job, start_ray
+from ray_jobs.job import on_gpu, run_job, start_ray
+from ray_jobs.pool import CPU, GPU, stream
+from tina.classifiers import InputStore
 from tina.config import JobConfig
 from tina.files import hash_bytes, write_whole
 from tina.generic import save_generic, train_generic
 from tina.run import Run
+from tina.tasks import Task
 from tina.zoo import build_rows, open_zoo, zoo_schema
 
 
@@ -44,63 +53,120 @@ def ensure_generic(run: Run) -> None:
 
 
 class Teacher:
-    """An actor that fine-tunes blocks of p-models: stacked on a GPU, one by one on a CPU."""
+    """An actor that fine-tunes blocks of p-models: stacked on a GPU, one by one on a CPU.
 
-    def __init__(self, config: JobConfig, kind: str) -> None:
-        self.run, self.kind = Run(config), kind
-        self.tasks = {task.task_id: task for task in self.run.zoo_tasks(kind)}
-        if not torch.cuda.is_available():
+    All is loaded with the first block: of an error while an actor is made, Ray keeps only the text.
+    """
+
+    def __init__(self, config: JobConfig, base: Path, kind: str, device: str) -> None:
+        self.run, self.kind, self.device = Run(config, base), kind, device
+        self.tasks: dict[str, Task] = {}
+        self.tools: dict[str, Any] = {}  # what `build_rows` takes beside tasks
+        if device == "cpu":
             torch.set_num_threads(1)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """Rows for a batch of task ids."""
-        run = self.run
-        rows = build_rows(
-            [self.tasks[task_id] for task_id in batch["task_id"]],
-            family=run.family,
-            dataset=run.dataset,
-            store=run.store,
-            generic=run.generic,
-            recipe=run.recipe(self.kind),
-            max_classes=run.config.tasks.max_classes,
-            stacked=torch.cuda.is_available(),
+    def load(self) -> None:
+        """All that a block needs, on the device."""
+        run, device = self.run, self.device
+        generic = run.generic  # brings the trunk
+        if run.family.has_trunk:
+            run.family.trunk.to(device)
+        self.tasks = {task.task_id: task for task in run.zoo_tasks(self.kind)}
+        self.tools = {
+            "family": run.family,
+            "dataset": run.dataset,
+            "store": InputStore(run.family, run.dataset.images, device=device),
+            "generic": replace(generic, body=generic.body.to(device), rows=generic.rows.to(device)),
+            "recipe": run.recipe(self.kind),
+            "max_classes": run.config.tasks.max_classes,
+            "stacked": device != "cpu",
+        }
+
+    def __call__(self, blocks: pa.Table) -> pa.Table:
+        """Rows for a block of task ids, with what `Build` wants to know."""
+        import ray
+
+        if not self.tools:
+            self.load()
+        (ids,) = blocks["task_ids"].to_pylist()
+        tools, tasks = self.tools, [self.tasks[task_id] for task_id in ids.split()]
+        begin = time.time()
+        rows = build_rows(tasks, **tools)
+        schema = zoo_schema(tools["family"].layout(tools["max_classes"]).size)
+        table = pa.Table.from_pylist(rows, schema=schema)
+        notes = {
+            "worker": ray.get_runtime_context().get_actor_id(),
+            "begin": begin,
+            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
+        }
+        for name, value in notes.items():
+            table = table.append_column(name, pa.array([value] * len(rows)))
+        return table
+
+
+@dataclass
+class Build:
+    """What one call of `build_zoo` did.
+
+    Args:
+        models: Rows written.
+        seconds: From the first worker's first step to the last row.
+        peaks: Most resident bytes of each worker.
+    """
+
+    models: int = 0
+    seconds: float = 0.0
+    peaks: dict[str, int] = field(default_factory=dict)
+    _begin: float = field(default=float("inf"), init=False)
+
+    def take(self, table: pa.Table) -> pa.Table:
+        """Count a block; its rows without the notes."""
+        self.models += len(table)
+        self._begin = min(self._begin, pc.min(table["begin"]).as_py())
+        self.seconds = time.time() - self._begin
+        worker, peak = table["worker"][0].as_py(), pc.max(table["peak"]).as_py()
+        self.peaks[worker] = max(peak, self.peaks.get(worker, 0))
+        return table.drop_columns(["worker", "begin", "peak"])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.models} models in {self.seconds:.1f} s "
+            f"({self.models / self.seconds:.2f} models/s), workers: {len(self.peaks)}, "
+            f"peak memory of a worker: {max(self.peaks.values()) / 2**20:.0f} MiB"
         )
-        schema = zoo_schema(run.family.layout(run.config.tasks.max_classes).size)
-        return pa.Table.from_pylist(rows, schema=schema)
 
 
-def build_zoo(run: Run, kind: str) -> None:
-    """Fill the `zoo` or the `direct` folder of a run."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
+def build_zoo(run: Run, kind: str) -> Build:
+    """Fill the `zoo` or the `direct` folder of a run.
 
-    folder = run.folder / kind
+    Raises:
+        DataError: The folder holds rows of another recipe.
+        ConfigError: The cluster has no place for a worker.
+    """
+    folder = run.base / kind
     tasks = run.zoo_tasks(kind)
     done = open_zoo(folder, run.describe_zoo(kind))
-    missing = [{"task_id": task.task_id} for task in tasks if task.task_id not in done]
+    missing = [task.task_id for task in tasks if task.task_id not in done]
     label = {"zoo": "zoo", "direct": "direct fine-tuning"}[kind]
-    bar = tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=label, unit="model")
-    if missing:
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        DataContext.get_current().enable_progress_bars = False  # one bar, in models, is ours
-        block = run.config.cluster.zoo_block
-        gpu = torch.cuda.is_available()
-        rows: Any = ray.data.from_items(missing, override_num_blocks=-(-len(missing) // block))
-        rows = rows.map_batches(
-            Teacher,
-            fn_constructor_args=(run.config, kind),
-            batch_size=block,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(size=run.config.cluster.zoo_workers),
-            num_cpus=0 if gpu else 1,
-            num_gpus=1 if gpu else 0,
-        )
-        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+    build = Build()
+    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=label, unit="model") as bar:
+        for block in finetuned(run, kind, missing) if missing else ():
+            table = build.take(block)
             ids = "".join(table["task_id"].to_pylist())
             file = folder / f"part-{hash_bytes(ids.encode())[:16]}.parquet"
             write_whole(file, partial(pq.write_table, table))
             bar.update(len(table))
-    bar.close()
+    if missing:
+        print(f"{label}: {build}")
+    return build
+
+
+def finetuned(run: Run, kind: str, task_ids: list[str]) -> Iterator[pa.Table]:
+    """Tables of finished p-models with their notes, in the order in which they are done."""
+    gpu, size = on_gpu(), run.config.cluster.zoo_block
+    blocks = [{"task_ids": " ".join(task_ids[i : i + size])} for i in range(0, len(task_ids), size)]
+    arguments = (run.config, run.base, kind, "cuda" if gpu else "cpu")
+    return stream(Teacher, arguments, blocks, each=GPU if gpu else CPU, cluster=run.config.cluster)
 
 
 def work(run: Run) -> None:
@@ -111,6 +177,7 @@ def work(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_job(work, sys.argv[1:], name="build_zoo", about="Fine-tune the p-models of a zoo.")
-    )
+    # workers get what they run by its name, which this module has only when it is imported
+    from ray_jobs.build_zoo import work as job
+
+    sys.exit(run_job(job, sys.argv[1:], name="build_zoo", about="Fine-tune the p-models of a zoo."))

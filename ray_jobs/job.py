@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from textwrap import shorten
 
-import torch
 import yaml
 
 from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config
-from tina.errors import TinaError
+from tina.errors import ConfigError, TinaError
 from tina.run import Run, commit
+
+MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
+LESS_MEMORY = {
+    "a pool worker": "lower cluster.zoo_block or cluster.zoo_workers",
+    "a training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
+    "cluster.activation_checkpointing, or lower cluster.train_workers",
+    "the job's own process": "run it on a machine with more memory",
+}
 
 
 def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, about: str) -> int:
-    """Parse, run, and turn a user's error into one line.
+    """Parse, run, and turn every error into a last line on stderr.
 
     Returns:
-        0 when the work is done, 2 for what the user can mend.
+        0 when the work is done, 2 for what the user can mend, 1 for any other failure.
     """
     argv = list(argv)
     dry = "--dry-run" in argv
@@ -41,10 +53,77 @@ def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, abou
         run = Run(config)
         run.claim()
         work(run)
-    except (TinaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return _fail(error, name)
     return 0
+
+
+def _fail(error: Exception, job: str) -> int:
+    """Say what went wrong; the exit code."""
+    layers = list(_layers(error))
+    cause = layers[-1]
+    words, *_ = str(cause).split("\nFailed to apply UDF transform")  # Ray Data adds how often
+    lines = words.strip().splitlines() or [""]
+    if getattr(cause, "actor_init_failed", False):
+        lines = lines[-1:]  # all that Ray keeps of it is a traceback, and that ends in the error
+    message = " ".join(" ".join(lines).split())
+    code = 1
+    if _out_of_memory(cause):
+        who = "the job's own process"
+        if any(map(_is_rays, layers)):
+            ranks = any(hasattr(layer, "worker_failures") for layer in layers)
+            who = "a training rank" if ranks else "a pool worker"
+        # Ray's own account goes on for a page, with a list of the node's processes
+        fact = re.search(r"Memory on the node .*? limit", message)
+        message = fact[0] if fact else shorten(message, MOST_CHARACTERS)
+        message = f"{job}: {who} ran out of memory ({message}): {LESS_MEMORY[who]}"
+    elif isinstance(cause, (TinaError, OSError)) and not _is_rays(cause):
+        code = 2
+    else:
+        traceback.print_exception(error)
+        message = shorten(f"{type(cause).__name__}: {message}", MOST_CHARACTERS)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # or its workers' last words come after ours
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _is_rays(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] == "ray"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Killed by Ray for it, refused by Python, by CUDA or by torch's CPU allocator."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in ("low on memory", "allocate memory"))
+    )
+
+
+def _layers(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it wraps, down to what was raised in the worker."""
+
+    def vague(failure: BaseException) -> bool:
+        root = list(_layers(failure))[-1]
+        return not (_out_of_memory(root) or isinstance(root, TinaError))
+
+    yield error
+    ranks = getattr(error, "worker_failures", None) or {}
+    inner = (
+        getattr(error, "cause", None)  # a task's or an actor's
+        or getattr(error, "controller_failure", None)  # Ray Train's
+        or min(ranks.values(), key=vague, default=None)  # the others only lost their peer
+    )
+    if isinstance(inner, BaseException):
+        yield from _layers(inner)
+
+
+def variables() -> dict[str, str]:
+    """Environment variables that travel with a job, for those of its workers and for `submit`."""
+    names = ("TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return found | {"TINA_COMMIT": commit()}
 
 
 def start_ray() -> None:
@@ -54,14 +133,64 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    variables = {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    if not torch.cuda.is_available():
-        variables["DS_ACCELERATOR"] = "cpu"
-    for name in ("TINA_COMMIT", "TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
-        if name in os.environ:
-            variables[name] = os.environ[name]
+    path = {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    # an error in a Ray Data worker comes back as it was raised
+    os.environ.setdefault("RAY_DATA_RAISE_ORIGINAL_MAP_EXCEPTION", "1")
     ray.init(
         log_to_driver=True,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": variables},
+        runtime_env={"env_vars": variables() | path},
     )
+
+
+def on_gpu() -> bool:
+    """Whether the cluster has a GPU: the machine that the job was started on need not."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def capacity(each: Mapping[str, float]) -> int:
+    """How many workers of these resources the cluster could hold if it were idle."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(int(node.get(name, 0) / need + 1e-6) for name, need in each.items()) for node in nodes
+    )
+
+
+def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float) -> None:
+    """Make sure that the cluster can hold some workers; one that can grow is asked and awaited.
+
+    Args:
+        each: Resources of a worker, all above 0.
+        key: The configuration key to lower.
+        wait_s: Seconds to wait at most.
+
+    Raises:
+        ConfigError: It cannot hold them.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    if capacity(each) >= workers:
+        return
+    limit = time.monotonic() + wait_s
+    request_resources(bundles=[dict(each)] * workers)
+    try:
+        while (room := capacity(each)) < workers:
+            if time.monotonic() >= limit:
+                what = " and ".join(f"{need:g} {name}" for name, need in each.items())
+                lower = f"lower {key}, " if workers > 1 else ""
+                raise ConfigError(
+                    f"{key} needs {workers} x {what}, and the cluster holds {room} of them after "
+                    f"{wait_s:g} s: {lower}add nodes or raise cluster.wait_s"
+                )
+            time.sleep(0.5)
+    finally:
+        request_resources(bundles=[])  # else it would stand after the job, and hold nodes
+
+
+if __name__ == "__main__":
+    # for --runtime-env-json of `ray job submit`: there is no git where the job runs
+    print(json.dumps({"env_vars": variables()}))

@@ -1,7 +1,7 @@
 """The main job: images to zoo to generator to a report on classifiers nobody trained.
 
-Zoo on Ray Data, training on Ray Train with DeepSpeed, evaluation. Run again with the same name:
-what is there is kept, what is missing is made.
+Zoo on Ray Data, training on Ray Train with DeepSpeed, evaluation on Ray Data. Run again with the
+same name: what is there is kept, what is missing is made.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import json
 import sys
 import time
 
-from tqdm import tqdm
-
 from ray_jobs.build_zoo import build_zoo, ensure_generic
+from ray_jobs.evaluate import evaluate
 from ray_jobs.job import run_job, start_ray
 from ray_jobs.train import train_generator
 from tina.report import print_report
@@ -26,12 +25,8 @@ def work(run: Run) -> None:
         ensure_generic(run)
         start_ray()
         build_zoo(run, "zoo")
-        build_zoo(run, "direct")
-        generator = train_generator(run)
-        total = 8 * sum(len(tasks) for tasks in run.space.held_out.values())
-        with tqdm(total=total, desc="evaluation", unit="task") as bar:
-            report = run.evaluate(generator, on_progress=bar.update)
-        run.release(generator, report)
+        train_generator(run)
+        evaluate(run)
     print_report(json.loads(run.report_file.read_text()))
     print(f"{run.folder}: report.json, plots/, checkpoint/ ({time.monotonic() - begin:.0f} s)")
 

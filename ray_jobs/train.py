@@ -1,6 +1,7 @@
 """Train the generator on Ray Train, each rank driving a DeepSpeed engine.
 
-Run again with the same name: the latest checkpoint is continued, with the same result.
+Run again with the same name: the latest state is continued, with the same result at the same number
+of ranks, and with the same samples at another.
 """
 
 from __future__ import annotations
@@ -9,127 +10,190 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
-from torch import Tensor
 
-from ray_jobs.job import run_job, start_ray
+from ray_jobs.engine import DeepSpeedEngine
+from ray_jobs.job import on_gpu, require, run_job, start_ray
+from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
 from tina.checkpoint import load_generator, save_generator
 from tina.config import JobConfig
+from tina.engine import Weights
+from tina.errors import DataError
 from tina.generator import Generator
 from tina.run import Run
-from tina.training import Progress, build_optimiser, train
+from tina.training import Progress, Validate, train
+from tina.zoo import read_rows, zoo_of
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+    from ray.train.torch import TorchTrainer
 
 PROGRESS = "progress.safetensors"
+LOG_EVERY = 10  # steps
 
 
-def deepspeed_config(config: JobConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Batches are ours, so its batch sizes only have to agree."""
-    world = config.cluster.train_workers
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world,
-        "gradient_clipping": config.train.clip,
-        "zero_optimization": {"stage": config.cluster.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
+class Judge:
+    """An actor that validates beside the training: its ranks do not wait for it."""
+
+    def __init__(self, config: JobConfig, base: Path) -> None:
+        torch.set_num_threads(1)
+        run = Run(config, base)
+        self.validate = run.validator(load_generator(run.start))
+
+    def accuracy(self, weights: Weights) -> float:
+        """Accuracy on `select` images of validation tasks of what the weights generate."""
+        return self.validate(weights)
 
 
-def train_on_rank(config: JobConfig) -> None:
+def train_on_rank(settings: dict[str, Any]) -> None:
     """What each worker of Ray Train runs."""
-    import deepspeed
+    import ray
     import ray.train
-    from ray.experimental import tqdm_ray
 
+    config, base = settings["config"], settings["base"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    run = Run(config)
+    for chatty in ("ray.train", "ray.data"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    run = Run(config, base)
+    shard = ray.train.get_dataset_shard("zoo")
+    tables = list(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
     generator = load_generator(run.start)
     denoiser = generator.denoiser.train().requires_grad_(True)
-    engine, *_ = deepspeed.initialize(
-        model=denoiser,
-        optimizer=build_optimiser(denoiser, config.train),
-        config=deepspeed_config(config),
-        dist_init_required=False,
-    )
+    denoiser.checkpointing = config.cluster.activation_checkpointing
     start = Progress.start(denoiser)
     if latest := ray.train.get_checkpoint():
         with latest.as_directory() as folder:
-            engine.load_checkpoint(folder, tag="engine")
+            engine = DeepSpeedEngine(denoiser, config, resume=Path(folder))
             start = Progress.load(Path(folder) / PROGRESS)
+    else:
+        engine = DeepSpeedEngine(denoiser, config, resume=None)
+    log, close = open_tracking(run, start=start.step) if rank == 0 else NOWHERE
+    show = progress_bar(config.train.steps, start.step) if rank == 0 else lambda step: None
 
     def report(progress: Progress, figures: dict[str, float]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            engine.save_checkpoint(folder, tag="engine")
-            if rank == 0:
-                progress.save(Path(folder) / PROGRESS)
-            ray.train.report(
-                {"step": progress.step, **figures},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-            )
+        folder = tempfile.mkdtemp()  # Ray removes it after an upload that nobody waits for
+        engine.save(Path(folder))
+        if rank == 0:
+            progress.save(Path(folder) / PROGRESS)
+        ray.train.report(
+            {"step": progress.step, **figures},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+        log(progress.step, figures)
 
-    bar = tqdm_ray.tqdm(total=config.train.steps, desc="generator") if rank == 0 else None
-    shown = 0
-
-    def show(step: int) -> None:
-        nonlocal shown
-        # a bar of fifty strokes: each costs a line wherever the output is not a terminal
-        if bar and (step == config.train.steps or step - shown >= config.train.steps / 50):
-            bar.update(step - shown)
-            shown = step
+    def on_step(step: int, figures: Mapping[str, float]) -> None:
+        show(step)
+        if step % LOG_EVERY == 0:
+            log(step, {f"{name}_of_step": value for name, value in figures.items()})
 
     train(
         config.train,
         engine=engine,
-        source=run.source(generator, config.train),
+        source=run.source(generator, config.train, zoo_of(pa.concat_tables(tables))),
         start=start,
         report=report,
-        validate=run.validator(generator),
+        validate=begin_validation(config, base) if rank == 0 else None,
         rank=rank,
         world=world,
-        on_step=show,
+        on_step=on_step,
     )
-    if bar:
-        bar.close()
+    close()
 
 
-def train_generator(run: Run) -> Generator:
-    """Train, or continue; the generator with the averaged weights that validated best."""
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+def begin_validation(config: JobConfig, base: Path) -> Validate:
+    """A validation that runs in an actor of its own."""
+    import ray
+
+    judge: Any = ray.remote(num_cpus=0)(Judge).remote(config, base)
+
+    def begin(weights: Weights) -> Callable[[], float]:
+        result = judge.accuracy.remote(dict(weights))
+        return lambda: float(ray.get(result))
+
+    return begin
+
+
+def progress_bar(steps: int, done: int) -> Callable[[int], None]:
+    """A bar of fifty strokes: each costs a line wherever the output is not a terminal."""
+    from ray.experimental import tqdm_ray
+
+    bar = tqdm_ray.tqdm(total=steps, desc="generator")
+    bar.update(done)
+    shown = done
+
+    def show(step: int) -> None:
+        nonlocal shown
+        if step == steps or step - shown >= steps / 50:
+            bar.update(step - shown)
+            shown = step
+        if step == steps:
+            bar.close()
+
+    return show
+
+
+def build_trainer(run: Run, *, callbacks: Sequence[UserCallback] = ()) -> TorchTrainer:
+    """The training of a run, its states in `train/`."""
+    import ray.data
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     if not run.start.exists():
         save_generator(run.new_generator(), run.start, card="Untrained: classifier selection.\n")
-    cluster, gpu = run.config.cluster, torch.cuda.is_available()
-    trainer = TorchTrainer(
-        train_on_rank,  # type: ignore[arg-type]
-        train_loop_config=run.config,  # type: ignore[arg-type]
+    cluster = run.config.cluster
+    each = {"CPU": cluster.train_cpus} | ({"GPU": 1.0} if on_gpu() else {})
+    require(cluster.train_workers, each, key="cluster.train_workers", wait_s=cluster.wait_s)
+    zoo = ray.data.from_arrow(read_rows(run.base / "zoo"))
+    zoo.context.enable_progress_bars = False
+    return TorchTrainer(
+        train_on_rank,
+        train_loop_config={"config": run.config, "base": run.base},
         scaling_config=ScalingConfig(
-            num_workers=cluster.train_workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cluster.train_cpus} | ({"GPU": 1} if gpu else {}),
+            num_workers=cluster.train_workers, use_gpu=on_gpu(), resources_per_worker=each
         ),
+        datasets={"zoo": zoo},
+        # every rank takes the whole zoo: which rows a step reads must not depend on their number
+        dataset_config=DataConfig(datasets_to_split=[]),
         run_config=RunConfig(
             name="train",
             storage_path=str(run.folder),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
-    result = trainer.fit()
-    assert result.checkpoint, "training reported no checkpoint"
+
+
+def train_generator(run: Run) -> Generator:
+    """Train, or continue; the generator with the averaged weights that validated best.
+
+    Raises:
+        DataError: There is no zoo to learn from.
+        ConfigError: The cluster cannot hold the ranks, or a tracker is not installed.
+    """
+    if run.trained.exists():
+        return load_generator(run.trained)
+    if not (run.base / "zoo").is_dir():
+        raise DataError(f"{run.base} holds no zoo: run ray_jobs.build_zoo first")
+    check_tracking(run)
+    result = build_trainer(run).fit()
+    assert result.checkpoint, "training reported no state"
     with result.checkpoint.as_directory() as folder:
         progress = Progress.load(Path(folder) / PROGRESS)
     print(json.dumps({"train": result.metrics}))
     generator = load_generator(run.start)
-    best: dict[str, Tensor] = dict(progress.best)
-    generator.denoiser.load_state_dict(best)
+    generator.denoiser.load_state_dict(dict(progress.best))
+    card = f"Trained for {progress.step} steps; accuracy on select images of validation tasks: "
+    save_generator(generator, run.trained, card=f"{card}{progress.best_accuracy:.4f}.\n")
     return generator
 
 
@@ -137,7 +201,11 @@ def work(run: Run) -> None:
     """The whole job."""
     start_ray()
     train_generator(run)
+    print(f"{run.trained}: the trained generator")
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(work, sys.argv[1:], name="train", about="Train the generator on a zoo."))
+    # workers get what they run by its name, which this module has only when it is imported
+    from ray_jobs.train import work as job
+
+    sys.exit(run_job(job, sys.argv[1:], name="train", about="Train the generator on a zoo."))

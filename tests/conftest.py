@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from tina.checkpoint import save_generator
 from tina.config import (
@@ -23,11 +24,13 @@ from tina.config import (
     TaskConfig,
     TrainConfig,
 )
+from tina.configio import config_to_dict
+from tina.engine import LocalEngine
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.generic import save_generic, train_generic
 from tina.run import Run
-from tina.training import LocalEngine, Progress, train
+from tina.training import Progress, train
 from tina.zoo import build_rows, open_zoo, zoo_schema
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -70,7 +73,6 @@ def tiny_config(storage: Path, **changes: object) -> JobConfig:
             zoo_batch=4,
             fresh_tasks=2,
             images_per_task=16,
-            validate_every=6,
             checkpoint_every=4,
         ),
         "evaluation": EvaluationConfig(
@@ -99,6 +101,14 @@ def write_rows(run: Run, kind: str) -> None:
     write_whole(folder / "part-0.parquet", partial(pq.write_table, table))
 
 
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """The tiny run's configuration as a YAML file, with its storage in `tmp_path / "runs"`."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config_to_dict(tiny_config(tmp_path / "runs"))))
+    return file
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with a generic model, a zoo and direct fine-tuning. Do not write into its folder."""
@@ -123,7 +133,7 @@ def tiny_generator(tiny_run: Run) -> Generator:
         source=tiny_run.source(generator, config),
         start=Progress.start(generator.denoiser),
         report=lambda progress, figures: None,
-        validate=tiny_run.validator(generator),
+        validate=lambda weights: partial(tiny_run.validator(generator), weights),
     )
     generator.denoiser.eval().requires_grad_(False)
     return generator

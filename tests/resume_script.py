@@ -7,19 +7,19 @@ every few steps, and goes on from the latest state there.
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from tina.engine import LocalEngine
 from tina.run import Run
-from tina.training import LocalEngine, Progress, train
+from tina.training import Progress, train
 
 
 def main(run: Run, states: Path, *, steps: int, every: int) -> None:
     torch.set_num_threads(1)
-    config = replace(
-        run.config.train, steps=steps, checkpoint_every=every, validate_every=every + 1
-    )
+    config = replace(run.config.train, steps=steps, checkpoint_every=every)
     generator = run.new_generator()
     engine = LocalEngine(generator.denoiser, config)
     start = Progress.start(generator.denoiser)
@@ -42,7 +42,7 @@ def main(run: Run, states: Path, *, steps: int, every: int) -> None:
         source=run.source(generator, config),
         start=start,
         report=report,
-        validate=run.validator(generator),
+        validate=lambda weights: partial(run.validator(generator), weights),
     )
 
 

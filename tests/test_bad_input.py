@@ -510,7 +510,7 @@ def edit_config(folder, section, **changes):
 CONFIGS = {
     "data set": ("data", {"name": "imagenet"}, "unknown data set 'imagenet'; valid: digits"),
     "family": ("classifier", {"family": "cnn6k"}, "unknown family 'cnn6k'; known: cnn5k"),
-    "key": ("", {"optimizer": "sgd"}, "valid keys: name, storage, data.name"),
+    "key": ("", {"optimizer": "sgd"}, "valid keys: name, storage, tracking, data.name"),
     "nested key": ("train", {"learning_rate": 1}, "train.weight_decay"),
     "type": ("train", {"steps": "many"}, "train.steps"),
     "value": ("tasks", {"min_classes": 9}, "got 9 and 4"),
@@ -640,7 +640,7 @@ def _no_work(run):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--train.learning_rate", "1"], "valid keys: name, storage, data.name"),
+        (["--train.learning_rate", "1"], "valid keys: name, storage, tracking, data.name"),
         (["--train.lr", "fast"], "train.lr"),
         (["--train.lr", "-1"], "TrainConfig.lr must be above 0, got -1"),
         (["--storage", "runs"], "storage must be an absolute path"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tina.config import DiffusionConfig
-from tina.diffusion import add_noise, guided, initial_noise, sample, signal_level
+from tina.diffusion import add_noise, as_x0, guided, initial_noise, sample, signal_level
 from tina.errors import ConfigError
 
 # numpy 2 on diffusers' DPM-Solver++: third party
@@ -119,6 +119,89 @@ def test_a_seed_means_the_same_in_any_batch():
     big = initial_noise([0], (300, 300))
     assert big.mean().abs() < 0.01
     assert big.var() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("timesteps", [50, 1000])
+@pytest.mark.parametrize("ends", [(1e-4, 0.02), (1e-4, 0.01), (1e-3, 0.03)])
+def test_the_linear_schedules_ends_are_given_for_a_thousand_steps(ends, timesteps):
+    config = configure(schedule="linear", beta_range=ends, timesteps=timesteps)
+    low, high = (1000 / timesteps * end for end in ends)
+    betas = torch.linspace(low, high, timesteps, dtype=torch.float64)
+    expected = (1 - betas).cumprod(0).float()
+    torch.testing.assert_close(signal_level(config), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_cosine_schedule_has_no_ends():
+    other = configure(beta_range=(1e-3, 0.01))
+    assert torch.equal(signal_level(other), signal_level(configure()))
+
+
+# --- what the network predicts --------------------------------------------------------------------
+
+
+def velocity(x0, config):
+    """A network that predicts v perfectly for data that is x0 alone."""
+
+    def network(x, t, cond, mask, drop=None):
+        abar = signal_level(config)[t].view(-1, 1, 1)
+        eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+        return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+
+    return network
+
+
+def test_a_network_that_predicts_x0_is_the_denoiser():
+    assert as_x0(linear, configure()) is linear
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_v_of_noised_data_gives_the_data_back(schedule):
+    config = configure(schedule=schedule, prediction="v")
+    t = torch.tensor([0, 1, 250, 500, 998, 999])
+    x0, eps = initial_noise(range(6), (4, 5)), initial_noise(range(6, 12), (4, 5))
+    abar = signal_level(config)[t]
+    x = add_noise(x0, eps, abar)
+    a, b = abar.sqrt().view(-1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1)
+    denoise = as_x0(lambda *_: a * eps - b * x0, config)
+    torch.testing.assert_close(denoise(x, t, None, None), x0, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "schedule"), EVERY)
+def test_a_perfect_velocity_is_believed(sampler, schedule):
+    config = configure(sampler, schedule, prediction="v")
+    x0, noise = initial_noise(range(10, 13), (3, 4)), initial_noise(range(3), (3, 4))
+    found = draw(as_x0(velocity(x0, config), config), config, noise=noise, steps=10)
+    torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
+
+
+def test_v_of_nothing_is_the_posterior_mean_of_unit_normal_tokens():
+    config = configure(prediction="v")
+    zeros = as_x0(lambda x, *_: 0 * x, config)
+    x, t = initial_noise(range(3), (4, 5)), torch.tensor([0, 500, 999])
+    torch.testing.assert_close(zeros(x, t), Gaussian(config, 0.0, 1.0)(x, t, None, None))
+    # so that what it makes is noise, where the x0 network makes selection
+    noise = initial_noise(range(2), (64, 64))
+    plain = draw(lambda x, *_: 0 * x, config, noise=noise, steps=50)
+    assert not plain.any()
+    made = draw(zeros, config, noise=noise, steps=50)
+    assert made.std() == pytest.approx(1, abs=0.05)
+
+
+def test_guidance_commutes_with_the_prediction():
+    config = configure(prediction="v")
+    batch = conditions()
+    outer = guided(as_x0(linear, config), 2.5)(*batch)
+    inner = as_x0(guided(linear, 2.5), config)(*batch)
+    torch.testing.assert_close(outer, inner, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_pass_through_the_prediction():
+    config = configure(prediction="v")
+    v = torch.ones(2, 3, 4, requires_grad=True)
+    t = torch.tensor([0, 999])
+    as_x0(lambda *_: v, config)(torch.zeros(2, 3, 4), t, None, None).sum().backward()
+    expected = -(1 - signal_level(config)[t]).sqrt().view(-1, 1, 1).expand(2, 3, 4)
+    torch.testing.assert_close(v.grad, expected)
 
 
 # --- samplers -------------------------------------------------------------------------------------
@@ -308,3 +391,16 @@ def test_steps_out_of_range_are_refused(steps):
     config = configure(timesteps=100)
     with pytest.raises(ConfigError, match=rf"must lie in 1\.\.100, got {steps}"):
         draw(linear, config, noise=initial_noise([0], (3, 4)), steps=steps)
+
+
+@pytest.mark.parametrize("ends", [(0.02, 1e-4), (1e-4, 1e-4), (0.0, 0.02), (-1e-4, 0.02)])
+def test_ends_that_do_not_rise_are_refused(ends):
+    with pytest.raises(ConfigError, match=r"diffusion\.beta_range must rise"):
+        configure(beta_range=ends)
+
+
+@pytest.mark.parametrize(("timesteps", "high"), [(20, 0.02), (50, 0.05), (1000, 1.0)])
+def test_linear_betas_of_one_or_more_are_refused(timesteps, high):
+    with pytest.raises(ConfigError, match=r"diffusion\.beta_range must rise in 0\.\.T / 1000"):
+        configure(schedule="linear", beta_range=(1e-4, high), timesteps=timesteps)
+    configure(schedule="cosine", timesteps=20)

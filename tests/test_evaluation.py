@@ -1,25 +1,31 @@
 """The report: its schema, its controls, and who may read which images; the baselines."""
 
+import contextlib
 import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import tina.evaluation
+import tina.novelty
 from tina.baselines import class_mean, classifier_selection, nearest_pmodel, ridge
+from tina.batches import Source
 from tina.classifiers import InputStore
-from tina.evaluation import Evaluation, twin
-from tina.finetune import Lesson
+from tina.engine import LocalEngine
+from tina.evaluation import Evaluation
 from tina.generator import Generator
 from tina.metrics import Score
+from tina.novelty import novelty, timing, twin
 from tina.report import ORDER, markdown, plot_report, print_report
 from tina.run import Run
 from tina.tasks import Task
-from tina.training import LocalEngine, Progress, Source, train
+from tina.training import Progress, train
 from tina.zoo import Zoo, build_rows
 
 AXIS = "unseen_combination"
@@ -71,30 +77,50 @@ def evaluation(tiny_run, tiny_generator):
     )
 
 
-@pytest.fixture(scope="module")
-def watched(tiny_run, evaluation):
-    """The report; which images each kind of reading saw; what the generator was asked."""
-    seen = {"scored": set(), "chosen_by": set(), "trained_on": set()}
-    names = {"predict": "scored", "accuracy": "chosen_by", "finetune": "trained_on"}
+def full_report(evaluation):
+    """What `Run.evaluate` writes, without a folder to write into."""
+    return evaluation.report(
+        dict(evaluation.score_here()),
+        checkpoint="c" * 64,
+        commit="unknown",
+        hardware="a machine",
+        novelty=novelty(evaluation),
+        timing=timing(evaluation),
+    )
 
-    def watch(name):
-        original = getattr(tina.evaluation, name)
 
-        def watching(*args, **options):
-            for value in args:
-                for item in value if isinstance(value, list) else [value]:
-                    if isinstance(item, Lesson):
-                        seen[names[name]].update(item.index.tolist())
-            if name == "predict":
-                seen["scored"].update(args[3].tolist())
-            return original(*args, **options)
+@contextlib.contextmanager
+def watching():
+    """Which images are read: by split of the task scored, to predict at all, to train."""
+    seen = {"held_out": set(), "val": set(), "predicted": set(), "trained_on": set()}
+    images, predict = Evaluation._images, tina.evaluation.predict
+    finetune = tina.novelty.finetune
 
-        return watching
+    def watched_images(self, task):
+        lesson = images(self, task)
+        seen[task.split].update(lesson.index.tolist())
+        return lesson
+
+    def watched_predict(family, theta, store, index, **options):
+        seen["predicted"].update(index.tolist())
+        return predict(family, theta, store, index, **options)
+
+    def watched_finetune(family, thetas, lessons, *args, **options):
+        seen["trained_on"].update(*(lesson.index.tolist() for lesson in lessons))
+        return finetune(family, thetas, lessons, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(tina.evaluation, name, watch(name))
-        report = evaluation.report(checkpoint="c" * 64, commit="unknown", hardware="a machine")
+        patch.setattr(Evaluation, "_images", watched_images)
+        patch.setattr(tina.evaluation, "predict", watched_predict)
+        patch.setattr(tina.novelty, "finetune", watched_finetune)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def watched(evaluation):
+    """The report; which images each kind of reading saw; what the generator was asked."""
+    with watching() as seen:
+        report = full_report(evaluation)
     return report, seen, list(evaluation.generator.asked)
 
 
@@ -195,7 +221,7 @@ def test_gap_closed_is_a_ratio_on_the_same_tasks(evaluation, axis, tiny_run):
 def test_an_axis_without_direct_finetuning_has_no_gap(evaluation):
     none = evaluation.direct.only("nobody")
     config = replace(evaluation.config, sampling_steps=(1,), bootstrap=10)
-    report = replace(evaluation, direct=none, config=config).report(hardware="x", commit="x")
+    report = full_report(replace(evaluation, direct=none, config=config))
     axis = report["axes"][AXIS]
     assert axis["methods"].keys() == WITHOUT_IMAGES
     assert axis["gap_closed"] is None
@@ -223,6 +249,67 @@ def test_a_twin_is_the_same_task_with_other_batches(tiny_run):
     other = twin(task)
     assert other.class_ids == task.class_ids
     assert other.task_id != task.task_id
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def sliced(evaluation, monkeypatch, size):
+    """The same evaluation in cells of another size."""
+    monkeypatch.setattr(tina.evaluation, "CELL_TASKS", size)
+    found = replace(evaluation)
+    assert max(len(cell.tasks) for cell in found.cells) == size
+    return found
+
+
+def rows_of(evaluation):
+    """Scores by axis and method."""
+    rows = {}
+    for cell, scores in evaluation.score_here():
+        assert len(scores) == len(cell.tasks)
+        rows.setdefault((cell.axis, cell.method), []).extend(scores)
+    return rows
+
+
+def test_cells_cover_each_task_of_each_method_once(evaluation, tiny_run, monkeypatch):
+    cells = sliced(evaluation, monkeypatch, 3).cells
+    found = Counter((c.axis, c.method, task.task_id) for c in cells for task in c.tasks)
+    assert set(found.values()) == {1}
+    tasks = tiny_run.space.held_out[AXIS]
+    want = {(AXIS, method, task.task_id) for method in WITHOUT_IMAGES for task in tasks}
+    want |= {(AXIS, "direct_finetuning", task.task_id) for task in tasks[:2]}
+    for steps in (1, 4):
+        want |= {("validation", f"{steps}_steps", task.task_id) for task in tiny_run.space.val}
+    assert found.keys() == want
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_slices_do_not_change_scores(evaluation, monkeypatch, size):
+    """But for theta's rounding, which depends on the shape of the generated batch."""
+    whole = rows_of(evaluation)
+    parts = rows_of(sliced(evaluation, monkeypatch, size))
+    assert parts.keys() == whole.keys()
+    for row, scores in whole.items():
+        for one, other in zip(scores, parts[row], strict=True):
+            assert np.array_equal(one.hit, other.hit), row
+            np.testing.assert_allclose(one.confidence, other.confidence, rtol=0, atol=1e-5)
+
+
+def test_a_cell_scores_the_same_alone_and_last(evaluation):
+    """Nothing that was scored before it has a part in it."""
+    for cell, scores in [*replace(evaluation).score_here()][::-1]:
+        for one, other in zip(replace(evaluation).score_cell(cell), scores, strict=True):
+            assert np.array_equal(one.hit, other.hit)
+            assert np.array_equal(one.confidence, other.confidence)
+
+
+def test_a_report_needs_every_cell_in_any_order(evaluation):
+    scores = dict(evaluation.score_here())
+    backwards = dict(reversed(scores.items()))
+    assert evaluation.report(backwards) == evaluation.report(scores)
+    del scores[evaluation.cells[-1]]
+    with pytest.raises(KeyError):
+        evaluation.report(scores)
 
 
 # --- controls -------------------------------------------------------------------------------------
@@ -345,14 +432,19 @@ def test_a_perfect_classifier_scores_one(evaluation, tiny_run, monkeypatch):
 def test_evaluation_scores_on_report_and_chooses_on_select(watched, tiny_run):
     _, seen, _ = watched
     data = tiny_run.dataset
-    partitions = {
-        "scored": "report",
-        "chosen_by": "select",
-        "trained_on": "fit",  # fine-tuning is timed
-    }
+    # fine-tuning is timed
+    partitions = {"held_out": "report", "val": "select", "trained_on": "fit"}
     for kind, partition in partitions.items():
         assert seen[kind], kind
         assert seen[kind] <= set(data.indices(partition).tolist()), kind
+    assert seen["predicted"] == seen["held_out"] | seen["val"]
+
+
+def test_the_ridge_penalty_is_chosen_without_report_images(evaluation, tiny_run):
+    with watching() as seen:
+        assert replace(evaluation)._tuned_ridge
+    assert seen["predicted"]
+    assert seen["predicted"] <= set(tiny_run.dataset.indices("select").tolist())
 
 
 def test_training_and_zoo_never_read_report_images(tiny_run):
@@ -384,7 +476,7 @@ def test_training_and_zoo_never_read_report_images(tiny_run):
         ),
         start=Progress.start(generator.denoiser),
         report=lambda progress, figures: None,
-        validate=run.validator(generator),
+        validate=lambda weights: partial(run.validator(generator), weights),
     )
     partitions = {
         key: set(run.dataset.indices(key).tolist()) for key in ("fit", "select", "report")

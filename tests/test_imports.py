@@ -13,12 +13,12 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "config", "configio", "files"],
+    *["errors", "config", "configio", "space", "files"],
     *["superclasses", "sources", "datasets", "tasks"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "codec", "transformer", "diffusion", "generator"],
-    *["checkpoint", "training", "pipeline"],
-    *["metrics", "baselines", "evaluation", "report", "run"],
+    *["checkpoint", "engine", "batches", "training", "pipeline"],
+    *["metrics", "baselines", "comparison", "evaluation", "novelty", "report", "run", "sweep"],
     *["schemas", "client", "cli"],
 ]
 FORBIDDEN = {"ray", "deepspeed", "ray_jobs", "serve"}

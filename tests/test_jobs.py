@@ -46,7 +46,6 @@ def short_config(storage, **changes):
             "zoo_batch": 4,
             "fresh_tasks": 2,
             "images_per_task": 16,
-            "validate_every": 6,
             "checkpoint_every": 4,
         },
         "evaluation": {
@@ -168,12 +167,14 @@ def test_an_error_of_the_users_ends_with_2(config_file, capsys):
     assert capsys.readouterr().err == "error: the zoo is spoilt\n"
 
 
-def test_an_error_of_ours_is_not_hidden(config_file):
+def test_an_error_of_ours_is_not_hidden(config_file, capsys):
     def work(run):
         raise ZeroDivisionError("a bug")
 
-    with pytest.raises(ZeroDivisionError):
-        start(work, ["--config", str(config_file)])
+    assert start(work, ["--config", str(config_file)]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.splitlines()[-1] == "error: ZeroDivisionError: a bug"
 
 
 def test_a_module_runs_as_it_is_submitted(config_file):
@@ -361,7 +362,7 @@ def test_from_images_to_a_report(tmp_path):
 @pytest.mark.slow
 def test_a_killed_job_ends_as_an_undisturbed_one(tmp_path):
     """SIGKILL to the job in the middle of training; the same command again; the same bytes."""
-    steps = {"train": {"steps": 120, "checkpoint_every": 10, "validate_every": 30}}
+    steps = {"train": {"steps": 120, "checkpoint_every": 10}}
     files = {}
     for name in ("whole", "killed"):
         files[name] = tmp_path / f"{name}.yaml"

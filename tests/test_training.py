@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from tina.batches import Batch, Source, encode_zoo
 from tina.diffusion import signal_level
+from tina.engine import LocalEngine
 from tina.errors import NonFiniteError
-from tina.training import Batch, LocalEngine, Progress, Source, encode_zoo, losses, train
+from tina.training import Progress, losses, train
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 
@@ -39,19 +42,20 @@ def fresh(base):
 
 @pytest.fixture
 def short(tiny_run):
-    """12 steps with validations at 3, 6, 9, 12 and states at 5, 10, 12."""
-    return replace(tiny_run.config.train, validate_every=3, checkpoint_every=5)
+    """12 steps with states, each validated, at 5, 10 and 12."""
+    return replace(tiny_run.config.train, checkpoint_every=5)
 
 
-def go(run, generator, config, *, engine=None, start=None, report=None, **options):
-    """`train` with a plain engine."""
+def go(run, generator, config, *, engine=None, start=None, report=None, judge=None, **options):
+    """`train` with a plain engine; `judge` measures when its result is asked for."""
+    judge = judge or run.validator(generator)
     return train(
         config,
         engine=engine or LocalEngine(generator.denoiser, config),
         source=options.pop("source", None) or run.source(generator, config),
         start=start or Progress.start(generator.denoiser),
         report=report or (lambda progress, figures: None),
-        validate=options.pop("validate", None) or run.validator(generator),
+        validate=lambda ema: partial(judge, ema),
         **options,
     )
 
@@ -71,7 +75,7 @@ def weights(module):
 
 @pytest.mark.parametrize("best_is", ["before the stop", "after it"])
 def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path, best_is):
-    def validate(ema):
+    def judge(ema):
         grown = float(ema["row_out.bias"].abs().sum())  # zero at the start
         return 1 - grown if best_is == "before the stop" else grown
 
@@ -82,7 +86,7 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path,
         whole,
         short,
         report=lambda p, figures: figures_whole.append(dict(figures)),
-        validate=validate,
+        judge=judge,
     )
     assert want.step == 12
 
@@ -90,18 +94,20 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path,
     engine = LocalEngine(first.denoiser, short)
 
     def save_and_stop(progress, figures):
+        if progress.step < 10:  # the state at 10 is the first to know a validation's result
+            return
         engine.save(tmp_path / "engine.safetensors")
         progress.save(tmp_path / "progress.safetensors")
         raise Stop
 
     with pytest.raises(Stop):
-        go(tiny_run, first, short, engine=engine, report=save_and_stop, validate=validate)
+        go(tiny_run, first, short, engine=engine, report=save_and_stop, judge=judge)
 
     second = fresh()
     engine = LocalEngine(second.denoiser, short)
     engine.load(tmp_path / "engine.safetensors")
     start = Progress.load(tmp_path / "progress.safetensors")
-    assert start.step == 5
+    assert start.step == 10
     figures = []
     found = go(
         tiny_run,
@@ -110,7 +116,7 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path,
         engine=engine,
         start=start,
         report=lambda p, latest: figures.append(dict(latest)),
-        validate=validate,
+        judge=judge,
     )
     assert_equal(weights(second.denoiser), weights(whole.denoiser))
     assert_equal(found.ema, want.ema)
@@ -150,35 +156,67 @@ def test_progress_round_trip(tmp_path):
 
 
 def test_best_is_a_copy(tiny_run, fresh, short):
-    """The averaged weights go on changing in place; the best ones must not."""
+    """The averaged weights go on changing in place; the best ones must not.
+
+    The untrained weights are measured too, for comparison, and never taken.
+    """
     generator, seen = fresh(), []
 
-    def validate(ema):
+    def judge(ema):
         seen.append({name: value.clone() for name, value in ema.items()})
-        return [0.3, 0.7, 0.7, 0.1][len(seen) - 1]
+        return [0.9, 0.3, 0.7, 0.1][len(seen) - 1]
 
-    progress = go(tiny_run, generator, short, validate=validate)
+    progress = go(tiny_run, generator, short, judge=judge)
     assert len(seen) == 4
     assert progress.best_accuracy == 0.7
-    assert_equal(progress.best, seen[1])
+    assert_equal(progress.best, seen[2])
     assert_equal(progress.ema, seen[3])
 
 
-def test_ranks_other_than_0_do_not_validate(tiny_run, fresh, short):
-    def validate(ema):
-        raise AssertionError("validated")
-
-    reports = []
-    go(
-        tiny_run,
-        fresh(),
+def test_a_rank_without_validation_reports_its_losses(tiny_run, fresh, short):
+    generator, reports = fresh(), []
+    train(
         replace(short, steps=3),
-        validate=validate,
+        engine=LocalEngine(generator.denoiser, short),
+        source=tiny_run.source(generator, short),
+        start=Progress.start(generator.denoiser),
         report=lambda progress, figures: reports.append((progress.step, sorted(figures))),
+        validate=None,
         rank=1,
         world=2,
     )
     assert reports == [(3, ["function_loss", "lr", "weight_loss"])]
+
+
+def test_a_validation_is_not_waited_for_before_the_next_report(tiny_run, fresh, short):
+    generator, events = fresh(), []
+
+    def begin(ema):
+        number = len([e for e in events if e.startswith("begin")])
+        events.append(f"begin {number}")
+
+        def wait():
+            events.append(f"wait {number}")
+            return 0.5 + number / 100
+
+        return wait
+
+    train(
+        short,
+        engine=LocalEngine(generator.denoiser, short),
+        source=tiny_run.source(generator, short),
+        start=Progress.start(generator.denoiser),
+        report=lambda progress, figures: events.append(
+            f"report {progress.step}: {figures['val_accuracy']:.2f} at {figures['val_step']}"
+        ),
+        validate=begin,
+        on_step=lambda step, figures: events.append(f"step {step}") if step in (1, 6, 11) else None,
+    )
+    assert events == [
+        *["begin 0", "step 1", "wait 0", "begin 1", "report 5: 0.50 at 0"],
+        *["step 6", "wait 1", "begin 2", "report 10: 0.51 at 5"],
+        *["step 11", "wait 2", "begin 3", "wait 3", "report 12: 0.53 at 12"],
+    ]
 
 
 def test_reports_come_every_few_steps_and_at_the_end(tiny_run, fresh, short):
@@ -188,8 +226,8 @@ def test_reports_come_every_few_steps_and_at_the_end(tiny_run, fresh, short):
         fresh(),
         short,
         report=lambda progress, figures: reports.append(progress.step),
-        validate=lambda ema: 0.5,
-        on_step=steps.append,
+        judge=lambda ema: 0.5,
+        on_step=lambda step, figures: steps.append(step),
     )
     assert reports == [5, 10, 12]
     assert steps == list(range(1, 13))
@@ -221,9 +259,7 @@ def test_killed_run_equals_an_undisturbed_one(tiny_run, fresh, tmp_path):
     assert 0 < reached < steps
 
     generator = fresh()
-    config = replace(
-        tiny_run.config.train, steps=steps, checkpoint_every=every, validate_every=every + 1
-    )
+    config = replace(tiny_run.config.train, steps=steps, checkpoint_every=every)
     want = go(tiny_run, generator, config)
     last = states / f"step-{steps:04d}"
     found = Progress.load(last / "progress.safetensors")
@@ -243,37 +279,83 @@ def comparable(batch):
     """Everything in a batch, as tensors."""
     found = {k: v for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
     found |= {f"images.{i}": x for i, x in enumerate(batch.images)}
-    found |= {f"labels.{i}": x for i, x in enumerate(batch.labels)}
-    return found | {"draws": torch.randn(8, generator=batch.draws)}
+    return found | {f"labels.{i}": x for i, x in enumerate(batch.labels)}
 
 
-def test_batches_are_functions_of_seed_step_and_rank(tiny_run, base, short):
+def test_batches_are_functions_of_seed_step_and_slot(tiny_run, base, short):
     def source(**changes):
         return tiny_run.source(base, replace(short, **changes))
 
-    want = comparable(source().batch(3, rank=1, world=2))
+    want = comparable(source().batch(3, part=1, parts=2))
     other = source()
-    other.batch(9, rank=0, world=2)  # what was asked before does not count
+    other.batch(9, part=0, parts=2)  # what was asked before does not count
     torch.manual_seed(99)
-    assert_equal(comparable(other.batch(3, rank=1, world=2)), want)
-    assert_equal(comparable(source(steps=50, lr=1.0).batch(3, rank=1, world=2)), want)
+    assert_equal(comparable(other.batch(3, part=1, parts=2)), want)
+    assert_equal(comparable(source(steps=50, lr=1.0).batch(3, part=1, parts=2)), want)
     for batch in (
-        source().batch(3, rank=0, world=2),
-        source().batch(4, rank=1, world=2),
-        source(seed=1).batch(3, rank=1, world=2),
+        source().batch(3, part=0, parts=2),
+        source().batch(4, part=1, parts=2),
+        source(seed=1).batch(3, part=1, parts=2),
     ):
         found = comparable(batch)
-        for name in ("tokens", "cond", "images.0", "draws"):
+        for name in ("tokens", "cond", "images.0", "noise", "first"):
             assert not torch.equal(found[name], want[name]), name
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_ranks_share_the_batch(tiny_run, base, short, world):
-    batch = tiny_run.source(base, short).batch(0, rank=0, world=world)
-    assert len(batch.tokens) == short.zoo_batch // world
-    assert len(batch.images) == len(batch.labels) == len(batch.rows) == short.fresh_tasks // world
-    assert len(batch.cond) == len(batch.mask) == (short.zoo_batch + short.fresh_tasks) // world
-    assert {len(x) for x in batch.images + batch.labels} == {short.images_per_task}
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_hold_the_same_samples_however_many_there_are(tiny_run, base, short, parts):
+    config = replace(short, zoo_batch=8, fresh_tasks=4)
+    source = tiny_run.source(base, config)
+    whole = source.batch(0)
+    found = [source.batch(0, part=part, parts=parts) for part in range(parts)]
+    for batch in found:
+        assert len(batch.tokens) == 8 // parts
+        assert len(batch.images) == len(batch.labels) == len(batch.rows) == 4 // parts
+        assert len(batch.cond) == len(batch.mask) == len(batch.noise) == 12 // parts
+        assert {len(x) for x in batch.images + batch.labels} == {config.images_per_task}
+    for name in ("tokens", "rows", "first", "pure"):
+        together = torch.cat([getattr(batch, name) for batch in found])
+        assert torch.equal(together, getattr(whole, name)), name
+    for name in ("cond", "mask", "noise", "t", "drop"):
+        of_zoo = [getattr(batch, name)[: 8 // parts] for batch in found]
+        fresh = [getattr(batch, name)[8 // parts :] for batch in found]
+        assert torch.equal(torch.cat(of_zoo + fresh), getattr(whole, name)), name
+    taken = [x for batch in found for x in batch.images + batch.labels]
+    assert all(torch.equal(x, y) for x, y in zip(taken, _in_turn(whole, parts), strict=True))
+
+
+def _in_turn(whole, parts):
+    """Images, then labels, of each part of a whole batch."""
+    size = len(whole.images) // parts
+    for start in range(0, len(whole.images), size):
+        part = slice(start, start + size)
+        yield from whole.images[part] + whole.labels[part]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_train_as_the_whole_batch(tiny_run, fresh, short, parts):
+    """The same samples in one pass or in several: the same weights but for rounding."""
+    results = []
+    for accumulation in (1, parts):
+        config = replace(
+            short, steps=3, zoo_batch=4, fresh_tasks=4, lr=1e-3, accumulation=accumulation
+        )
+        generator = fresh()
+        reports = []
+        go(
+            tiny_run,
+            generator,
+            config,
+            judge=lambda ema: 0.5,
+            report=lambda progress, figures: reports.append(figures),  # noqa: B023
+        )
+        results.append((weights(generator.denoiser), reports[-1]))
+    (whole, figures), (in_parts, again) = results
+    for name, value in whole.items():
+        # Adam turns the rounding of a small gradient into a share of its step of 1e-3
+        torch.testing.assert_close(in_parts[name], value, rtol=0, atol=1e-4)
+    for name in ("weight_loss", "function_loss"):
+        assert again[name] == pytest.approx(figures[name], rel=1e-4)
 
 
 def test_tokens_decode_to_the_p_models(tiny_run, base):
@@ -293,7 +375,7 @@ def test_tokens_decode_to_the_p_models(tiny_run, base):
 def test_conditions_belong_to_their_p_models(tiny_run, base, short):
     source = tiny_run.source(base, short)
     tokens, vocabulary = encode_zoo(base, source.zoo), base.vocabulary
-    batch = source.batch(5, rank=0, world=1)
+    batch = source.batch(5)
     for i, own in enumerate(batch.tokens):
         (z,) = [z for z, other in enumerate(tokens) if torch.equal(own, other)]
         ids = list(source.zoo.class_ids[z])
@@ -330,7 +412,7 @@ def test_fresh_tasks_are_nobody_elses_and_read_fit_images_only(tiny_run, base, s
     fit = set(data.indices("fit").tolist())
     met = []
     for step in range(40):
-        batch = source.batch(step, rank=0, world=1)
+        batch = source.batch(step)
         for task, places, labels in zip(
             fresh_tasks(source, batch), batch.images, batch.labels, strict=True
         ):
@@ -346,7 +428,7 @@ def test_batches_draw_training_p_models_only(tiny_run, base, short):
     source = tiny_run.source(base, short)
     val = encode_zoo(base, tiny_run.read_zoo("zoo").only("val"))
     for step in range(10):
-        for own in source.batch(step, rank=0, world=1).tokens:
+        for own in source.batch(step).tokens:
             assert not any(torch.equal(own, other) for other in val)
 
 
@@ -368,12 +450,12 @@ class Answer:
 def test_function_loss_is_the_decoded_classifiers_cross_entropy(tiny_run, base, short):
     """Value and gradient against torch modules in float64, and central differences of those."""
     config = replace(short, zoo_batch=1, fresh_tasks=2)
-    batch = tiny_run.source(base, config).batch(2, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(2)
     z = len(batch.tokens)
     torch.manual_seed(0)
     guess = (0.3 * torch.randn(len(batch.mask), *batch.tokens.shape[1:])).requires_grad_()
     abar = signal_level(base.config.diffusion)
-    found = losses(Answer(guess), base, batch, config, abar)["function_loss"]
+    found = losses(Answer(guess), base, batch, abar)["function_loss"]
     (gradient,) = torch.autograd.grad(found, guess)
 
     def reference(tokens):
@@ -404,15 +486,18 @@ def test_function_loss_is_the_decoded_classifiers_cross_entropy(tiny_run, base, 
 
 def test_weight_loss_is_the_mean_square_over_what_is_there(tiny_run, base, short):
     config = replace(short, function_loss=0.0)
-    batch = tiny_run.source(base, config).batch(2, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(2)
     guess = torch.randn(batch.tokens.shape)
     abar = signal_level(base.config.diffusion)
-    found = losses(Answer(guess), base, batch, config, abar)
+    found = losses(Answer(guess), base, batch, abar)
     assert found.keys() == {"weight_loss"}
     body, rows = base.codec.decode(guess - batch.tokens)
-    rows = rows[batch.mask] / base.codec.row_scale
-    values = torch.cat([(body / base.codec.body_scale).flatten(), rows.flatten()])
-    assert found["weight_loss"].item() == pytest.approx(values.square().mean().item(), rel=1e-5)
+    means = []
+    for of_body, of_rows, mask in zip(body, rows, batch.mask, strict=True):
+        present = of_rows[mask] / base.codec.row_scale
+        values = torch.cat([of_body / base.codec.body_scale, present.flatten()])
+        means.append(values.square().mean().item())
+    assert found["weight_loss"].item() == pytest.approx(sum(means) / len(means), rel=1e-5)
 
 
 def test_weight_loss_does_not_see_padding(tiny_run, tiny_generator, short):
@@ -421,12 +506,12 @@ def test_weight_loss_does_not_see_padding(tiny_run, tiny_generator, short):
     s, r = tiny_generator.codec.body_tokens, tiny_generator.codec.layout.row_size
 
     def loss(change):
-        batch = tiny_run.source(tiny_generator, config).batch(2, rank=0, world=1)
+        batch = tiny_run.source(tiny_generator, config).batch(2)
         assert not batch.mask.all(), "needs a task with fewer classes than the most"
         tokens = batch.tokens.clone()
         change(tokens, batch)
         changed = replace(batch, tokens=tokens)
-        return losses(tiny_generator.denoiser, tiny_generator, changed, config, abar)["weight_loss"]
+        return losses(tiny_generator.denoiser, tiny_generator, changed, abar)["weight_loss"]
 
     def absent_rows(tokens, batch):
         tokens[:, s:][~batch.mask] = 50.0
@@ -447,11 +532,9 @@ def test_conditions_of_padding_do_not_count(tiny_run, tiny_generator, short):
     abar = signal_level(tiny_generator.config.diffusion)
 
     def found(value):
-        batch = tiny_run.source(tiny_generator, short).batch(1, rank=0, world=1)
+        batch = tiny_run.source(tiny_generator, short).batch(1)
         cond = torch.where(batch.mask.unsqueeze(-1), batch.cond, value)
-        return losses(
-            tiny_generator.denoiser, tiny_generator, replace(batch, cond=cond), short, abar
-        )
+        return losses(tiny_generator.denoiser, tiny_generator, replace(batch, cond=cond), abar)
 
     one, other = found(torch.tensor(0.0)), found(torch.tensor(9.0))
     assert_equal(one, other)
@@ -459,9 +542,9 @@ def test_conditions_of_padding_do_not_count(tiny_run, tiny_generator, short):
 
 def test_condition_dropout_spares_fresh_tasks(tiny_run, base, short):
     config = replace(short, condition_dropout=1.0, fresh_tasks=8, images_per_task=1)
-    batch = tiny_run.source(base, config).batch(0, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(0)
     engine = Answer(torch.zeros(len(batch.mask), *batch.tokens.shape[1:]))
-    losses(engine, base, batch, config, signal_level(base.config.diffusion))
+    losses(engine, base, batch, signal_level(base.config.diffusion))
     own, both = engine.calls
     assert own["drop"] is None
     z = len(batch.tokens)
@@ -471,10 +554,10 @@ def test_condition_dropout_spares_fresh_tasks(tiny_run, base, short):
 def test_condition_dropout_is_a_share_of_the_samples(tiny_run, base, short):
     config = replace(short, condition_dropout=0.25, function_loss=0.0, zoo_batch=64)
     source = tiny_run.source(base, config)
-    engine = Answer(torch.zeros(64, *source.batch(0, rank=0, world=1).tokens.shape[1:]))
+    engine = Answer(torch.zeros(64, *source.batch(0).tokens.shape[1:]))
     abar = signal_level(base.config.diffusion)
     for step in range(20):
-        losses(engine, base, source.batch(step, rank=0, world=1), config, abar)
+        losses(engine, base, source.batch(step), abar)
     share = torch.cat([call["drop"] for call in engine.calls]).float().mean().item()
     assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 1280)  # four standard errors
 
@@ -482,10 +565,10 @@ def test_condition_dropout_is_a_share_of_the_samples(tiny_run, base, short):
 def test_fresh_tasks_start_from_pure_noise_or_the_own_prediction(tiny_run, base, short):
     """At the top level x_t holds nothing of a prediction; below it holds the denoiser's own."""
     config = replace(short, zoo_batch=1, fresh_tasks=32, images_per_task=1)
-    batch = tiny_run.source(base, config).batch(0, rank=0, world=1)
+    batch = tiny_run.source(base, config).batch(0)
     answer = torch.full((len(batch.mask), *batch.tokens.shape[1:]), 100.0)
     engine, abar = Answer(answer), signal_level(base.config.diffusion)
-    losses(engine, base, batch, config, abar)
+    losses(engine, base, batch, abar)
     own, both = engine.calls
     top = len(abar) - 1
     assert (own["t"] == top).all()
@@ -522,8 +605,8 @@ def test_both_losses_carry_their_factors(tiny_run, fresh, short):
 class Spoilt(Source):
     """Batches with a NaN at one step."""
 
-    def batch(self, step, *, rank, world) -> Batch:
-        batch = super().batch(step, rank=rank, world=world)
+    def batch(self, step, *, part=0, parts=1) -> Batch:
+        batch = super().batch(step, part=part, parts=parts)
         if step == 3:
             batch.tokens[0, 0, 0] = torch.nan
         return batch
@@ -535,7 +618,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_run, fresh, short)
     source = Spoilt(**vars(tiny_run.source(generator, short)))
     kept, reports = {}, []
 
-    def keep(step):
+    def keep(step, figures):
         kept[step] = weights(generator.denoiser)
 
     with pytest.raises(NonFiniteError, match="the loss is nan at step 3; it was not taken"):
@@ -563,8 +646,8 @@ def test_learning_rate_warms_up_and_falls_to_nothing(tiny_run, fresh, short):
         generator,
         config,
         engine=engine,
-        validate=lambda ema: 0.5,
-        on_step=lambda step: rates.append(engine.optimizer.param_groups[0]["lr"]),
+        judge=lambda ema: 0.5,
+        on_step=lambda step, figures: rates.append(engine.optimizer.param_groups[0]["lr"]),
     )
     warm = [0.01 / 3, 0.02 / 3, 0.01]
     cosine = [0.005 * (1 + math.cos(math.pi * i / 9)) for i in range(9)]
@@ -579,10 +662,10 @@ def test_ema_has_the_horizon_that_is_asked_for(tiny_run, fresh, short, share, la
     mean = weights(generator.denoiser)["position"].double()
     passed = []
 
-    def follow(step):
+    def follow(step, figures):
         passed.append(weights(generator.denoiser)["position"].double())
 
-    found = go(tiny_run, generator, config, validate=lambda ema: 0.5, on_step=follow)
+    found = go(tiny_run, generator, config, judge=lambda ema: 0.5, on_step=follow)
     for step, value in enumerate(passed):
         decay = min((1 + step) / (10 + step), last)
         mean = decay * mean + (1 - decay) * value
@@ -603,15 +686,13 @@ def test_training_reduces_its_loss(tiny_run, fresh, short, kind, lr, share):
     @torch.no_grad()
     def level():
         found = [
-            losses(
-                generator.denoiser, generator, judged.batch(i, rank=0, world=1), config, abar
-            ).get(f"{kind}_loss")
+            losses(generator.denoiser, generator, judged.batch(i), abar).get(f"{kind}_loss")
             for i in range(1000, 1006)
         ]
         return torch.stack(found).mean().item()
 
     before = level()
-    progress = go(tiny_run, generator, config, validate=lambda ema: 0.5)
+    progress = go(tiny_run, generator, config, judge=lambda ema: 0.5)
     generator.denoiser.load_state_dict(dict(progress.ema))
     assert level() < share * before
 

@@ -176,32 +176,32 @@ class DenoiserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """Noise schedule and sampler; the denoiser always predicts x0.
+    """Noise schedule, what the network predicts, and sampler.
 
     Args:
-        schedule: Betas: linear (1e-4 to 0.02, as the paper) or cosine.
+        schedule: Betas: linear or cosine.
+        beta_range: Ends of the linear betas at T = 1000; default: the paper's.
         timesteps: T, number of noise levels in training.
+        prediction: x0, or v of Salimans & Ho 2022: then an untrained generator is not selection.
         sampler: ddim, dpm++ (second-order multistep) or ddpm (ancestral).
         sampling_steps: Default number of denoising steps.
         guidance: Default classifier-free guidance; 1 is the conditional model alone.
     """
 
     schedule: Literal["linear", "cosine"] = "cosine"
+    beta_range: tuple[float, float] = (1e-4, 0.02)
     timesteps: int = 1000
+    prediction: Literal["x0", "v"] = "x0"
     sampler: Literal["ddim", "dpm++", "ddpm"] = "ddim"
     sampling_steps: int = 10
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.schedule == "linear" and self.timesteps <= 20:
-            raise ConfigError(
-                f"diffusion.timesteps must be above 20 for linear betas, got {self.timesteps}"
-            )
-        if not 1 <= self.sampling_steps <= self.timesteps:
-            raise ConfigError(
-                "diffusion.sampling_steps must lie between 1 and diffusion.timesteps, "
-                f"got {self.sampling_steps} and {self.timesteps}"
-            )
+        (low, high), steps, most = self.beta_range, self.sampling_steps, self.timesteps
+        if not 0 < low < high or (self.schedule == "linear" and high >= most / 1000):
+            raise ConfigError(f"diffusion.beta_range must rise in 0..T / 1000, got {low}, {high}")
+        if not 1 <= steps <= most:
+            raise ConfigError(f"diffusion.sampling_steps must lie in 1..{most}, got {steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +222,8 @@ class TrainConfig:
         clip: Largest gradient norm.
         ema: Share of the run over which the weights are averaged.
         precision: Arithmetic of the transformer and the function-space loss; weights stay fp32.
-        validate_every: Steps between validations; the best by accuracy is kept.
-        checkpoint_every: Steps between resumable states.
+        accumulation: Parts that a rank's share of a step is cut into, one after the other.
+        checkpoint_every: Steps between resumable states. Each is validated; the best is kept.
         seed: Seed of initialisation and of every draw.
     """
 
@@ -240,7 +240,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.05
     precision: Precision = "fp32"
-    validate_every: int = 250
+    accumulation: int = 1
     checkpoint_every: int = 250
     seed: int = 0
 
@@ -253,7 +253,7 @@ class TrainConfig:
             clip=self.clip,
             ema=self.ema,
             images_per_task=self.images_per_task,
-            validate_every=self.validate_every,
+            accumulation=self.accumulation,
             checkpoint_every=self.checkpoint_every,
         )
         if self.weight_loss <= 0 and self.function_loss <= 0:
@@ -314,18 +314,27 @@ class ClusterConfig:
     """How a job spreads over a cluster.
 
     Args:
-        zoo_workers: Actors that fine-tune p-models; each takes one GPU, or one CPU where none is.
+        zoo_workers: Most actors that fine-tune p-models (each on a GPU, or a CPU where none is) or
+            evaluate (each on a CPU); the pool grows up to it.
         zoo_block: Tasks that an actor fine-tunes at once and that are then written together.
         train_workers: Ranks of the generator's training.
         train_cpus: CPUs of each rank.
-        zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients.
+        zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients, 3 and weights.
+        offload: Keep the optimiser's state in CPU memory (stages 1 to 3).
+        activation_checkpointing: Compute activations again in the backward pass, storing none.
+        max_failures: Times that training goes on after losing a rank, and that an actor restarts.
+        wait_s: Seconds to wait for the cluster to grow to what a job needs.
     """
 
     zoo_workers: int = 2
     zoo_block: int = 4
     train_workers: int = 2
-    train_cpus: float = 1
-    zero_stage: Literal[0, 1, 2] = 0
+    train_cpus: float = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: bool = False
+    activation_checkpointing: bool = False
+    max_failures: int = 3
+    wait_s: float = 30.0
 
     def __post_init__(self) -> None:
         _positive(
@@ -335,6 +344,8 @@ class ClusterConfig:
             train_workers=self.train_workers,
             train_cpus=self.train_cpus,
         )
+        if self.offload and not self.zero_stage:
+            raise ConfigError("cluster.offload needs cluster.zero_stage 1, 2 or 3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,10 +355,13 @@ class JobConfig:
     Args:
         name: The run's name, a folder under `storage`. The same name goes on with the same run.
         storage: Folder of all runs, an absolute path.
+        tracking: Where training's curves go: tensorboard (files in the run's folder), mlflow, wandb
+            (each needs its package and its own environment variables) or none.
     """
 
     name: str
     storage: str
+    tracking: Literal["tensorboard", "mlflow", "wandb", "none"] = "tensorboard"
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
@@ -366,11 +380,12 @@ class JobConfig:
             )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name must be a plain folder name, got {self.name!r}")
+        parts = self.cluster.train_workers * self.train.accumulation
         for key in ("zoo_batch", "fresh_tasks"):
-            if getattr(self.train, key) % self.cluster.train_workers:
+            if getattr(self.train, key) % parts:
                 raise ConfigError(
-                    f"train.{key} must be a multiple of cluster.train_workers, "
-                    f"got {getattr(self.train, key)} and {self.cluster.train_workers}"
+                    f"train.{key} must be a multiple of cluster.train_workers times "
+                    f"train.accumulation, got {getattr(self.train, key)} and {parts}"
                 )
 
     @property

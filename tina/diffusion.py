@@ -2,13 +2,15 @@
 
 Axes: B batch, L tokens, P values per token, K classes, E embedding width.
 
-Forward process (Ho et al. 2020, eq. 4): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. The denoiser
-predicts x_0, so any prediction at any t decodes to a classifier.
+Forward process (Ho et al. 2020, eq. 4): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Losses and
+samplers see a prediction of x_0, whatever the network predicts (`as_x0`): at any t it decodes to a
+classifier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,12 +31,13 @@ def build_scheduler(config: DiffusionConfig) -> Any:
     """
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
+    low, high = config.beta_range
     common = {
         "num_train_timesteps": config.timesteps,
         "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
-        # the paper's 1e-4 to 0.02 at T = 1000, scaled so that abar_T is about 0 at any T
-        "beta_start": 0.1 / config.timesteps,
-        "beta_end": 20 / config.timesteps,
+        # given for T = 1000, scaled so that abar_T is the same at any T
+        "beta_start": low * 1000 / config.timesteps,
+        "beta_end": high * 1000 / config.timesteps,
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
     }
@@ -48,10 +51,30 @@ def build_scheduler(config: DiffusionConfig) -> Any:
     )
 
 
+@lru_cache
 def signal_level(config: DiffusionConfig) -> Tensor:
-    """abar_t, (T,) float32, falling from about 1 to about 0."""
+    """abar_t, (T,) float32, falling from about 1 to about 0. Not to be written into."""
     levels: Tensor = build_scheduler(config).alphas_cumprod
     return levels.float()
+
+
+def as_x0(network: Denoise, config: DiffusionConfig) -> Denoise:
+    """The denoiser that a network stands for: its output at (x_t, t) turned into x_0.
+
+    With v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, section 4),
+    x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v. A zero output then says x_0 = sqrt(abar_t) x_t, the
+    posterior mean of unit normal tokens: the untrained generator makes residuals of pure noise, not
+    classifier selection. No preconditioning mends that: for zero to mean x_0 = 0 the network would
+    have to add x_t's share back itself, and what is left is x_0 prediction, scaled.
+    """
+    if config.prediction == "x0":
+        return network
+
+    def denoise(x: Tensor, t: Tensor, *rest: Any) -> Tensor:
+        abar = signal_level(config).to(x.device)[t].view(-1, 1, 1)
+        return abar.sqrt() * x - (1 - abar).sqrt() * network(x, t, *rest)
+
+    return denoise
 
 
 def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:

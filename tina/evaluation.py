@@ -1,14 +1,17 @@
 """The report: every method of DESIGN 4.7 on held-out tasks and `report` images, with intervals.
 
+Its costly part is a list of cells, a method on a few tasks each, that can be scored anywhere and in
+any order. What is generated for a cell is one batch, so a cell's scores do not depend on where.
+
 Axes: T tasks, S seeds, N images of a task, K classes, n values of theta.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, median
+from functools import cached_property, partial
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -24,19 +27,38 @@ from tina.baselines import (
     ridge,
 )
 from tina.classifiers import InputStore, predict
+from tina.comparison import DIRECT, SELECTION, TINA, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
 from tina.datasets import Dataset
-from tina.finetune import Lesson, accuracy, finetune
+from tina.finetune import Lesson
 from tina.generator import Generator
-from tina.metrics import Score, calibration_error, interval, overlap, resample
+from tina.metrics import Score
 from tina.tasks import Task, TaskSpace
 from tina.zoo import Zoo
 
-TINA, SELECTION, DIRECT = "tina", "classifier_selection", "direct_finetuning"
+__all__ = ["DIRECT", "SELECTION", "SHUFFLED", "SWAPPED", "TINA", "Cell", "Evaluation", "Spread"]
+
+GENERIC = "generic"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
+VALIDATION = "validation"
+CELL_TASKS = 16  # few enough to keep many workers busy, enough for one generated batch
 Thetas = Sequence[Sequence[Tensor]]
 """Per task, per seed: theta (n,) for the task's K classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is scored at once: one method on a few tasks.
+
+    Args:
+        axis: The tasks' axis, or `validation`, where numbers of steps are compared.
+        method: A row of the report, or a number of steps.
+    """
+
+    axis: str
+    method: str
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +69,6 @@ class Evaluation:
         zoo: Training and validation p-models.
         direct: Direct fine-tuning on a subset of the held-out tasks, and the twins of some of them:
             the same task fine-tuned again with other batches.
-        on_progress: Called with the number of tasks scored.
     """
 
     generator: Generator
@@ -57,14 +78,21 @@ class Evaluation:
     zoo: Zoo
     direct: Zoo
     store: InputStore
-    on_progress: Callable[[int], object] = lambda tasks: None
 
-    def report(self, **facts: Any) -> dict[str, Any]:
-        """The report as plain values; `facts` (commit, hardware, ...) go in as given."""
+    def report(self, scores: Mapping[Cell, Sequence[Score]], **facts: Any) -> dict[str, Any]:
+        """The report as plain values.
+
+        Args:
+            scores: Of every cell.
+            facts: Commit, hardware, novelty, timing, ...; they go in as given.
+        """
         config = self.generator.config
-        axes = {axis: self._axis(axis, tasks) for axis, tasks in self.space.held_out.items()} | {
-            axis: {"missing": reason} for axis, reason in self.space.missing.items()
-        }
+        found: dict[str, dict[str, list[Score]]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.axis, {}).setdefault(cell.method, []).extend(scores[cell])
+        axes = {
+            axis: self._axis(tasks, found[axis]) for axis, tasks in self.space.held_out.items()
+        } | {axis: {"missing": reason} for axis, reason in self.space.missing.items()}
         return {
             "dataset": self.dataset.name,
             "family": self.generator.family.name,
@@ -79,10 +107,39 @@ class Evaluation:
             "classifier": config_to_dict(config.classifier),
             "zoo": self._zoo_facts(),
             "axes": axes,
-            "accuracy_by_steps": self._steps_curve(),
-            "novelty": self._novelty(),
-            "timing": self._timing(),
+            "accuracy_by_steps": [
+                {"steps": steps, "accuracy": mean_accuracy(found[VALIDATION][_at(steps)])}
+                for steps in self.config.sampling_steps
+            ],
         }
+
+    # -- cells -----------------------------------------------------------------------------------
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """All that has to be scored: every method on each task of an axis, once."""
+        rows: list[tuple[str, str, Sequence[Task]]] = [
+            (VALIDATION, _at(steps), self.space.val) for steps in self.config.sampling_steps
+        ]
+        for axis, tasks in self.space.held_out.items():
+            rows += [(axis, method, tasks) for method in (*self.contenders, GENERIC)]
+            rows.append((axis, DIRECT, [t for t in tasks if t.task_id in self._direct]))
+        return tuple(
+            Cell(axis=axis, method=method, tasks=tuple(tasks[start : start + CELL_TASKS]))
+            for axis, method, tasks in rows
+            for start in range(0, len(tasks), CELL_TASKS)
+        )
+
+    def score_cell(self, cell: Cell) -> list[Score]:
+        """Scores of a cell's tasks; the same in every process with as many threads."""
+        if cell.method == GENERIC:
+            return self._score_generic(cell.tasks)
+        return self.score(cell.tasks, self._methods[cell.method](cell.tasks))
+
+    def score_here(self) -> Iterator[tuple[Cell, list[Score]]]:
+        """All cells, one after another in this process."""
+        for cell in self.cells:
+            yield cell, self.score_cell(cell)
 
     # -- methods ---------------------------------------------------------------------------------
 
@@ -96,73 +153,104 @@ class Evaluation:
         conditions: Sequence[Sequence[int]] | None = None,
         untrained: bool = False,
     ) -> Thetas:
-        """Generated classifiers for tasks.
+        """Generated classifiers for tasks, all in one batch.
 
         Args:
             names: Class ids whose prompts are used instead of the tasks' own.
             conditions: Class ids whose embeddings the denoiser sees, the inherited rows kept.
             untrained: Replace the denoiser by its state at step 0, which predicts zero.
         """
-        names = names or [task.class_ids for task in tasks]
+        vocabulary = self.generator.vocabulary
+        embeddings, mask = vocabulary.of(names or [task.class_ids for task in tasks])
+        shown = vocabulary.of(conditions)[0] if conditions else None
         found: list[list[Tensor]] = [[] for _ in tasks]
-        for start in range(0, len(tasks), 64):
-            part = slice(start, start + 64)
-            embeddings, mask = self.generator.vocabulary.of(names[part])
-            shown = self.generator.vocabulary.of(conditions[part])[0] if conditions else None
-            for seed in range(seeds or self.config.seeds):
-                body, rows = self.generator.generate(
-                    embeddings,
-                    mask,
-                    seeds=[seed] * len(mask),
-                    steps=steps,
-                    conditions=shown,
-                    denoise=(lambda x, *_: torch.zeros_like(x)) if untrained else None,
-                )
-                for i, task in enumerate(tasks[part]):
-                    theta = self.generator.theta(body[i], rows[i, : task.num_classes])
-                    found[start + i].append(theta)
+        for seed in range(seeds or self.config.seeds):
+            body, rows = self.generator.generate(
+                embeddings,
+                mask,
+                seeds=[seed] * len(mask),
+                steps=steps,
+                conditions=shown,
+                denoise=(lambda x, *_: torch.zeros_like(x)) if untrained else None,
+            )
+            for i, task in enumerate(tasks):
+                found[i].append(self.generator.theta(body[i], rows[i, : task.num_classes]))
         return found
 
-    def _contenders(self, tasks: Sequence[Task]) -> dict[str, Thetas]:
-        """Every method that makes one classifier for every task, without its images."""
+    @cached_property
+    def contenders(self) -> dict[str, Callable[[Sequence[Task]], Thetas]]:
+        """Every method that makes classifiers for tasks, without their images."""
         train = self.zoo.only("train")
 
-        def of(baseline: Baseline) -> Thetas:
-            return [[self.generator.theta(*baseline(task))] for task in tasks]
+        def of(baseline: Baseline) -> Callable[[Sequence[Task]], Thetas]:
+            return lambda tasks: [[self.generator.theta(*baseline(task))] for task in tasks]
 
-        rng = np.random.default_rng(0)
-        shuffled = [rng.permutation(task.class_ids).tolist() for task in tasks]
         return {
-            TINA: self.generate(tasks),
-            "untrained": self.generate(tasks, untrained=True, seeds=1),
+            TINA: self.generate,
+            "untrained": partial(self.generate, untrained=True, seeds=1),
             SELECTION: of(classifier_selection(self.generator)),
             "nearest_pmodel": of(nearest_pmodel(self.generator, train)),
             "class_mean": of(class_mean(self.generator, train)),
-            "ridge": of(self._tuned_ridge(train)),
-            SWAPPED: self.generate(tasks, conditions=_other_classes(tasks)),
-            SHUFFLED: self.generate(tasks, names=shuffled),
+            "ridge": of(lambda task: self._tuned_ridge(task)),  # tuned when it is first asked for
+            SWAPPED: lambda tasks: self.generate(
+                tasks, conditions=[self._others[task.task_id] for task in tasks]
+            ),
+            SHUFFLED: lambda tasks: self.generate(
+                tasks, names=[_shuffled_classes(task) for task in tasks]
+            ),
         }
 
-    def _tuned_ridge(self, train: Zoo) -> Baseline:
-        """Ridge with the penalty that does best on `select` images of validation tasks."""
+    @cached_property
+    def _methods(self) -> dict[str, Callable[[Sequence[Task]], Thetas]]:
+        """How the classifiers of a cell are made, by its method."""
+        return {
+            **self.contenders,
+            DIRECT: lambda tasks: [[self.direct_theta(task)] for task in tasks],
+            **{
+                _at(steps): partial(self.generate, steps=steps, seeds=1)
+                for steps in self.config.sampling_steps
+            },
+        }
 
-        def value(penalty: float) -> float:
-            baseline = ridge(self.generator, train, penalty=penalty)
-            return mean(
-                accuracy(
-                    self.generator.family,
-                    self.generator.theta(*baseline(task)),
-                    self.store,
-                    Lesson.of(self.dataset, task.class_ids, seed=0, partition="select"),
-                )
-                for task in self.space.val
-            )
+    @cached_property
+    def _others(self) -> dict[str, tuple[int, ...]]:
+        """By held-out task: the classes whose conditions it is shown as a control."""
+        return {
+            task.task_id: others
+            for tasks in self.space.held_out.values()
+            for task, others in zip(tasks, _other_classes(tasks), strict=True)
+        }
 
-        return ridge(self.generator, train, penalty=max(PENALTIES, key=value))
+    @cached_property
+    def _tuned_ridge(self) -> Baseline:
+        """Ridge with the penalty that does best on validation tasks."""
+        train, tasks = self.zoo.only("train"), self.space.val
+
+        def value(baseline: Baseline) -> float:
+            thetas = [[self.generator.theta(*baseline(task))] for task in tasks]
+            return mean_accuracy(self.score(tasks, thetas))
+
+        return max(
+            (ridge(self.generator, train, penalty=penalty) for penalty in PENALTIES), key=value
+        )
+
+    @cached_property
+    def _direct(self) -> dict[str, Tensor]:
+        """Direct fine-tuning by task id, in the zoo's layout."""
+        return dict(zip(self.direct.task_ids, self.direct.theta, strict=True))
+
+    def direct_theta(self, task: Task) -> Tensor:
+        """Direct fine-tuning of one task, in the layout of its K classes."""
+        family = self.generator.family
+        body, rows = family.layout(self.generator.max_classes).split(self._direct[task.task_id])
+        return family.layout(task.num_classes).join(body, rows[: task.num_classes])
 
     # -- scoring ---------------------------------------------------------------------------------
 
     def _images(self, task: Task) -> Lesson:
+        """`report` images for held-out tasks; `select` ones for others, which may be chosen by."""
+        if task.split != "held_out":
+            return Lesson.of(self.dataset, task.class_ids, seed=0, partition="select")
         lesson = Lesson.of(self.dataset, task.class_ids, seed=0, partition="report")
         most = self.config.images_per_class
         if most is None:
@@ -176,7 +264,7 @@ class Evaluation:
         return predict(self.generator.family, theta, self.store, lesson.index, num_classes=k)
 
     def score(self, tasks: Sequence[Task], thetas: Thetas) -> list[Score]:
-        """Scores of classifiers on their tasks' report images."""
+        """Scores of classifiers on their tasks' images."""
         scores = []
         for task, of_seeds in zip(tasks, thetas, strict=True):
             lesson = self._images(task)
@@ -197,79 +285,16 @@ class Evaluation:
             scores.append(Score.of(logits.unsqueeze(0), labels))
         return scores
 
-    def _axis(self, axis: str, tasks: Sequence[Task]) -> dict[str, Any]:
-        scores: dict[str, list[Score]] = {}
-        for name, thetas in self._contenders(tasks).items():
-            scores[name] = self.score(tasks, thetas)
-            self.on_progress(len(tasks))
-        scores["generic"] = self._score_generic(tasks)
-        reference = self._direct_thetas(tasks)
-        subset = [i for i, task in enumerate(tasks) if task.task_id in reference]
-        if subset:
-            of_subset = [tasks[i] for i in subset]
-            thetas = [[reference[task.task_id]] for task in of_subset]
-            scores[DIRECT] = self.score(of_subset, thetas)
-        names = [name for name in scores if name != DIRECT]
-        boot = self._resampled({name: scores[name] for name in names})
-        methods = {name: _summary(scores[name], boot[name]) for name in names}
-        minus = {
-            name: {
-                "diff": _accuracy(scores[TINA]) - _accuracy(scores[name]),
-                "ci95": interval(boot[TINA] - boot[name]),
-            }
-            for name in names
-            if name != TINA
-        }
-        found: dict[str, Any] = {
+    def _axis(self, tasks: Sequence[Task], scores: Mapping[str, list[Score]]) -> dict[str, Any]:
+        subset = [i for i, task in enumerate(tasks) if task.task_id in self._direct]
+        return {
             "tasks": len(tasks),
             "images_per_class": min(
                 int(torch.bincount(self._images(task).labels).min()) for task in tasks
             ),
             "chance": mean(1 / task.num_classes for task in tasks),
-            "methods": methods,
-            "tina_minus": minus,
-            "gap_closed": None,
-            "gap_closed_ci95": None,
+            **compare(scores, subset, bootstrap=self.config.bootstrap),
         }
-        if subset:
-            same = {name: [scores[name][i] for i in subset] for name in (TINA, SELECTION)}
-            same[DIRECT] = scores[DIRECT]
-            boot = self._resampled(same)
-            methods[DIRECT] = _summary(same[DIRECT], boot[DIRECT]) | {"tasks": len(subset)}
-            minus[DIRECT] = {
-                "diff": _accuracy(same[TINA]) - _accuracy(same[DIRECT]),
-                "ci95": interval(boot[TINA] - boot[DIRECT]),
-            }
-            base = _accuracy(same[SELECTION])
-            gap = _accuracy(same[DIRECT]) - base
-            found["gap"] = {"diff": gap, "ci95": interval(boot[DIRECT] - boot[SELECTION])}
-            found["gap_closed"] = (_accuracy(same[TINA]) - base) / gap if gap else None
-            # where the gap itself may be zero, the ratio's interval is unbounded: it has none
-            if found["gap"]["ci95"][0] > 0:
-                drawn = boot[DIRECT] > boot[SELECTION]
-                ratio = (boot[TINA] - boot[SELECTION])[drawn]
-                found["gap_closed_ci95"] = interval(ratio / (boot[DIRECT] - boot[SELECTION])[drawn])
-        return found
-
-    def _resampled(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
-        means = resample(list(scores.values()), count=self.config.bootstrap, seed=0)
-        return dict(zip(scores, means.T, strict=True))
-
-    def _direct_thetas(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
-        known = dict(zip(self.direct.task_ids, self.direct.theta, strict=True))
-        return {
-            task.task_id: self._narrow(known[task.task_id], task.num_classes)
-            for task in tasks
-            if task.task_id in known
-        }
-
-    def _narrow(self, theta: Tensor, k: int) -> Tensor:
-        """Theta of K classes from the zoo's layout."""
-        family = self.generator.family
-        body, rows = family.layout(self.generator.max_classes).split(theta)
-        return family.layout(k).join(body, rows[:k])
-
-    # -- beyond accuracy -------------------------------------------------------------------------
 
     def _zoo_facts(self) -> dict[str, Any]:
         train = self.zoo.only("train")
@@ -278,93 +303,6 @@ class Evaluation:
             "steps": int(train.steps[0]),
             "select_accuracy": float(train.accuracy.mean()),
         }
-
-    def _steps_curve(self) -> list[dict[str, float]]:
-        """Accuracy on `select` images of validation tasks, where it may be looked at to choose."""
-        curve = []
-        lessons = [
-            Lesson.of(self.dataset, task.class_ids, seed=0, partition="select")
-            for task in self.space.val
-        ]
-        for steps in self.config.sampling_steps:
-            thetas = self.generate(self.space.val, steps=steps, seeds=1)
-            hits = [
-                accuracy(self.generator.family, theta[0], self.store, lesson)
-                for theta, lesson in zip(thetas, lessons, strict=True)
-            ]
-            curve.append({"steps": steps, "accuracy": mean(hits)})
-        return curve
-
-    def _novelty(self) -> dict[str, Any]:
-        """Is a generated classifier a copy of a training p-model (Zeng et al., 2506.07998)?
-
-        Distances are L2 over the body; overlaps are of mispredicted report images. Beside each
-        stands the same between two independent fine-tunings of one task, where there are twins.
-        """
-        family, train = self.generator.family, self.zoo.only("train")
-        tasks = self.space.held_out["unseen_combination"][: self.config.direct_tasks]
-        bodies = family.layout(self.generator.max_classes).split(train.theta)[0]
-        generated = self.generate(tasks, seeds=2)
-        nearest = nearest_pmodel(self.generator, train)
-        distance, spread, seed_agreement, same_errors = [], [], [], []
-        copies = [[self.generator.theta(*nearest(task))] for task in tasks]
-        scores = self.score(tasks, generated)
-        for task, thetas, score, copy in zip(
-            tasks, generated, scores, self.score(tasks, copies), strict=True
-        ):
-            body = family.layout(task.num_classes).split(thetas[0])[0]
-            distance.append(float((bodies - body).norm(dim=1).min()))
-            spread.append(float((thetas[0] - thetas[1]).norm() / thetas[0].norm()))
-            seed_agreement.append(abs(float(score.hit[0].mean() - score.hit[1].mean())))
-            same_errors.append(overlap(score, copy))
-        twin_distance, twin_errors = [], []
-        for task in tasks:
-            pair = self._direct_thetas([task, twin(task)])
-            if len(pair) == 2:
-                first, second = pair.values()
-                layout = family.layout(task.num_classes)
-                apart = layout.split(first)[0] - layout.split(second)[0]
-                twin_distance.append(float(apart.norm()))
-                one, other = self.score([task, task], [[first], [second]])
-                twin_errors.append(overlap(one, other))
-        return {
-            "l2_to_nearest_pmodel": mean(distance),
-            "error_overlap_with_nearest_pmodel": mean(same_errors),
-            "l2_between_two_finetunings": mean(twin_distance) if twin_distance else None,
-            "error_overlap_between_two_finetunings": mean(twin_errors) if twin_errors else None,
-            "theta_spread_over_seeds": mean(spread),
-            "accuracy_spread_over_seeds": mean(seed_agreement),
-        }
-
-    def _timing(self) -> dict[str, float]:
-        """Medians on this machine; fine-tuning is timed over a twentieth of its steps."""
-        task = self.space.held_out["unseen_combination"][0]
-
-        def ms_per_model(batch: int, repeats: int) -> float:
-            times = []
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                self.generate([task] * batch, seeds=1)
-                times.append(time.perf_counter() - begin)
-            return 1000 * median(times) / batch
-
-        recipe = self.generator.config.classifier.direct
-        short = replace(recipe, steps=max(1, recipe.steps // 20))
-        theta = self.generator.theta(*classifier_selection(self.generator)(task))
-        lesson = Lesson.of(self.dataset, task.class_ids, seed=0)
-        begin = time.perf_counter()
-        finetune(self.generator.family, [theta], [lesson], self.store, short, stacked=False)
-        seconds = (time.perf_counter() - begin) * recipe.steps / short.steps
-        return {
-            "ms_per_model_batch1": ms_per_model(1, 9),
-            "ms_per_model_batch64": ms_per_model(64, 3),
-            "finetune_s_per_model": seconds,
-        }
-
-
-def twin(task: Task) -> Task:
-    """The same task with other batches."""
-    return replace(task, seed=task.seed + 1)
 
 
 def _other_classes(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
@@ -377,15 +315,15 @@ def _other_classes(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
     return others
 
 
-def _accuracy(scores: Sequence[Score]) -> float:
-    return mean(score.accuracy for score in scores)
+def _shuffled_classes(task: Task) -> list[int]:
+    """The task's own classes in an order of its own."""
+    found: list[int] = np.random.default_rng(task.seed).permutation(task.class_ids).tolist()
+    return found
 
 
-def _summary(scores: Sequence[Score], samples: Any) -> dict[str, Any]:
-    per_task = [score.accuracy for score in scores]
-    return {
-        "accuracy": mean(per_task),
-        "ci95": interval(samples),
-        "p05": float(np.quantile(per_task, 0.05)),
-        "ece": calibration_error(scores),
-    }
+def _at(steps: int) -> str:
+    return f"{steps}_steps"
+
+
+Spread = Callable[[Evaluation], Iterable[tuple[Cell, list[Score]]]]
+"""Scores all cells of an evaluation, in any order."""

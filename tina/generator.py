@@ -15,7 +15,7 @@ from torch import Tensor
 from tina.classifiers import Family
 from tina.codec import Codec
 from tina.config import GeneratorConfig
-from tina.diffusion import Denoise, initial_noise, sample
+from tina.diffusion import Denoise, as_x0, initial_noise, sample
 from tina.errors import NonFiniteError
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
@@ -73,7 +73,7 @@ class Generator:
             steps: Denoising steps; default: the configuration's.
             guidance: Default: the configuration's.
             conditions: Embeddings that the denoiser sees instead, for controls.
-            denoise: Another denoiser with the same contract, for controls.
+            denoise: A prediction of x0 instead of the denoiser's, for controls.
 
         Raises:
             NonFiniteError: A generated value is NaN or infinite.
@@ -83,7 +83,7 @@ class Generator:
         length = self.codec.body_tokens + embeddings.shape[1]
         cond = self.vocabulary.condition(embeddings if conditions is None else conditions)
         tokens = sample(
-            denoise or self.denoiser,
+            denoise or as_x0(self.denoiser, diffusion),
             diffusion,
             noise=self.noise(seeds)[:, :length].to(device),
             cond=cond.to(device),

@@ -101,10 +101,12 @@ def print_report(report: Report) -> None:
         console.print(table)
 
 
-def markdown(report: Report) -> str:
-    """The same tables in Markdown."""
+def markdown(report: Report, only: str | None = None) -> str:
+    """The same tables in Markdown, or that of one axis."""
     lines = []
     for name, axis in axes_of(report).items():
+        if only not in (None, name):
+            continue
         lines += [f"**{_caption(name, axis)}**", ""]
         lines += ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in _rows(axis)]

@@ -5,9 +5,10 @@
     generic.safetensors    the generic model, with its trunk
     zoo/  direct/          p-models; direct fine-tuning of held-out tasks and their twins
     start/                 the untrained generator: classifier selection
-    train/                 resumable training states
+    train/ tensorboard/    resumable training states; curves
+    trained/               the trained generator
     report.json  plots/    the evaluation
-    checkpoint/            the trained generator, written last
+    checkpoint/            the trained generator with its measured numbers, written last
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
+from tina.batches import Source, residuals
 from tina.checkpoint import attach_trunk, save_generator
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
@@ -35,29 +37,36 @@ from tina.configio import config_from_dict, config_to_dict
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import build_encoder
 from tina.errors import ConfigError
-from tina.evaluation import Evaluation, twin
+from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
 from tina.finetune import Lesson, accuracy
 from tina.generator import Generator, fit_shot_projection, new_denoiser
 from tina.generic import GenericModel, load_generic
+from tina.metrics import Score
+from tina.novelty import novelty, timing, twin
 from tina.prompts import Vocabulary, normalise_name
 from tina.report import markdown, plot_report
 from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
-from tina.training import Source, residuals
 from tina.zoo import Zoo, describe_zoo, read_zoo
 
 
 class Run:
-    """One configuration and its folder; what is loaded is loaded once, when asked for."""
+    """One configuration and its folder; what is loaded is loaded once, when asked for.
 
-    def __init__(self, config: JobConfig) -> None:
+    Args:
+        base: Folder of another run, whose generic model and zoo this one uses.
+    """
+
+    def __init__(self, config: JobConfig, base: Path | None = None) -> None:
         self.config = config
         self.folder = Path(config.storage) / config.name
-        self.generic_file = self.folder / "generic.safetensors"
+        self.base = base or self.folder
+        self.generic_file = self.base / "generic.safetensors"
         self.report_file = self.folder / "report.json"
         self.checkpoint = self.folder / "checkpoint"
         self.start = self.folder / "start"
+        self.trained = self.folder / "trained"
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -83,7 +92,7 @@ class Run:
         file = self.folder / "config.yaml"
         if file.is_file():
             found, mine = _read_yaml(file), config_to_dict(self.config)
-            loose = {"evaluation", "cluster", "storage"}
+            loose = {"evaluation", "cluster", "storage", "tracking"}
             differing = [k for k in mine if k not in loose and found.get(k) != mine[k]]
             if differing:
                 raise ConfigError(
@@ -109,7 +118,7 @@ class Run:
         _, channels, size, _ = self.dataset.images.shape
         family = build_family(self.config.classifier.family, channels=channels, image_size=size)
         if isinstance(family, VitB32Head):
-            attach_trunk(family, self.config.generator, self.folder)
+            attach_trunk(family, self.config.generator, self.generic_file)
         return family
 
     @cached_property
@@ -156,7 +165,7 @@ class Run:
 
     def read_zoo(self, kind: str) -> Zoo:
         """The rows of a folder."""
-        return read_zoo(self.folder / kind)
+        return read_zoo(self.base / kind)
 
     def vocabulary(self) -> Vocabulary:
         """The data set's class names in the configured embedding space."""
@@ -197,12 +206,12 @@ class Run:
             ),
         )
 
-    def source(self, generator: Generator, config: TrainConfig) -> Source:
-        """Training batches for a generator."""
+    def source(self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None) -> Source:
+        """Training batches for a generator; the zoo is read here unless it is given."""
         return Source(
             generator=generator,
             config=config,
-            zoo=self.read_zoo("zoo").only("train"),
+            zoo=(zoo or self.read_zoo("zoo")).only("train"),
             space=self.space,
             dataset=self.dataset,
             store=self.store,
@@ -236,11 +245,9 @@ class Run:
 
         return validate
 
-    def evaluate(
-        self, generator: Generator, *, on_progress: Callable[[int], object] = lambda tasks: None
-    ) -> dict[str, Any]:
-        """Measure a generator and write `report.json` and the plots."""
-        evaluation = Evaluation(
+    def evaluation(self, generator: Generator) -> Evaluation:
+        """What a generator is measured by."""
+        return Evaluation(
             generator=generator,
             config=self.config.evaluation,
             dataset=self.dataset,
@@ -248,11 +255,35 @@ class Run:
             zoo=self.read_zoo("zoo"),
             direct=self.read_zoo("direct"),
             store=self.store,
-            on_progress=on_progress,
         )
+
+    def evaluate(
+        self,
+        generator: Generator,
+        *,
+        spread: Spread = Evaluation.score_here,
+        on_progress: Callable[[int], object] = lambda tasks: None,
+    ) -> dict[str, Any]:
+        """Measure a generator and write `report.json` and the plots.
+
+        Args:
+            spread: Where the cells are scored.
+            on_progress: Called with the number of tasks that one of the contenders is done with.
+        """
+        evaluation = self.evaluation(generator)
+        scores: dict[Cell, list[Score]] = {}
+        for cell, found in spread(evaluation):
+            scores[cell] = found
+            if cell.method in evaluation.contenders:
+                on_progress(len(cell.tasks))
         weights = {k: v.contiguous() for k, v in generator.denoiser.state_dict().items()}
         report = evaluation.report(
-            checkpoint=hash_bytes(save(weights)), commit=commit(), hardware=hardware()
+            scores,
+            checkpoint=hash_bytes(save(weights)),
+            commit=commit(),
+            hardware=hardware(),
+            novelty=novelty(evaluation),
+            timing=timing(evaluation),
         )
         write_text(self.report_file, json.dumps(report, indent=1))
         plot_report(report, self.folder / "plots")

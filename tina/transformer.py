@@ -19,6 +19,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tina.config import DenoiserConfig
 
@@ -87,6 +88,7 @@ class Denoiser(nn.Module):
         super().__init__()
         d = config.width
         self.body_tokens, self.row_width = body_tokens, row_width
+        self.checkpointing = False  # recompute the blocks' activations in the backward pass
         # each body token has a projection of its own in and out: position s always means the same
         # weights; rows share one, as any class may stand at any row
         self.body_in = nn.Parameter(
@@ -138,7 +140,11 @@ class Denoiser(nn.Module):
         attend = torch.cat([mask.new_ones(len(x), s), mask, mask], 1)[:, None, None]
         c = self.time(timestep_embedding(t, self.position.shape[1]).to(h))
         for block in self.blocks:
-            h = block(h, c, attend)
+            if self.checkpointing and torch.is_grad_enabled():
+                # reentrant: the other kind cannot recompute under ZeRO stage 3
+                h = checkpoint(block, h, c, attend, use_reentrant=True)
+            else:
+                h = block(h, c, attend)
         shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, -1)
         h = self.norm(h) * (1 + scale) + shift
         body = torch.einsum("bsd,sdp->bsp", h[:, :s], self.body_out)

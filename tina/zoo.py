@@ -127,6 +127,19 @@ def read_zoo(folder: Path) -> Zoo:
     Raises:
         DataError: No rows, unreadable Parquet, a task twice, or a theta that is not finite.
     """
+    table = read_rows(folder)
+    try:
+        return zoo_of(table)
+    except DataError as error:
+        raise DataError(f"{folder} holds {error}") from error
+
+
+def read_rows(folder: Path) -> pa.Table:
+    """The rows of a zoo folder as they are.
+
+    Raises:
+        DataError: No rows, or unreadable Parquet.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -134,20 +147,29 @@ def read_zoo(folder: Path) -> Zoo:
     if not files:
         raise DataError(f"{folder} holds no zoo rows: build the zoo first")
     try:
-        table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("task_id")
-        table = table.select(zoo_schema(1).names)
+        table = pa.concat_tables([pq.read_table(file) for file in files])
+        return table.select(zoo_schema(1).names)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{folder} holds an unreadable zoo file: {reason}") from error
+
+
+def zoo_of(table: pa.Table) -> Zoo:
+    """The rows of a table in any order.
+
+    Raises:
+        DataError: No rows, a task twice, or a theta that is not finite.
+    """
+    table = table.sort_by("task_id")
     ids = table["task_id"].to_pylist()
     if not ids:
-        raise DataError(f"{folder} holds no zoo rows: build the zoo first")
+        raise DataError("no zoo rows: build the zoo first")
     if len(set(ids)) != len(ids):
-        raise DataError(f"{folder} holds a task more than once")
+        raise DataError("a task more than once")
     flat = table["theta"].combine_chunks().flatten().to_numpy().copy()
     theta = torch.from_numpy(flat).view(len(ids), -1)
     if not bool(torch.isfinite(theta).all()):
-        raise DataError(f"{folder} holds a p-model with NaN or infinite weights")
+        raise DataError("a p-model with NaN or infinite weights")
     return Zoo(
         task_ids=tuple(ids),
         class_ids=tuple(tuple(row) for row in table["class_ids"].to_pylist()),

@@ -1,0 +1,149 @@
+"""Reads what a sweep's trials left in their folders, and publishes it beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from ray_jobs.train import PROGRESS
+from ray_jobs.trial import read_history
+from tina.checkpoint import load_generator
+from tina.configio import config_to_dict
+from tina.errors import DataError
+from tina.files import write_text
+from tina.finetune import Lesson, accuracy
+from tina.generator import Generator
+from tina.run import Run
+from tina.space import Search
+from tina.sweep import (
+    Outcome,
+    Scale,
+    best_of,
+    plot_outcomes,
+    print_outcomes,
+    verdict,
+    write_outcomes,
+)
+from tina.training import Progress
+
+
+def last_progress(run: Run) -> Progress | None:
+    """A training's last state."""
+    from ray.train import Result
+
+    try:
+        checkpoint = Result.from_path(str(run.folder / "train")).checkpoint
+    except RuntimeError:  # it ended before its first
+        return None
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return Progress.load(Path(folder) / PROGRESS)
+
+
+def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
+    """A trial from its folder; None if it ended before its first validation."""
+    history, progress = read_history(run.folder), last_progress(run)
+    if not history or not progress or progress.best_accuracy < 0:
+        return None
+    state = "done" if progress.step == run.config.train.steps else "stopped"
+    own = replace(run.config, name=search.config.name, storage=search.config.storage)
+    return Outcome(
+        config=run.config,
+        state="failed" if failed else state,
+        accuracy=progress.best_accuracy,
+        seconds=history[-1]["seconds"],
+        steps=progress.step,
+        parameters=sum(value.numel() for value in progress.best.values()),
+        default=own == search.config,
+    )
+
+
+def trained(run: Run) -> Generator:
+    """A trial's generator, with the weights that validated best."""
+    generator, progress = load_generator(run.start), last_progress(run)
+    assert progress
+    generator.denoiser.load_state_dict(dict(progress.best))
+    return generator
+
+
+def task_accuracies(
+    base: Run, generator: Generator, *, untrained: bool = False
+) -> NDArray[np.float64]:
+    """Per validation task, as training validates: of what a generator makes, or would untrained."""
+    tasks = base.space.val
+    embeddings, mask = generator.vocabulary.of([task.class_ids for task in tasks])
+    zeros = (lambda x, *_: torch.zeros_like(x)) if untrained else None
+    body, rows = generator.generate(embeddings, mask, seeds=[0] * len(tasks), denoise=zeros)
+    found = []
+    for i, task in enumerate(tasks):
+        theta = generator.theta(body[i], rows[i, : task.num_classes])
+        lesson = Lesson.of(base.dataset, task.class_ids, seed=0, partition="select")
+        found.append(accuracy(base.family, theta, base.store, lesson))
+    return np.array(found)
+
+
+def lend(base: Run, folder: Path) -> None:
+    """Give another run's folder the base run's generic model and zoo, as links if it can be."""
+
+    def link(source: str, target: str) -> None:
+        Path(target).unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    link(str(base.generic_file), str(folder / base.generic_file.name))
+    shutil.copytree(base.base / "zoo", folder / "zoo", copy_function=link, dirs_exist_ok=True)
+
+
+def publish(base: Run, search: Search, trials: Mapping[str, bool]) -> None:
+    """Write `trials.parquet`, `pareto.png` and `best.yaml`, and print what they say.
+
+    Args:
+        trials: By trial id, whether it failed.
+
+    Raises:
+        DataError: The run's own configuration failed: there is nothing to compare with.
+    """
+    folder = base.folder / "tune" / search.sweep.name
+    claimed = [name for name in trials if (folder / name / "config.yaml").is_file()]
+    runs = {name: Run(Run.open(folder / name).config, base.folder) for name in claimed}
+    read = [read_outcome(run, search, failed=trials[name]) for name, run in runs.items()]
+    outcomes = [outcome for outcome in read if outcome]
+    able = [outcome for outcome in outcomes if outcome.state != "failed"]
+    default = next((outcome for outcome in able if outcome.default), None)
+    if default is None:
+        raise DataError(f"the trial of the run's own configuration failed; see {folder}")
+    best = best_of(able)
+    own, other = (trained(runs[o.config.name]) for o in (default, best))
+    bar = task_accuracies(base, own)
+    scale = Scale(
+        selection=float(task_accuracies(base, own, untrained=True).mean()),
+        pmodels=float(base.read_zoo("zoo").only("val").accuracy.mean()),
+        tasks=len(bar),
+    )
+    gains = task_accuracies(base, other) - bar
+    said = verdict(able, gains, scale, default=default, best=best)
+    write_outcomes(outcomes, scale, folder / "trials.parquet")
+    title = f"{base.config.name}: {len(outcomes)} trials of sweep {search.sweep.name}"
+    plot_outcomes(outcomes, scale, title=title, file=folder / "pareto.png")
+    name = f"{base.config.name}-{search.sweep.name}-best"
+    config = replace(best.config, name=name, storage=base.config.storage)
+    plain = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    write_text(folder / "best.yaml", f"# {said}\n{plain}")
+    lend(base, Path(config.storage) / name)
+    print_outcomes(outcomes, list(search.space), scale)
+    if len(outcomes) < len(trials):
+        print(f"{len(trials) - len(outcomes)} trials failed before their first validation.")
+    print(f"{folder}: trials.parquet, pareto.png, best.yaml")
+    print(said)

@@ -1,0 +1,71 @@
+"""Where training's curves go: TensorBoard, or by a config key MLflow or Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+
+from tina.configio import config_to_dict
+from tina.errors import ConfigError
+from tina.run import Run
+
+Log = Callable[[int, Mapping[str, float]], None]
+Close = Callable[[], None]
+NOWHERE: tuple[Log, Close] = (lambda step, figures: None, lambda: None)
+
+
+def check_tracking(run: Run) -> None:
+    """Say before anything starts that a tracker's package is missing.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    kind = run.config.tracking
+    if kind != "none" and not find_spec(kind):
+        raise ConfigError(f"tracking is {kind}, which is not installed: pip install {kind}")
+
+
+def open_tracking(run: Run, *, start: int) -> tuple[Log, Close]:
+    """A function that logs figures at a step, and one that closes.
+
+    Args:
+        start: Step that training starts or goes on from; what was logged behind it is dropped or
+            written over.
+    """
+    kind = run.config.tracking
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start)
+
+        def log(step: int, figures: Mapping[str, float]) -> None:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+
+        return log, writer.close
+    if kind == "mlflow":
+        import mlflow
+
+        found = mlflow.search_runs(
+            search_all_experiments=True,
+            filter_string=f"tags.tina_run = '{run.folder}'",
+            output_format="list",
+        )
+        mlflow.start_run(
+            run_id=found[0].info.run_id if found else None,
+            run_name=run.config.name,
+            tags={"tina_run": str(run.folder)},
+        )
+        return lambda step, figures: mlflow.log_metrics(dict(figures), step=step), mlflow.end_run
+    if kind == "wandb":
+        import wandb
+
+        logged = wandb.init(
+            project="tina",
+            id=run.config.name,
+            dir=str(run.folder),
+            config=config_to_dict(run.config),
+            resume="allow",
+        )
+        return lambda step, figures: logged.log(dict(figures), step=step), logged.finish
+    return NOWHERE

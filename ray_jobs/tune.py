@@ -1,0 +1,184 @@
+"""Search noise schedule, model size, learning rate and guidance on Ray Tune.
+
+Each trial is a Ray Train run on the generic model and the zoo of one run. ASHA ends the weak ones
+early, Optuna draws the next. Run again with the same names: finished trials stay, unfinished ones
+go on from their last states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ray_jobs.build_zoo import build_zoo, ensure_generic
+from ray_jobs.job import capacity, on_gpu, require, run_job, start_ray
+from tina.config import JobConfig
+from tina.configio import parse_config
+from tina.errors import ConfigError, TinaError
+from tina.files import write_text
+from tina.run import Run
+from tina.space import Search, read_search
+
+if TYPE_CHECKING:
+    from ray.tune import ResultGrid, Tuner
+
+DRIVER_CPUS = 0.01
+"""Of a trial's own process, which starts its ranks and waits for them."""
+
+SNAPSHOT_S = "2"
+ABOUT = (
+    "Search a space of configurations. --space FILE (required) is its YAML, such as "
+    "configs/tune_digits.yaml."
+)
+
+
+def claim(folder: Path, search: Search) -> None:
+    """Save the search, or make sure that the folder was made by the same one.
+
+    Raises:
+        ConfigError: It was made by another.
+    """
+    file, plain = folder / "sweep.yaml", search.plain()
+    if file.is_file() and yaml.safe_load(file.read_text()) != plain:
+        raise ConfigError(
+            f"{folder} holds a sweep of another space: choose another sweep.name or remove it"
+        )
+    write_text(file, yaml.safe_dump(plain, sort_keys=False))
+
+
+def restorable(folder: Path) -> bool:
+    """Whether Tune can go on with a sweep. A snapshot that a crash cut off is removed."""
+    for file in sorted(folder.glob("experiment_state-*.json"), reverse=True):
+        try:
+            json.loads(file.read_text())
+        except ValueError:  # Tune would start all over at the sight of it
+            file.unlink()
+        else:
+            return True
+    return False
+
+
+def at_once(search: Search) -> int:
+    """Trials that the cluster holds together.
+
+    Raises:
+        ConfigError: Not even one.
+    """
+    import ray
+
+    sweep = search.sweep
+    each = {"CPU": sweep.cpus} | ({"GPU": 1.0} if on_gpu() else {})
+    require(sweep.workers, each, key="sweep.workers", wait_s=search.config.cluster.wait_s)
+    need, cpus = sweep.workers * sweep.cpus + DRIVER_CPUS, ray.cluster_resources()["CPU"]
+    if need > cpus:
+        raise ConfigError(
+            f"a trial needs {need:g} CPUs with its own process, and the cluster has {cpus:g}: "
+            "lower sweep.cpus or sweep.workers"
+        )
+    # a CPU stays free for the one that reads the zoo while the others train
+    fit = min(capacity(each) // sweep.workers, int((cpus - 1 - DRIVER_CPUS) / need) + 1)
+    return min(fit, sweep.concurrent or fit)
+
+
+def build_tuner(run: Run, search: Search) -> Tuner:
+    """The sweep in the run's `tune/` folder, new or restored."""
+    import ray
+    from ray import tune
+    from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
+
+    from ray_jobs.trial import Asha, Counter, distribution, run_trial, searcher
+
+    folder = run.folder / "tune" / search.sweep.name
+    trainable = tune.with_resources(
+        partial(run_trial, search=search, base=run.folder), {"CPU": DRIVER_CPUS}
+    )
+    concurrent = at_once(search)
+    # what frees a stopped trial's CPUs looks for its cluster anew, and gives up if it sees two
+    DEFAULT_ENV_VARS["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    if restorable(folder):
+        return tune.Tuner.restore(str(folder), trainable, resume_errored=True)
+    return tune.Tuner(
+        trainable,
+        param_space={key: distribution(domain) for key, domain in search.space.items()},
+        tune_config=tune.TuneConfig(
+            num_samples=search.sweep.trials,
+            search_alg=searcher(search, concurrent),
+            scheduler=Asha(search, folder),
+            trial_dirname_creator=trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=search.sweep.name,
+            storage_path=str(folder.parent),
+            callbacks=[Counter(search)],
+            verbose=0,
+        ),
+    )
+
+
+def trial_id(trial: Any) -> str:
+    """Name of a trial's folder."""
+    return str(trial.trial_id)
+
+
+def ended(results: ResultGrid, search: Search) -> dict[str, bool]:
+    """By trial id, whether it failed.
+
+    Raises:
+        TinaError: The sweep was interrupted.
+    """
+    if results.num_terminated + results.num_errors < search.sweep.trials:
+        raise TinaError("the sweep was interrupted; the same command goes on with it")
+    every = [results[i] for i in range(len(results))]
+    return {Path(result.path).name: result.error is not None for result in every}
+
+
+def work(run: Run, search: Search) -> None:
+    """The whole job."""
+    claim(run.folder / "tune" / search.sweep.name, search)
+    # how much of a sweep Tune has forgotten after a crash
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
+    ensure_generic(run)
+    start_ray()
+    build_zoo(run, "zoo")
+    results = build_tuner(run, search).fit()
+
+    import ray
+
+    from ray_jobs.sweep_report import publish
+
+    ray.shutdown()  # or its workers' last words come between ours
+    publish(run, search, ended(results, search))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the space, which the other jobs do not have, and leave the rest to `run_job`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--space")
+    start = partial(run_job, name="tune", about=ABOUT)
+    try:
+        given, rest = parser.parse_known_args(list(argv))
+        if {"-h", "--help"} & set(rest):
+            return start(lambda run: None, rest)
+        config = parse_config(JobConfig, [word for word in rest if word != "--dry-run"])
+        if given.space is None:
+            raise ConfigError("no space to search: give its YAML with --space")
+        search = read_search(Path(given.space), config)
+    except (argparse.ArgumentError, TinaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    code = start(partial(work, search=search), rest)
+    if "--dry-run" in rest:
+        print(f"---\n{yaml.safe_dump(search.plain(), sort_keys=False)}", end="")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""Training on Ray Train with DeepSpeed: every ZeRO stage, any number of ranks, killed workers."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ray_jobs.engine import deepspeed_config
+from ray_jobs.job import start_ray
+from ray_jobs.tracking import check_tracking
+from ray_jobs.train import train_generator
+from tina import TinaPipeline
+from tina.checkpoint import load_generator
+from tina.config import ClusterConfig
+from tina.errors import ConfigError, DataError
+from tina.run import Run
+
+# Ray in this process: it sets deprecated options of its own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+RANKS = {"train_workers": 2, "train_cpus": 0.5}
+
+
+def trial(tiny_run, storage, *, train=None, **cluster):
+    """A run of its own on the shared generic model and zoo."""
+    steps = {"steps": 12, "checkpoint_every": 4, "fresh_tasks": 4, "zoo_batch": 4}
+    config = replace(
+        tiny_run.config,
+        name="trial",
+        storage=str(storage),
+        train=replace(tiny_run.config.train, **steps | (train or {})),
+        cluster=ClusterConfig(**RANKS | cluster),
+    )
+    run = Run(config, tiny_run.folder)
+    run.claim()
+    return run
+
+
+def curve(run):
+    """Losses over all ranks since the last report, at each report."""
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    names = ("weight_loss", "function_loss", "val_accuracy")
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in names}
+
+
+def weights(run):
+    return load_generator(run.trained).denoiser.state_dict()
+
+
+# --- without Ray ----------------------------------------------------------------------------------
+
+
+def test_autocast_is_deepspeeds_own(tiny_run, tmp_path):
+    """An autocast around its engine would be switched off inside it, silently."""
+    run = trial(tiny_run, tmp_path, train={"precision": "bf16", "accumulation": 2})
+    found = deepspeed_config(run.config, 2)
+    assert found["torch_autocast"]["enabled"] is True
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["train_batch_size"] == 4
+
+
+def test_offload_without_partitions_is_refused():
+    with pytest.raises(ConfigError, match="offload needs"):
+        ClusterConfig(offload=True)
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed(tiny_run, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("ray_jobs.tracking.find_spec", lambda name: None)
+    run = Run(replace(trial(tiny_run, tmp_path).config, tracking=kind))
+    with pytest.raises(ConfigError, match=f"pip install {kind}"):
+        check_tracking(run)
+
+
+def test_without_a_zoo(tiny_run, tmp_path):
+    run = Run(trial(tiny_run, tmp_path).config)
+    with pytest.raises(DataError, match=r"run ray_jobs\.build_zoo first"):
+        train_generator(run)
+
+
+# --- with Ray -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local cluster that ends with these tests."""
+    import ray
+
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run, cluster, tmp_path_factory):
+    """Two ranks without ZeRO: what the others are compared with."""
+    run = trial(tiny_run, tmp_path_factory.mktemp("plain"))
+    train_generator(run)
+    return run
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("keys", "train"),
+    [
+        ({"zero_stage": 1}, {}),
+        ({"zero_stage": 2, "offload": True}, {}),
+        ({"zero_stage": 3, "activation_checkpointing": True}, {"accumulation": 2}),
+        ({"train_workers": 1}, {}),
+    ],
+    ids=["stage 1", "stage 2, offload", "stage 3, recomputed in two parts", "one rank"],
+)
+def test_stages_and_ranks_have_the_same_curve(tiny_run, plain, tmp_path, keys, train):
+    run = trial(tiny_run, tmp_path, train=train, **keys)
+    train_generator(run)
+    want, found = curve(plain), curve(run)
+    for name, values in want.items():
+        assert found[name].keys() == values.keys()
+        assert found[name] == pytest.approx(values, rel=1e-3), name
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(run)[name], value, rtol=0, atol=1e-4)
+    pipe = TinaPipeline.from_pretrained(str(run.trained))
+    assert pipe(["one", "two"], seed=0).theta.isfinite().all()
+
+
+def kill_a_worker(training: Path, killed: list[int]) -> None:
+    """SIGKILL to one rank as soon as Ray Train has recorded a state."""
+    limit = time.monotonic() + 300
+    while time.monotonic() < limit:
+        snapshot = training / "checkpoint_manager_snapshot.json"
+        if snapshot.exists() and "checkpoint_dir_name" in snapshot.read_text():
+            for process in psutil.Process().children(recursive=True):  # of this cluster alone
+                if any("RayTrainWorker" in word for word in process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+LONG = {"steps": 160, "checkpoint_every": 8}  # long enough to be killed in the middle
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_run, cluster, tmp_path_factory):
+    """Longer runs that nothing happens to, by ZeRO stage."""
+    runs = {}
+
+    def of(stage):
+        if stage not in runs:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            runs[stage] = trial(tiny_run, folder, train=LONG, zero_stage=stage)
+            train_generator(runs[stage])
+        return runs[stage]
+
+    return of
+
+
+@pytest.fixture
+def killer():
+    """Kill a rank of a run that is about to start; the list of killed processes."""
+    killed, threads = [], []
+
+    def start(run):
+        threads.append(threading.Thread(target=kill_a_worker, args=(run.folder / "train", killed)))
+        threads[-1].start()
+        return killed
+
+    yield start
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3])
+def test_a_killed_rank_ends_as_an_undisturbed_one(tiny_run, undisturbed, killer, tmp_path, stage):
+    run = trial(tiny_run, tmp_path, train=LONG, zero_stage=stage)
+    killed = killer(run)
+    train_generator(run)
+    assert killed, "no rank was killed"
+    for name in ("model.safetensors", "codec.safetensors"):
+        want = (undisturbed(stage).trained / name).read_bytes()
+        assert (run.trained / name).read_bytes() == want, name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_goes_on_with_another_number_of_ranks(tiny_run, undisturbed, killer, tmp_path, stage):
+    """Begun by two ranks, ended by one: the same samples, so the same result but for rounding."""
+    from ray.train import TrainingFailedError
+
+    run = trial(tiny_run, tmp_path, train=LONG, zero_stage=stage, max_failures=0)
+    killed = killer(run)
+    with pytest.raises(TrainingFailedError):
+        train_generator(run)
+    assert killed
+    alone = trial(tiny_run, tmp_path, train=LONG, zero_stage=stage, train_workers=1)
+    train_generator(alone)
+    want, found = curve(undisturbed(stage)), curve(alone)
+    for name in ("weight_loss", "function_loss"):
+        last = max(want[name])
+        assert found[name][last] == pytest.approx(want[name][last], rel=1e-2), name
+    progress = [max(found[name]) for name in found]
+    assert progress == [160, 160, 160]
+    for name, value in weights(undisturbed(stage)).items():
+        torch.testing.assert_close(weights(alone)[name], value, rtol=0, atol=1e-3)

@@ -1,0 +1,164 @@
+"""Training batches: every draw a function of (seed, step, slot), whatever the number of ranks.
+
+Axes: B = Z + J samples of a step (Z p-models of the zoo, J fresh tasks), L tokens, P values per
+token, K classes (padded), E embedding width, R values of a head row, N images per fresh task.
+
+A step has `zoo_batch` + `fresh_tasks` slots. They are cut into equal parts, one for each rank and
+each accumulated pass; together the parts hold the same samples however many there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tina.classifiers import InputStore
+from tina.config import TrainConfig
+from tina.datasets import Dataset
+from tina.generator import Generator
+from tina.generic import GenericModel
+from tina.layout import ParamLayout
+from tina.prompts import Vocabulary
+from tina.tasks import TaskSpace
+from tina.zoo import Zoo
+
+ZOO, FRESH = 0, 1  # kinds of slots, for their seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One part of a step.
+
+    Args:
+        tokens: (Z, L, P), p-models.
+        cond: (B, K, E), conditions; the first Z belong to `tokens`.
+        mask: bool (B, K).
+        body: (n_body,), inherited by every task.
+        rows: (J, K, R), inherited by the fresh tasks.
+        images: J inputs (N, ...) for the fresh tasks.
+        labels: J times int64 (N,), rows of the head.
+        noise: (B, L, P), of the noise level `t`.
+        t: int64 (B,), timesteps.
+        drop: bool (B,), samples that lose their condition; never a fresh task, which without it has
+            no right answer.
+        first: (J, L, P), pure noise from which fresh tasks get their own prediction.
+        pure: bool (J,), fresh tasks that start from pure noise instead, at the last timestep.
+    """
+
+    tokens: Tensor
+    cond: Tensor
+    mask: Tensor
+    body: Tensor
+    rows: Tensor
+    images: list[Tensor]
+    labels: list[Tensor]
+    noise: Tensor
+    t: Tensor
+    drop: Tensor
+    first: Tensor
+    pure: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; all was drawn on the CPU, equal for all devices."""
+        moved: dict[str, Any] = {
+            key: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
+            for key, value in vars(self).items()
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where batches come from.
+
+    Args:
+        generator: For its codec, vocabulary and inherited weights.
+        zoo: Training p-models.
+    """
+
+    generator: Generator
+    config: TrainConfig
+    zoo: Zoo
+    space: TaskSpace
+    dataset: Dataset
+    store: InputStore
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        return encode_zoo(self.generator, self.zoo)
+
+    @cached_property
+    def _pools(self) -> list[np.ndarray]:
+        count = self.dataset.num_classes
+        return [self.dataset.indices("fit", (c,)).numpy() for c in range(count)]
+
+    def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
+        """One of the equal parts of a step."""
+        config, generator = self.config, self.generator
+        timesteps = generator.config.diffusion.timesteps
+        shape = self._tokens.shape[1:]
+        classes, noise, t, drop = [], [], [], []
+
+        def slots(kind: int, count: int) -> list[np.random.Generator]:
+            own = range(part * count // parts, (part + 1) * count // parts)
+            return [np.random.default_rng([config.seed, step, kind, slot]) for slot in own]
+
+        picks = []
+        for rng in slots(ZOO, config.zoo_batch):
+            picks.append(int(rng.integers(len(self.zoo.task_ids))))
+            classes.append(self.zoo.class_ids[picks[-1]])
+            t.append(int(rng.integers(timesteps)))
+            drop.append(rng.random() < config.condition_dropout)
+            noise.append(rng.standard_normal(shape, dtype=np.float32))
+        images, labels, first, pure = [], [], [], []
+        for rng in slots(FRESH, config.fresh_tasks if config.function_loss > 0 else 0):
+            (task,) = self.space.sample_fresh(rng, 1)
+            rows = rng.integers(len(task), size=config.images_per_task)
+            index = [rng.choice(self._pools[task[row]]) for row in rows]
+            images.append(self.store[torch.tensor(index)])
+            labels.append(torch.from_numpy(rows))
+            classes.append(tuple(task))
+            pure.append(rng.random() < 0.5)
+            t.append(timesteps - 1 if pure[-1] else int(rng.integers(timesteps)))
+            drop.append(False)
+            noise.append(rng.standard_normal(shape, dtype=np.float32))
+            first.append(rng.standard_normal(shape, dtype=np.float32))
+        embeddings, mask = generator.vocabulary.of(classes, generator.max_classes)
+        _, inherited = generator.inherit(embeddings[len(picks) :])
+        return Batch(
+            tokens=self._tokens[picks],
+            cond=generator.vocabulary.condition(embeddings),
+            mask=mask,
+            body=generator.generic.body,
+            rows=inherited,
+            images=images,
+            labels=labels,
+            noise=torch.from_numpy(np.stack(noise)),
+            t=torch.tensor(t),
+            drop=torch.tensor(drop),
+            first=torch.from_numpy(np.stack(first)) if first else torch.empty(0, *shape),
+            pure=torch.tensor(pure, dtype=torch.bool),
+        )
+
+
+def encode_zoo(generator: Generator, zoo: Zoo) -> Tensor:
+    """Tokens (Z, L, P) of the p-models' residuals on what their prompts inherit."""
+    body, rows, _ = residuals(
+        zoo, generator.codec.layout, generic=generator.generic, vocabulary=generator.vocabulary
+    )
+    return generator.codec.encode(body, rows)
+
+
+def residuals(
+    zoo: Zoo, layout: ParamLayout, *, generic: GenericModel, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The p-models less what their prompts inherit: body (Z, n_body), rows (Z, K, R), mask."""
+    body, rows = layout.split(zoo.theta)
+    embeddings, mask = vocabulary.of(zoo.class_ids, layout.num_classes)
+    inherited_body, inherited_rows = generic.inherit(vocabulary.attention(embeddings))
+    return body - inherited_body, (rows - inherited_rows) * mask.unsqueeze(-1), mask

@@ -1,0 +1,92 @@
+"""One axis of the report: every method with its interval, Tina against each, the gap closed.
+
+Axes: T tasks, B bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from tina.metrics import Array, Score, calibration_error, interval, resample
+
+TINA, SELECTION, DIRECT = "tina", "classifier_selection", "direct_finetuning"
+
+
+def compare(
+    scores: Mapping[str, Sequence[Score]], subset: Sequence[int], *, bootstrap: int
+) -> dict[str, Any]:
+    """What one axis says of its methods; all differences are paired by task.
+
+    Args:
+        scores: Per method its scores on the T tasks; direct fine-tuning's, on the subset alone.
+        subset: Places of the tasks that direct fine-tuning was run on; may be empty.
+        bootstrap: B.
+    """
+    others = {name: found for name, found in scores.items() if name != DIRECT}
+    boot = _resampled(others, bootstrap)
+    methods = {name: _summary(others[name], boot[name]) for name in others}
+    minus = {name: _minus(others, boot, name) for name in others if name != TINA}
+    figures: dict[str, Any] = {
+        "methods": methods,
+        "tina_minus": minus,
+        "gap_closed": None,
+        "gap_closed_ci95": None,
+    }
+    if subset:
+        same = {name: [scores[name][i] for i in subset] for name in (TINA, SELECTION)}
+        same[DIRECT] = list(scores[DIRECT])
+        boot = _resampled(same, bootstrap)
+        methods[DIRECT] = _summary(same[DIRECT], boot[DIRECT]) | {"tasks": len(subset)}
+        minus[DIRECT] = _minus(same, boot, DIRECT)
+        figures |= _gap(same, boot)
+    return figures
+
+
+def mean_accuracy(scores: Sequence[Score]) -> float:
+    """Mean over tasks."""
+    return mean(score.accuracy for score in scores)
+
+
+def _gap(scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array]) -> dict[str, Any]:
+    """How far direct fine-tuning is above selection, and how much of that Tina gains."""
+    base = mean_accuracy(scores[SELECTION])
+    gap = mean_accuracy(scores[DIRECT]) - base
+    ci95 = interval(boot[DIRECT] - boot[SELECTION])
+    figures: dict[str, Any] = {
+        "gap": {"diff": gap, "ci95": ci95},
+        "gap_closed": (mean_accuracy(scores[TINA]) - base) / gap if gap else None,
+    }
+    # where the gap itself may be zero, the ratio's interval is unbounded: it has none
+    if ci95[0] > 0:
+        drawn = boot[DIRECT] > boot[SELECTION]
+        ratio = (boot[TINA] - boot[SELECTION])[drawn]
+        figures["gap_closed_ci95"] = interval(ratio / (boot[DIRECT] - boot[SELECTION])[drawn])
+    return figures
+
+
+def _minus(
+    scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array], name: str
+) -> dict[str, Any]:
+    return {
+        "diff": mean_accuracy(scores[TINA]) - mean_accuracy(scores[name]),
+        "ci95": interval(boot[TINA] - boot[name]),
+    }
+
+
+def _resampled(scores: Mapping[str, Sequence[Score]], count: int) -> dict[str, Array]:
+    means = resample(list(scores.values()), count=count, seed=0)
+    return dict(zip(scores, means.T, strict=True))
+
+
+def _summary(scores: Sequence[Score], samples: Array) -> dict[str, Any]:
+    per_task = [score.accuracy for score in scores]
+    return {
+        "accuracy": mean(per_task),
+        "ci95": interval(samples),
+        "p05": float(np.quantile(per_task, 0.05)),
+        "ece": calibration_error(scores),
+    }
