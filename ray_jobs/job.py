@@ -20,6 +20,7 @@ from tina.errors import ConfigError, TinaError
 from tina.run import Run, commit
 
 MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for the entrypoint of `ray job submit`
 LESS_MEMORY = {
     "a pool worker": "lower cluster.zoo_block or cluster.zoo_workers",
     "a training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
@@ -139,7 +140,8 @@ def start_ray() -> None:
     ray.init(
         log_to_driver=True,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": variables() | path},
+        # a submitted job's own environment reaches its workers, and must not be given twice
+        runtime_env=None if SUBMITTED in os.environ else {"env_vars": variables() | path},
     )
 
 

@@ -45,11 +45,12 @@ class Shell:
             "OMP_NUM_THREADS": "1",
         }
         self.environment.pop("RAY_ADDRESS", None)
+        self.exports = "".join(f"{line}\n" for line in lines("export "))
 
     def run(self, line: str, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run one line; what it printed is in `stdout`, errors too."""
         return subprocess.run(
-            ["bash", "-c", line],
+            ["bash", "-c", self.exports + line],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -65,8 +66,8 @@ class Shell:
 def test_each_job_of_the_readme_is_submitted_and_succeeds(tmp_path, tiny_file):
     shell = Shell(tmp_path)
     space = tmp_path / "space.yaml"
-    small = yaml.safe_load((ROOT / "configs" / "tune_digits.yaml").read_text())
-    small["sweep"] |= {"trials": 2}
+    sweep = yaml.safe_load((ROOT / "configs" / "tune_digits.yaml").read_text())["sweep"]
+    small = {"sweep": sweep | {"trials": 2}, "space": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}
     space.write_text(yaml.safe_dump(small))
     try:
         for line in [*lines("ray get-auth-token"), *lines("ray start --head")]:
