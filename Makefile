@@ -8,6 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
+CHECKPOINT ?= runs/quickstart/checkpoint
 DATA ?=
 
 VENV := .venv
@@ -48,6 +49,10 @@ endif
 demo: install ## Zoo, training, generation and report on the embedded digits; CONFIG=, DATA= for others.
 	$(if $(DATA),TINA_DATA=$(abspath $(DATA))) $(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs
 
+.PHONY: serve
+serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= for another.
+	$(BIN)/serve run serve.app:build_app checkpoint=$(abspath $(CHECKPOINT))
+
 .PHONY: test
 test: install ## Run the default test suite.
 	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
@@ -71,7 +76,7 @@ format: install ## Sort imports, mend what ruff can, format.
 lock: $(BIN)/uv ## Resolve pyproject.toml into requirements.lock, keeping versions that still fit; UPGRADE=--upgrade.
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-		--extra ray --extra sentence --extra dev $(UPGRADE) pyproject.toml -o requirements.lock
+		--extra ray --extra serve --extra client --extra sentence --extra dev $(UPGRADE) pyproject.toml -o requirements.lock
 
 .PHONY: clean
 clean: ## Remove caches and builds; .venv and runs stay.

@@ -11,6 +11,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,19 +36,32 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.safetensors"
 LOG_EVERY = 10  # steps
+MOST_VALIDATED = 8  # trainings whose data a judge keeps
 
 
 class Judge:
-    """An actor that validates beside the training: its ranks do not wait for it."""
+    """An actor that validates beside trainings: their ranks do not wait for it."""
 
-    def __init__(self, config: JobConfig, base: Path) -> None:
+    def __init__(self) -> None:
         torch.set_num_threads(1)
-        run = Run(config, base)
-        self.validate = run.validator(load_generator(run.start))
+        self._validator = lru_cache(MOST_VALIDATED)(validator)
 
-    def accuracy(self, weights: Weights) -> float:
+    def accuracy(self, config: JobConfig, base: Path, weights: Weights) -> float:
         """Accuracy on `select` images of validation tasks of what the weights generate."""
-        return self.validate(weights)
+        return self._validator(config, base)(weights)
+
+
+def validator(config: JobConfig, base: Path) -> Callable[[Weights], float]:
+    """The validation of a run."""
+    run = Run(config, base)
+    return run.validator(load_generator(run.start))
+
+
+def start_judge() -> Any:
+    """A judge that lives as long as its handle."""
+    import ray
+
+    return ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote()
 
 
 def train_on_rank(settings: dict[str, Any]) -> None:
@@ -101,7 +115,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
         source=run.source(generator, config.train, zoo_of(pa.concat_tables(tables))),
         start=start,
         report=report,
-        validate=begin_validation(config, base) if rank == 0 else None,
+        validate=begin_validation(settings["judge"], config, base) if rank == 0 else None,
         rank=rank,
         world=world,
         on_step=on_step,
@@ -109,14 +123,14 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     close()
 
 
-def begin_validation(config: JobConfig, base: Path) -> Validate:
-    """A validation that runs in an actor of its own."""
+def begin_validation(judge: Any, config: JobConfig, base: Path) -> Validate:
+    """A validation that runs in a given actor, or in one of its own."""
     import ray
 
-    judge: Any = ray.remote(num_cpus=0)(Judge).remote(config, base)
+    judge = judge or start_judge()
 
     def begin(weights: Weights) -> Callable[[], float]:
-        result = judge.accuracy.remote(dict(weights))
+        result = judge.accuracy.remote(config, base, dict(weights))
         return lambda: float(ray.get(result))
 
     return begin
@@ -141,8 +155,14 @@ def progress_bar(steps: int, done: int) -> Callable[[int], None]:
     return show
 
 
-def build_trainer(run: Run, *, callbacks: Sequence[UserCallback] = ()) -> TorchTrainer:
-    """The training of a run, its states in `train/`."""
+def build_trainer(
+    run: Run, *, callbacks: Sequence[UserCallback] = (), judge: Any = None
+) -> TorchTrainer:
+    """The training of a run, its states in `train/`.
+
+    Args:
+        judge: That of several trainings; default: one of its own.
+    """
     import ray.data
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -156,7 +176,7 @@ def build_trainer(run: Run, *, callbacks: Sequence[UserCallback] = ()) -> TorchT
     zoo.context.enable_progress_bars = False
     return TorchTrainer(
         train_on_rank,
-        train_loop_config={"config": run.config, "base": run.base},
+        train_loop_config={"config": run.config, "base": run.base, "judge": judge},
         scaling_config=ScalingConfig(
             num_workers=cluster.train_workers, use_gpu=on_gpu(), resources_per_worker=each
         ),

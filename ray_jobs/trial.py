@@ -45,7 +45,7 @@ def trial_run(search: Search, base: Path, trial_id: str, point: dict[str, Any]) 
     return Run(replace(search.trial(point), name=trial_id, storage=str(storage)), base)
 
 
-def run_trial(point: dict[str, Any], search: Search, base: Path) -> None:
+def run_trial(point: dict[str, Any], search: Search, base: Path, judge: Any) -> None:
     """What Tune runs: the training, from its last state if there is one."""
     run = trial_run(search, base, tune.get_context().get_trial_id(), point)
     run.claim()
@@ -55,7 +55,7 @@ def run_trial(point: dict[str, Any], search: Search, base: Path) -> None:
         tune.report(history[-1])
         return
     reports = Reports(run.folder, history)
-    build_trainer(run, callbacks=[reports]).fit()
+    build_trainer(run, callbacks=[reports], judge=judge).fit()
     reports.drain()
 
 

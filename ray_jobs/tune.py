@@ -94,11 +94,13 @@ def build_tuner(run: Run, search: Search) -> Tuner:
     from ray import tune
     from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
+    from ray_jobs.train import start_judge
     from ray_jobs.trial import Asha, Counter, distribution, run_trial, searcher
 
     folder = run.folder / "tune" / search.sweep.name
     trainable = tune.with_resources(
-        partial(run_trial, search=search, base=run.folder), {"CPU": DRIVER_CPUS}
+        partial(run_trial, search=search, base=run.folder, judge=start_judge()),
+        {"CPU": DRIVER_CPUS},
     )
     concurrent = at_once(search)
     # what frees a stopped trial's CPUs looks for its cluster anew, and gives up if it sees two
@@ -145,6 +147,8 @@ def work(run: Run, search: Search) -> None:
     claim(run.folder / "tune" / search.sweep.name, search)
     # how much of a sweep Tune has forgotten after a crash
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
+    # one process less per trial: what is taken away goes on from its last state all the same
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ensure_generic(run)
     start_ray()
     build_zoo(run, "zoo")

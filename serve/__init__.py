@@ -1,1 +1,1 @@
-"""The HTTP endpoint on Ray Serve. Not built yet: see the README, "What it cannot do yet"."""
+"""The generator over HTTP, on Ray Serve."""

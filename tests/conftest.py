@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -145,3 +146,30 @@ def tiny_checkpoint(tiny_generator: Generator, tmp_path_factory: pytest.TempPath
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
     save_generator(tiny_generator, directory, card="A tiny checkpoint for tests.\n")
     return directory
+
+
+class Local:
+    """A replica of the endpoint's generator without Ray between: its problems are raised."""
+
+    def __init__(self, replica: Any) -> None:
+        self.replica = replica
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*args: object) -> Any:
+            from serve.problems import Problem
+
+            found = await getattr(self.replica, name)(*args)
+            if isinstance(found, Problem):
+                raise found
+            return found
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def backend(tiny_checkpoint: Path) -> Local:
+    """What the HTTP calls stand on, in this process."""
+    from serve.replica import Replica
+
+    options = {"threads": 1, "max_batch": 16, "cache_bytes": 2**20, "threshold": 0.5}
+    return Local(Replica(str(tiny_checkpoint), device="cpu", **options))

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from ray_jobs.job import run_job
 from tina import TinaPipeline, load_classifier
 from tina.classifiers import build_family
-from tina.cli import main, read_image
+from tina.cli import main
 from tina.config import DataConfig, JobConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.datasets import load_dataset
 from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PromptError
+from tina.images import read_image
 from tina.run import Run
 from tina.zoo import open_zoo, read_zoo
 

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tina import TinaPipeline, cli, load_classifier
-from tina.cli import main, read_image
+from tina.cli import main
+from tina.images import read_image
 
 COMMANDS = ("generate", "classify", "evaluate", "export", "info")
 SIZES = ((8, 8), (5, 13), (40, 17), (1, 1))

@@ -13,11 +13,11 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "config", "configio", "space", "files"],
+    *["errors", "config", "configio", "space", "files", "images"],
     *["superclasses", "sources", "datasets", "tasks"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "codec", "transformer", "diffusion", "generator"],
-    *["checkpoint", "engine", "batches", "training", "pipeline"],
+    *["checkpoint", "engine", "batches", "training", "export", "pipeline"],
     *["metrics", "baselines", "comparison", "evaluation", "novelty", "report", "run", "sweep"],
     *["schemas", "client", "cli"],
 ]

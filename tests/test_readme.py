@@ -34,7 +34,7 @@ def test_python_block_runs(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks("python")
+    block, _ = blocks("python")  # the other needs a service: tests/test_serve_cluster.py
     scope: dict[str, object] = {}
     exec(block.replace("runs/quickstart/checkpoint", str(tiny_checkpoint)), scope)
     assert (tmp_path / "mine.safetensors").exists()

@@ -12,16 +12,17 @@ to class k. All that comes before `fc` is the *body*. To add a family, write suc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from tina.errors import CheckpointError, ConfigError, NonFiniteError
+from tina.images import resize
 from tina.layout import ParamLayout
 
 
@@ -275,8 +276,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K); resizes (antialiased bilinear) and normalises inside."""
-        size = (self.family.image_size, self.family.image_size)
-        x = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        x = resize(images, (self.family.image_size, self.family.image_size))
         return cast(Tensor, self.network(self.family.embed(x)))
 
 
@@ -315,3 +315,26 @@ def predict(
             x = x.contiguous(memory_format=torch.channels_last)
         parts.append(family.logits(theta, x, num_classes=num_classes))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def predict_many(
+    family: Family, thetas: Sequence[Tensor], counts: Sequence[int], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Logits (N_i, K_i) of M classifiers, each on inputs of its own, in one stacked pass.
+
+    Args:
+        thetas: M vectors, the i-th laid out for K_i classes.
+        counts: K_i.
+        inputs: M tensors (N_i, ...), as `Family.embed` returned them.
+    """
+    most, longest = max(counts), max(len(x) for x in inputs)
+    stacked = torch.zeros(len(thetas), family.layout(most).size)
+    padded = inputs[0].new_zeros(len(inputs), longest, *inputs[0].shape[1:])
+    for i, (theta, count, x) in enumerate(zip(thetas, counts, inputs, strict=True)):
+        body, rows = family.layout(count).split(theta)
+        rows = F.pad(rows, (0, 0, 0, most - count))
+        stacked[i] = family.layout(most).join(body, rows)
+        padded[i, : len(x)] = x
+    logits = vmap(partial(family.logits, num_classes=most))(stacked, padded)
+    return [logits[i, : len(x), :k] for i, (x, k) in enumerate(zip(inputs, counts, strict=True))]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -20,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 from tina.errors import CheckpointError, DataError, PromptError, TinaError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tina.pipeline import TinaPipeline
 
 DEFAULT_CHECKPOINT = Path("runs/quickstart/checkpoint")
@@ -50,6 +47,7 @@ def generate(args: argparse.Namespace) -> None:
     outputs = [file for file in (args.out, args.onnx) if file]
     _check_outputs(outputs, force=args.force)
     from tina.files import write_whole
+    from tina.images import read_image, stack_images
     from tina.pipeline import GeneratedModel
     from tina.prompts import normalise_name, split_sentence
 
@@ -65,7 +63,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.image:
         channels = pipe.generator.family.channels
         shots = [[read_image(v, channels=channels) for k, v in extras if k == key] for key in keys]
-        options["images"] = [_stack(of_class) for of_class in shots]
+        options["images"] = [stack_images(of_class) for of_class in shots]
     elif given:
         options["descriptions"] = [given.get(k, name) for k, name in zip(keys, names, strict=True)]
     pipe(names, num_inference_steps=1, **options)  # imports and encoders: loading, not generation
@@ -94,6 +92,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def classify(args: argparse.Namespace) -> None:
     """Classify pictures with a generated classifier."""
+    from tina.images import read_image
     from tina.pipeline import load_classifier
 
     classifier = load_classifier(args.model)
@@ -154,35 +153,6 @@ def info(args: argparse.Namespace) -> None:
     size = sum(p.numel() for p in load_classifier(args.model).network.parameters())
     with safe_open(str(args.model), "pt") as stream:
         _print_table({"parameters": f"{size:,}"} | stream.metadata())
-
-
-def read_image(file: str | Path, *, channels: int) -> Tensor:
-    """A picture file as float32 (1, C, H, W) in [0, 1], upright, gray or RGB as C says.
-
-    Raises:
-        DataError: Missing, corrupt, or of more than 8 bits per channel.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise DataError(f"cannot read image {file}: {error}") from error
-    pixels = np.atleast_3d(np.asarray(upright, dtype=np.float32)) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-
-
-def _stack(shots: Sequence[Tensor]) -> Tensor:
-    """Pictures (1, C, H, W) of one class as (N, C, H, W), at the size of the largest."""
-    import torch
-
-    how: Any = {"size": max((x.shape[-2:] for x in shots), key=math.prod), "antialias": True}
-    return torch.cat([torch.nn.functional.interpolate(x, **how, mode="bilinear") for x in shots])
 
 
 def _load(name: str | Path | None) -> TinaPipeline:

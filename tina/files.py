@@ -57,15 +57,20 @@ def read_table(file: Path, error: type[TinaError]) -> dict[str, Any]:
     return found
 
 
-def write_tensors(
-    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file; equal content gives equal bytes."""
+def pack_tensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file's content; equal tensors and metadata give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(plain, metadata)
     # safetensors writes metadata in random order: write its header again, sorted
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
-    sorted_content = len(header).to_bytes(8, "little") + header + content[start:]
-    write_whole(file, lambda temporary: temporary.write_bytes(sorted_content))
+    return len(header).to_bytes(8, "little") + header + content[start:]
+
+
+def write_tensors(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file."""
+    content = pack_tensors(tensors, metadata)
+    write_whole(file, lambda temporary: temporary.write_bytes(content))

@@ -20,11 +20,11 @@ from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
-from tina.files import write_tensors, write_whole
+from tina.export import OnnxGraph
+from tina.files import pack_tensors, write_whole
 from tina.generator import Generator
+from tina.images import resize
 from tina.prompts import check_task, pad, split_sentence
-
-ONNX_OPSET = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,13 @@ class GeneratedModel:
         """A module from float32 images (N, C, H, W) in [0, 1] of any size to logits (N, K)."""
         return Classifier(self.family, self.theta, self.class_names)
 
-    def save(self, file: str | Path) -> None:
-        """Write weights as safetensors; all that is needed to rebuild it stands in the metadata."""
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The generated tensors under the layout's names."""
+        return self.family.layout(len(self.class_names)).unflatten(self.theta)
+
+    def to_safetensors(self) -> bytes:
+        """A safetensors file's content; all that is needed to rebuild it stands in the metadata."""
         metadata = {
             "format": "tina-classifier-1",
             "family": self.family.name,
@@ -63,10 +68,15 @@ class GeneratedModel:
             "seed": str(self.seed),
             "steps": str(self.steps),
         }
-        state = dict(self.classifier.network.state_dict())
+        state = self.tensors
         if self.family.has_trunk:
             state |= {f"trunk.{k}": v for k, v in self.family.trunk.state_dict().items()}
-        write_tensors(Path(file), state, metadata)
+        return pack_tensors(state, metadata)
+
+    def save(self, file: str | Path) -> None:
+        """Write weights as safetensors."""
+        content = self.to_safetensors()
+        write_whole(Path(file), lambda temporary: temporary.write_bytes(content))
 
     def export_onnx(self, file: str | Path) -> None:
         """Write an ONNX graph with the resizing and normalising inside, any N, H and W."""
@@ -74,23 +84,10 @@ class GeneratedModel:
 
 
 def export_onnx(classifier: Classifier, file: Path) -> None:
-    """Write a classifier as ONNX (opset 18): input `images`, output `logits`."""
-    side = classifier.family.image_size + 1
-    example = torch.rand(2, classifier.family.channels, side, side + 1)
-    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    program = torch.onnx.export(
-        classifier,
-        (example,),
-        dynamo=True,
-        opset_version=ONNX_OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=(dynamic,),
-        verbose=False,
-    )
-    assert program is not None
-    program.model.metadata_props["class_names"] = json.dumps(list(classifier.class_names))
-    write_whole(file, lambda temporary: program.save(str(temporary), external_data=False))
+    """Write a classifier as ONNX; see `tina.export`."""
+    graph = OnnxGraph(classifier.family, num_classes=len(classifier.class_names))
+    content = graph.fill(dict(classifier.network.named_parameters()), classifier.class_names)
+    write_whole(file, lambda temporary: temporary.write_bytes(content))
 
 
 def load_classifier(file: str | Path) -> Classifier:
@@ -226,7 +223,9 @@ class TinaPipeline:
             embeddings = [self.encoder.encode_text(descriptions)]
         else:
             embeddings = [self.embed_names(task) for task in names]
-        models = self._generate(embeddings, names, seeds, num_inference_steps, guidance_scale)
+        models = self.generate(
+            embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
+        )
         return models if batched else models[0]
 
     @staticmethod
@@ -267,26 +266,30 @@ class TinaPipeline:
         if self.generator.config.prompt.encoder == "open_clip":
             means = [self.encoder.encode_images(shots).mean(0) for shots in images]
             return F.normalize(torch.stack(means), dim=-1)
-        size = (self.generator.family.image_size,) * 2
+        family = self.generator.family
+        size = (family.image_size, family.image_size)
         return torch.stack(
             [
-                self.generator.embed_shots(
-                    self.generator.family.embed(
-                        F.interpolate(shots.float(), size=size, mode="bilinear", antialias=True)
-                    )
-                )
+                self.generator.embed_shots(family.embed(resize(shots.float(), size)))
                 for shots in images
             ]
         )
 
-    def _generate(
+    def generate(
         self,
         embeddings: Sequence[Tensor],
         names: Sequence[tuple[str, ...]],
+        *,
         seeds: Sequence[int],
-        steps: int | None,
-        guidance: float | None,
+        steps: int | None = None,
+        guidance: float | None = None,
     ) -> list[GeneratedModel]:
+        """What `__call__` does with prompts once they are checked and encoded.
+
+        Args:
+            embeddings: Per task (K, E), unit norm.
+            names: Per task, what its rows are called.
+        """
         generator = self.generator
         padded, mask = pad(embeddings)
         body, rows = generator.generate(padded, mask, seeds=seeds, steps=steps, guidance=guidance)

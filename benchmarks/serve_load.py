@@ -1,0 +1,205 @@
+"""What does the endpoint cost over the bare pipeline, and how does it bear load?
+
+    python -m benchmarks.serve_load --checkpoint runs/cifar100_cnn5k/checkpoint
+
+One run on one machine: the pipeline alone at several batch sizes, then the service under one client
+at a time, under 32, and at five times its capacity. The load comes from a process of its own, on
+the same cores. Appends a row to results/serve_load.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import aiohttp
+import numpy as np
+
+CLIENTS, OVERLOAD = 32, 5
+RESULTS = Path(__file__).parent / "results" / "serve_load.jsonl"
+PORT = 8123
+Answers = list[tuple[float, float, int]]
+"""Start (s), latency (s), status; 0 for a broken connection."""
+
+
+async def ask(session: aiohttp.ClientSession, body: dict[str, object], answers: Answers) -> None:
+    """One request for weights."""
+    begin = time.perf_counter()
+    try:
+        headers = {"accept": "application/vnd.safetensors"}
+        async with session.post("/v1/models", json=body, headers=headers) as response:
+            await response.read()
+            status = response.status
+    except aiohttp.ClientError:
+        status = 0
+    answers.append((begin, time.perf_counter() - begin, status))
+
+
+async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> Answers:
+    """Each client asks again as soon as it is answered."""
+    answers: Answers = []
+    end = time.perf_counter() + seconds
+
+    async def client(number: int, session: aiohttp.ClientSession) -> None:
+        seed = number * 1_000_000
+        while time.perf_counter() < end:
+            await ask(session, {"classes": list(classes), "seed": seed}, answers)
+            seed += 1
+
+    async with session_of(clients) as session:
+        await asyncio.gather(*[client(i, session) for i in range(clients)])
+    return answers
+
+
+async def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
+    """Requests at a fixed rate, whatever becomes of them."""
+    answers: Answers = []
+    begin, tasks = time.perf_counter(), []
+    async with session_of(0) as session:
+        for i in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, begin + i / rate - time.perf_counter()))
+            body: dict[str, object] = {"classes": list(classes), "seed": 10**9 + i}
+            tasks.append(asyncio.create_task(ask(session, body, answers)))
+        await asyncio.gather(*tasks)
+    return answers
+
+
+def session_of(connections: int) -> aiohttp.ClientSession:
+    """A session; 0 connections are any number."""
+    return aiohttp.ClientSession(
+        f"http://127.0.0.1:{PORT}",
+        connector=aiohttp.TCPConnector(limit=connections),
+        timeout=aiohttp.ClientTimeout(total=120),
+    )
+
+
+def _run(loop: object, args: tuple[object, ...], pipe: object) -> None:
+    pipe.send(asyncio.run(loop(*args)))  # type: ignore[attr-defined, operator]
+
+
+def elsewhere(loop: object, *args: object) -> Answers:
+    """Run a loop in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_run, args=(loop, args, there))
+    process.start()
+    answers: Answers = here.recv()
+    process.join()
+    return answers
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99 in ms."""
+    found = np.percentile(np.array(seconds) * 1000, [50, 90, 99])
+    return {f"p{p}_ms": round(float(v), 1) for p, v in zip((50, 90, 99), found, strict=True)}
+
+
+def bare(checkpoint: Path, classes: list[str]) -> dict[str, object]:
+    """Models per second and latency of the pipeline alone, on all cores."""
+    from tina import TinaPipeline
+
+    pipe = TinaPipeline.from_pretrained(checkpoint)
+    pipe([classes] * 64)
+    rates = {}
+    for batch in (1, 8, 16, 32, 64):
+        times = []
+        for turn in range(max(5, 64 // batch)):
+            begin = time.perf_counter()
+            for model in pipe([classes] * batch, seed=list(range(turn, turn + batch))):
+                model.to_safetensors()
+            times.append(time.perf_counter() - begin)
+        rates[batch] = round(batch / median(times), 1)
+        if batch == 1:
+            alone = percentiles(times)
+    return {"models_per_s": rates, "alone": alone}
+
+
+@contextmanager
+def service(checkpoint: Path, **options: object) -> Iterator[None]:
+    """The application on a local cluster."""
+    import ray
+    from ray import serve
+
+    from serve.app import ServeArgs, build_app
+
+    ray.init(log_to_driver=False)
+    with tempfile.TemporaryDirectory() as storage:
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        args = ServeArgs(checkpoint=str(checkpoint), storage=storage, **options)
+        serve.run(build_app(args))
+        yield
+        serve.shutdown()
+    ray.shutdown()
+
+
+def main() -> None:
+    """Measure and append."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart/checkpoint"))
+    parser.add_argument("--seconds", type=float, default=20, help="of each load")
+    parser.add_argument("--overload-seconds", type=float, default=60)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    from tina.checkpoint import load_generator
+    from tina.run import commit, hardware
+
+    checkpoint = args.checkpoint.resolve()
+    generator = load_generator(checkpoint)
+    names = generator.vocabulary.names
+    classes = [n for n, seen in zip(names, generator.vocabulary.trained, strict=True) if seen]
+    classes = classes[: min(10, generator.max_classes)]
+    alone = bare(checkpoint, classes)
+    best = max(alone["models_per_s"].values())
+    options = {"threads": args.threads, "cpus": 1.5 / args.replicas}
+    options |= {"min_replicas": args.replicas, "max_replicas": args.replicas, "cache_mb": 0}
+    with service(checkpoint, **options):
+        elsewhere(closed_loop, classes, CLIENTS, 5)  # warm
+        lone = [t for _, t, _ in elsewhere(closed_loop, classes, 1, args.seconds)]
+        loaded = elsewhere(closed_loop, classes, CLIENTS, args.seconds)
+        rate = sum(status == 201 for *_, status in loaded) / args.seconds
+        flood = elsewhere(open_loop, classes, OVERLOAD * rate, args.overload_seconds)
+        after = [t for _, t, _ in elsewhere(closed_loop, classes, 1, 5)]
+    served = [t for _, t, status in flood if status == 201]
+    row = {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "dataset": generator.dataset,
+        "steps": generator.config.diffusion.sampling_steps,
+        "replicas": args.replicas,
+        "threads": args.threads,
+        "ha_proxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0"),
+        "throughput_optimized": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "0"),
+        "bare": alone,
+        "one_client": percentiles(lone),
+        "added_p50_ms": round(percentiles(lone)["p50_ms"] - alone["alone"]["p50_ms"], 1),
+        "clients_32": percentiles([t for _, t, _ in loaded]) | {"models_per_s": round(rate, 1)},
+        "share_of_bare": round(rate / best, 2),
+        "overload": percentiles(served)
+        | {
+            "asked_per_s": round(OVERLOAD * rate, 1),
+            "served_per_s": round(len(served) / args.overload_seconds, 1),
+            "statuses": {str(k): n for k, n in Counter(s for *_, s in flood).items()},
+        },
+        "one_client_after_it": percentiles(after),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""`build_app`: the application for `serve run`, `serve deploy` and a RayService alike.
+
+    serve run serve.app:build_app checkpoint=$PWD/runs/quickstart/checkpoint
+
+Two deployments: a light ingress that speaks HTTP, and the generator, which alone holds torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve.api import Access, build_api
+from serve.ids import Ids, Recipe, load_key
+from serve.plumbing import RETRY_AFTER_S
+from serve.problems import Problem
+from tina.errors import ConfigError
+from tina.schemas import Format, Info, ModelRequest
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+    from serve.replica import Made
+
+ATTEMPTS = 3  # on another replica each; every call may be repeated
+INGRESS_ONGOING = 512
+
+
+class ServeArgs(BaseModel):
+    """Arguments of the application; an unknown one is refused.
+
+    Secrets come from the environment: TINA_SERVE_TOKEN, a bearer token that guards `/v1`, and
+    TINA_SERVE_KEY, which signs ids; without it a key is made in the storage.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(description="Directory, absolute, or a Hugging Face hub id.")
+    storage: str = Field("", description="Folder all nodes share; default: beside the checkpoint.")
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing: float = Field(16, gt=0, description="Requests per replica before it scales.")
+    cpus: float = Field(0.5, gt=0, description="CPUs of a generator replica.")
+    gpus: float = Field(0, ge=0, description="GPUs of a generator replica; above 0 it runs there.")
+    threads: int = Field(1, ge=1, description="Torch threads of a generator replica.")
+    ingress_replicas: int = Field(1, ge=1)
+    ingress_cpus: float = Field(0.25, gt=0)
+    max_batch: int = Field(64, ge=1, description="Prompts of one denoising pass.")
+    max_queued: int = Field(128, ge=1, description="Requests that wait for a replica, then 503.")
+    cache_mb: float = Field(64, ge=0, description="Generated models kept by a replica.")
+    keep_s: float = Field(86_400, gt=0, description="Seconds that large prompts are kept.")
+    familiarity_threshold: float = Field(0.5, ge=0, le=1)
+    cors_origins: list[str] = []
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ServeArgs:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas, {self.min_replicas}, is above max_replicas, {self.max_replicas}"
+            )
+        return self
+
+
+class Remote:
+    """The generator deployment as the backend of the HTTP calls."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def _call(self, method: str, *args: object) -> Any:
+        for _ in range(ATTEMPTS):
+            try:
+                found = await getattr(self._handle, method).remote(*args)
+            except BackPressureError:
+                break
+            except (RayActorError, DeploymentUnavailableError):
+                continue  # the replica died with the request
+            if isinstance(found, Problem):
+                raise found
+            return found
+        raise Problem("overloaded", f"try again in {RETRY_AFTER_S} s")
+
+    async def create(self, request: ModelRequest, format: Format) -> Made:
+        """See `serve.api.Backend`."""
+        made: Made = await self._call("create", request, format)
+        return made
+
+    async def fetch(self, recipe: Recipe, format: Format) -> Made:
+        """See `serve.api.Backend`."""
+        made: Made = await self._call("fetch", recipe, format)
+        return made
+
+    async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
+        """See `serve.api.Backend`."""
+        found: list[list[float]] = await self._call("predict", recipe, images)
+        return found
+
+    async def info(self) -> Info:
+        """See `serve.api.Backend`."""
+        found: Info = await self._call("info")
+        return found
+
+
+class Ingress:
+    """Answers HTTP.
+
+    Args:
+        key: Of the ids' HMAC; empty for the storage's.
+    """
+
+    def __init__(
+        self,
+        generator: DeploymentHandle[Any],
+        *,
+        storage: str,
+        key: bytes,
+        keep_s: float,
+        access: Access,
+    ) -> None:
+        folder = Path(storage)
+        self._ids = Ids(key or load_key(folder), storage=folder, keep_s=keep_s)
+        self._generator, self._access = generator, access
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(Remote(self._generator), self._ids, self._access)
+
+
+def storage_of(args: ServeArgs) -> str:
+    """The shared folder.
+
+    Raises:
+        ConfigError: There is none to be had.
+    """
+    if args.storage:
+        if not Path(args.storage).is_absolute():
+            raise ConfigError(f"storage must be absolute on every node, got {args.storage}")
+        return args.storage
+    folder = Path(args.checkpoint)
+    if not folder.is_absolute():
+        raise ConfigError(
+            f"checkpoint must be an absolute path, or storage given: got {args.checkpoint}"
+        )
+    return str(folder.parent / "serve")
+
+
+def build_app(args: ServeArgs) -> Application:
+    """The application.
+
+    Raises:
+        ConfigError: A path that is not absolute.
+    """
+    from serve.replica import Replica
+
+    shared: dict[str, Any] = {
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": 60,
+        "graceful_shutdown_wait_loop_s": 1,
+        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+    }
+    generator = serve.deployment(
+        name="Generator",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=args.min_replicas,
+            max_replicas=args.max_replicas,
+            initial_replicas=max(1, args.min_replicas),
+            target_ongoing_requests=args.target_ongoing,
+            upscale_delay_s=5,
+            downscale_delay_s=120,
+        ),
+        # one batch in the making, one that waits
+        max_ongoing_requests=2 * args.max_batch,
+        max_queued_requests=args.max_queued,
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        **shared,
+    )(Replica).bind(
+        args.checkpoint,
+        device="cuda" if args.gpus else "cpu",
+        threads=args.threads,
+        max_batch=args.max_batch,
+        cache_bytes=int(args.cache_mb * 2**20),
+        threshold=args.familiarity_threshold,
+    )
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=args.ingress_replicas,
+        # the generator's queue is the one that fills: it answers with a problem document
+        max_ongoing_requests=INGRESS_ONGOING,
+        max_queued_requests=INGRESS_ONGOING,
+        ray_actor_options={"num_cpus": args.ingress_cpus},
+        **shared,
+    )(serve.ingress()(Ingress))
+    return ingress.bind(
+        generator,
+        storage=storage_of(args),
+        key=os.environ.get("TINA_SERVE_KEY", "").encode(),
+        keep_s=args.keep_s,
+        access=Access(
+            token=os.environ.get("TINA_SERVE_TOKEN", ""), origins=tuple(args.cors_origins)
+        ),
+    )

@@ -1,0 +1,184 @@
+"""Request bodies: read with a limit, by their media type; JSON or multipart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import Message
+
+from serve.problems import Problem
+from tina.schemas import (
+    MAX_BODY_BYTES,
+    MAX_CLASSES,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGES,
+    Fault,
+    ModelRequest,
+    PredictRequest,
+)
+
+JSON, MULTIPART = "application/json", "multipart/form-data"
+MAX_FAULTS = 20  # of one answer
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def parse(schema: type[Schema], body: bytes) -> Schema:
+    """A JSON body as its schema has it.
+
+    Raises:
+        Problem: It is not JSON, or not as the schema has it.
+    """
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        if found[0]["type"] == "json_invalid":
+            raise Problem("malformed", found[0]["msg"]) from None
+        raise faults_of(found) from None
+
+
+def faults_of(errors: Sequence[Any]) -> Problem:
+    """What pydantic found wrong, as a problem."""
+    faults = []
+    for error in errors[:MAX_FAULTS]:
+        parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+        faults.append(Fault(field="".join(parts).lstrip("."), detail=error["msg"]))
+    detail = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults[:3])
+    return Problem("invalid", detail, faults)
+
+
+def media_type(request: Request) -> str:
+    """JSON or multipart.
+
+    Raises:
+        Problem: Another one, or none.
+    """
+    given = request.headers.get("content-type", "")
+    kind = given.split(";")[0].strip().lower()
+    if kind not in (JSON, MULTIPART):
+        raise Problem("unsupported-media-type", f"a body is {JSON} or {MULTIPART}, not {kind!r}")
+    return kind
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        Problem: It is too large; the rest is not read.
+    """
+    too_large = Problem("too-large", f"a body holds at most {MAX_BODY_BYTES} bytes")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def read_form(
+    request: Request, files: re.Pattern[str]
+) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
+    """A multipart body: its text parts by name, and its files in their order.
+
+    Args:
+        files: What the names of file parts look like.
+
+    Raises:
+        Problem: It is too large, not multipart, or has a file part of another name.
+    """
+    body = await read_body(request)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    texts, found = {}, []
+    most = {"max_files": MAX_CLASSES * MAX_IMAGES, "max_fields": 8, "max_part_size": MAX_BODY_BYTES}
+    try:
+        async with Request(request.scope, receive).form(**most) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, str):
+                    texts[name] = value
+                elif not files.fullmatch(name):
+                    raise Problem.of_field(name, f"is a file part; known are {files.pattern}")
+                else:
+                    content = await value.read()
+                    check_image(name, content)
+                    found.append((name, content))
+    except HTTPException as error:
+        raise Problem("malformed", str(error.detail)) from None
+    return texts, found
+
+
+def check_image(field: str, content: bytes) -> None:
+    """Refuse a picture file that is empty or too large.
+
+    Raises:
+        Problem: It is.
+    """
+    if not content:
+        raise Problem.of_field(field, "is empty")
+    if len(content) > MAX_IMAGE_BYTES:
+        raise Problem.of_field(field, f"has more than {MAX_IMAGE_BYTES} bytes", "too-large")
+
+
+async def read_prompt(request: Request) -> ModelRequest:
+    """The prompt of `POST /v1/models`.
+
+    As multipart: a part `prompt` with the JSON, and file parts `images[0]`, `images[1]`, ..., any
+    number for each class.
+
+    Raises:
+        Problem: See `parse`, `read_form`.
+    """
+    if media_type(request) == JSON:
+        prompt = parse(ModelRequest, await read_body(request))
+        for i, of_class in enumerate(prompt.images or []):
+            for j, content in enumerate(of_class):
+                check_image(f"images[{i}][{j}]", content)
+        return prompt
+    texts, files = await read_form(request, re.compile(r"images\[(\d{1,3})\]"))
+    if "prompt" not in texts:
+        raise Problem.of_field("prompt", "is missing: a part with the request's JSON")
+    prompt = parse(ModelRequest, texts["prompt"].encode())
+    if prompt.images is not None:
+        raise Problem.of_field("prompt.images", "come as file parts in multipart")
+    shots: dict[int, list[bytes]] = {i: [] for i in range(len(prompt.classes))}
+    for name, content in files:
+        index = int(name[7:-1])
+        if index not in shots:
+            raise Problem.of_field(name, f"has no class: there are {len(prompt.classes)}")
+        if len(shots[index]) == MAX_IMAGES:
+            raise Problem.of_field(name, f"are more than {MAX_IMAGES}")
+        shots[index].append(content)
+    if not files:
+        return prompt
+    if lacking := [i for i, of_class in shots.items() if not of_class]:
+        raise Problem.of_field(f"images[{lacking[0]}]", "is missing: a picture for every class")
+    return prompt.model_copy(update={"images": [shots[i] for i in range(len(shots))]})
+
+
+async def read_pictures(request: Request) -> list[bytes]:
+    """The picture files of a prediction; as multipart in file parts `images`.
+
+    Raises:
+        Problem: See `parse`, `read_form`.
+    """
+    if media_type(request) == JSON:
+        images = parse(PredictRequest, await read_body(request)).images
+        for i, image in enumerate(images):
+            check_image(f"images[{i}]", image)
+        return list(images)
+    _, files = await read_form(request, re.compile("images"))
+    if not 1 <= len(files) <= MAX_IMAGES:
+        raise Problem.of_field("images", f"must be 1 to {MAX_IMAGES} file parts")
+    return [content for _, content in files]

@@ -1,0 +1,146 @@
+"""Model ids: a model is its recipe, and the recipe travels in the id.
+
+An id is base64url(tag || deflate(recipe)), with tag the first 16 bytes of HMAC-SHA256 under a key
+that all replicas share. No replica holds state that could be lost: any of them makes the same
+model again. A recipe too large for that lies in shared storage under its hash, for a time.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from serve.problems import Problem
+from tina.files import write_whole
+from tina.schemas import MAX_ID_CHARACTERS
+
+TAG_BYTES = 16
+STORED = b"stored:"
+UNKNOWN = "it is no id of this service, or not a whole one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that a model is made of.
+
+    Args:
+        checkpoint: sha256 of the manifest.
+        classes: Names.
+        descriptions: A text per class in place of its name, or none.
+        embeddings: base64 of float32 (K, E), from pictures in place of names, or empty.
+    """
+
+    checkpoint: str
+    classes: tuple[str, ...]
+    descriptions: tuple[str, ...] = ()
+    embeddings: str = ""
+    seed: int
+    steps: int
+    guidance: float
+
+    def pack(self) -> bytes:
+        """Canonical: equal recipes give equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Recipe:
+        """Inverse of `pack`; only for bytes that were signed."""
+        found = json.loads(packed)
+        for key in ("classes", "descriptions"):
+            found[key] = tuple(found[key])
+        return cls(**found)
+
+
+def load_key(storage: Path) -> bytes:
+    """The key in the shared storage; whoever comes first makes it."""
+    storage.mkdir(parents=True, exist_ok=True)
+    file = storage / "key"
+    if not file.exists():
+        own = storage / f".key.{secrets.token_hex(8)}"
+        own.touch(mode=0o600)
+        own.write_bytes(secrets.token_bytes(32))
+        try:
+            os.link(own, file)  # fails where another replica was first
+        except FileExistsError:
+            pass
+        finally:
+            own.unlink()
+    return file.read_bytes()
+
+
+class Ids:
+    """Recipes to ids and back.
+
+    Args:
+        key: Of the HMAC.
+        storage: Folder that all replicas share.
+        keep_s: Seconds for which a large recipe is kept after it was last named.
+    """
+
+    def __init__(self, key: bytes, *, storage: Path, keep_s: float) -> None:
+        self._key, self._storage, self._keep_s = key, storage / "prompts", keep_s
+        self._swept = 0.0
+
+    def issue(self, recipe: Recipe) -> str:
+        """The id of a recipe."""
+        packed = zlib.compress(recipe.pack(), 9)
+        name = self._sign(packed)
+        if len(name) <= MAX_ID_CHARACTERS:
+            return name
+        digest = hashlib.sha256(packed).hexdigest()
+        file = self._storage / digest
+        if file.exists():
+            file.touch()
+        else:
+            write_whole(file, lambda temporary: temporary.write_bytes(packed))
+        self._sweep()
+        return self._sign(STORED + digest.encode())
+
+    def read(self, name: str) -> Recipe:
+        """The recipe of an id.
+
+        Raises:
+            Problem: Not issued under this key, or its recipe is no longer stored.
+        """
+        try:
+            signed = base64.b64decode(name + "=" * (-len(name) % 4), altchars=b"-_", validate=True)
+        except ValueError:
+            raise Problem("unknown-model", UNKNOWN) from None
+        packed = signed[TAG_BYTES:]
+        # compared as text: base64 has several spellings of the same bytes
+        if not hmac.compare_digest(self._sign(packed), name):
+            raise Problem("unknown-model", UNKNOWN)
+        if packed.startswith(STORED):
+            file = self._storage / packed.removeprefix(STORED).decode()
+            try:
+                if file.stat().st_mtime < time.time() - self._keep_s:
+                    raise FileNotFoundError
+                packed = file.read_bytes()
+            except FileNotFoundError:
+                raise Problem("prompt-gone", "its pictures or texts are no longer stored") from None
+        return Recipe.unpack(zlib.decompress(packed))
+
+    def _sign(self, packed: bytes) -> str:
+        tag = hmac.digest(self._key, packed, "sha256")[:TAG_BYTES]
+        return base64.urlsafe_b64encode(tag + packed).rstrip(b"=").decode()
+
+    def _sweep(self) -> None:
+        """Remove what nobody has named for long, at most once in a tenth of that time."""
+        now = time.time()
+        if now - self._swept < self._keep_s / 10:
+            return
+        self._swept = now
+        for file in self._storage.iterdir():
+            try:
+                if file.stat().st_mtime < now - self._keep_s:
+                    file.unlink()
+            except FileNotFoundError:  # another replica was faster
+                continue

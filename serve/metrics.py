@@ -1,0 +1,49 @@
+"""What a replica counts. Ray exports it to Prometheus, each name with `ray_` in front."""
+
+from __future__ import annotations
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99]
+
+
+class Metrics:
+    """Of the generator; `kind` is generate or predict, `result` hit or miss."""
+
+    def __init__(self) -> None:
+        self._seconds = Histogram(
+            "tina_batch_duration_seconds",
+            description="Time of one denoising or forward pass.",
+            boundaries=SECONDS,
+            tag_keys=("kind",),
+        )
+        self._size = Histogram(
+            "tina_batch_size",
+            description="Requests in one denoising or forward pass.",
+            boundaries=SIZES,
+            tag_keys=("kind",),
+        )
+        self._lookups = Counter(
+            "tina_cache_lookups_total",
+            description="Look-ups in the cache of generated models.",
+            tag_keys=("result",),
+        )
+        self.waiting = Gauge(
+            "tina_waiting_requests", description="Prompts that wait for the next denoising pass."
+        )
+        self.familiarity = Histogram(
+            "tina_familiarity_ratio",
+            description="How well the training classes cover a class that was asked for.",
+            boundaries=SHARES,
+        )
+
+    def batch(self, kind: str, size: int, seconds: float) -> None:
+        """A pass has ended."""
+        self._seconds.observe(seconds, tags={"kind": kind})
+        self._size.observe(size, tags={"kind": kind})
+
+    def lookup(self, *, hit: bool) -> None:
+        """A model was looked up."""
+        self._lookups.inc(tags={"result": "hit" if hit else "miss"})

@@ -1,0 +1,96 @@
+"""What every request passes: an id, security headers, CORS, and errors as problem documents."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.bodies import faults_of
+from serve.problems import MEDIA_TYPE, Problem, kind_of
+
+log = logging.getLogger("ray.serve")
+RETRY_AFTER_S = 1
+HEADER = "X-Request-ID"
+SECURITY = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class RequestId:
+    """Names each request: by the caller's own header, or anew. Ray Serve logs the same name."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        name = given if re.fullmatch(r"[\w-]{1,64}", given, re.ASCII) else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = name
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers[HEADER] = name
+                for key, value in SECURITY.items():
+                    headers[key] = value
+            await send(message)
+
+        await self.app(scope, receive, named)
+
+
+def respond(request: Request, problem: Problem) -> Response:
+    """A problem as an answer."""
+    name = request.state.request_id
+    headers = {}
+    if problem.status == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = problem.document(name).model_dump_json()
+    return Response(body, problem.status, headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI, *, origins: Sequence[str]) -> None:
+    """Add all of this to an application."""
+
+    @app.exception_handler(Problem)
+    async def on_problem(request: Request, problem: Problem) -> Response:
+        return respond(request, problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_parameters(request: Request, error: RequestValidationError) -> Response:
+        return respond(request, faults_of(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def on_framework(request: Request, error: HTTPException) -> Response:
+        response = respond(request, Problem(kind_of(error.status_code), str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def on_mistake(request: Request, error: Exception) -> Response:
+        log.error("%s failed", request.state.request_id, exc_info=error)
+        return respond(request, Problem("internal", "see the server's log for this request"))
+
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", HEADER],
+        expose_headers=["Location", "ETag", "Retry-After", HEADER],
+    )
+    app.add_middleware(RequestId)

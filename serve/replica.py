@@ -1,0 +1,320 @@
+"""The generator behind the endpoint: loads a checkpoint once, batches what comes in together.
+
+Torch runs in one thread of its own, never on the event loop; pictures are decoded in others.
+Callers get every expected refusal as a `Problem` they are given back, not as an exception: Ray
+would wrap one, with its traceback, and log it as a failure of the replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial, wraps
+from importlib.metadata import version
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from serve.batcher import Batcher
+from serve.ids import Recipe
+from serve.metrics import Metrics
+from serve.problems import Problem
+from tina.classifiers import predict_many
+from tina.errors import ConfigError, DataError, PromptError, TinaError
+from tina.export import OnnxGraph
+from tina.images import read_image, resize, stack_images
+from tina.pipeline import GeneratedModel, TinaPipeline
+from tina.prompts import check_task
+from tina.schemas import MAX_PIXELS, Fault, Format, Info, Limits, ModelRequest
+
+DECODERS = 2  # threads
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+OVERHEAD = 1024  # bytes of a cached model beside its theta
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A generated model as it leaves a replica.
+
+    Args:
+        content: The weights in the format that was asked for; empty for JSON.
+    """
+
+    recipe: Recipe
+    familiarity: tuple[float, ...]
+    warnings: tuple[str, ...]
+    family: str
+    parameters: int
+    input_shape: tuple[int, int, int]
+    content: bytes
+
+
+def answering(
+    method: Callable[Concatenate[Replica, P], Awaitable[T]],
+) -> Callable[Concatenate[Replica, P], Awaitable[T | Problem]]:
+    """Give a `Problem` back instead of raising it."""
+
+    @wraps(method)
+    async def answer(self: Replica, *args: P.args, **kwargs: P.kwargs) -> T | Problem:
+        try:
+            return await method(self, *args, **kwargs)
+        except Problem as problem:
+            return problem
+
+    return answer
+
+
+class Replica:
+    """One copy of the generator.
+
+    Args:
+        checkpoint: Directory, or a repository of the Hugging Face hub.
+        device: cpu or cuda.
+        threads: Of torch.
+        max_batch: Prompts of one denoising pass, and models of one forward pass.
+        cache_bytes: Of generated models.
+        threshold: Familiarity below which a class is warned of.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        device: str,
+        threads: int,
+        max_batch: int,
+        cache_bytes: int,
+        threshold: float,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.pipe = TinaPipeline.from_pretrained(checkpoint)
+        self.pipe.generator.denoiser.to(device)
+        self.threshold = threshold
+        self.metrics = Metrics()
+        self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self._graphs: dict[int, OnnxGraph] = {}
+        self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(
+            cache_bytes, getsizeof=lambda model: model.theta.nbytes + OVERHEAD
+        )
+        self._generations = Batcher(self._generate, most=max_batch, executor=self._torch)
+        self._predictions = Batcher(self._predict, most=max_batch, executor=self._torch)
+        self._probe()  # a checkpoint that cannot generate fails here, before it gets requests
+
+    # --- what the ingress calls ------------------------------------------------------------------
+
+    @answering
+    async def create(self, request: ModelRequest, format: Format) -> Made:
+        """A model for a new prompt."""
+        most = self.pipe.generator.max_classes
+        names = _refuse(check_task, request.classes, max_classes=most, field="classes")
+        descriptions: tuple[str, ...] = ()
+        embeddings = ""
+        if request.images is not None and request.descriptions is not None:
+            raise Problem.of_field("images", "and descriptions exclude each other")
+        for field in ("images", "descriptions"):
+            given = getattr(request, field)
+            if given is not None and len(given) != len(names):
+                raise Problem.of_field(field, f"must be {len(names)}, one per class")
+        if request.descriptions is not None:
+            descriptions = tuple(request.descriptions)
+        if request.images is not None:
+            shots = await self._decode(request.images)
+            embedded = await self._in_torch(partial(self.pipe.embed_images, shots))
+            embeddings = base64.b64encode(embedded.numpy().tobytes()).decode()
+        diffusion = self.pipe.generator.config.diffusion
+        recipe = Recipe(
+            checkpoint=self.pipe.checkpoint,
+            classes=names,
+            descriptions=descriptions,
+            embeddings=embeddings,
+            seed=request.seed,
+            steps=request.steps or diffusion.sampling_steps,
+            guidance=diffusion.guidance if request.guidance is None else request.guidance,
+        )
+        if recipe.steps > diffusion.timesteps:
+            raise Problem.of_field("steps", f"must be at most {diffusion.timesteps}")
+        model = await self._model(recipe)
+        for value in model.familiarity:
+            self.metrics.familiarity.observe(value)
+        if request.strict and (far := self._far(model)):
+            faults = [
+                Fault(field=f"classes[{i}]", detail=f"familiarity {model.familiarity[i]:.2f}")
+                for i in far
+            ]
+            raise Problem("unfamiliar", f"the threshold is {self.threshold:g}", faults)
+        return await self._made(recipe, model, format)
+
+    @answering
+    async def fetch(self, recipe: Recipe, format: Format) -> Made:
+        """The model of a recipe again."""
+        return await self._made(recipe, await self._model(recipe), format)
+
+    @answering
+    async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
+        """Class probabilities (N, K) of a model on picture files."""
+        family = self.pipe.generator.family
+        size = (family.image_size, family.image_size)
+        pictures, model = await asyncio.gather(
+            asyncio.gather(*[self._picture(file, f"images[{i}]") for i, file in enumerate(images)]),
+            self._model(recipe),
+        )
+        inputs = torch.cat([resize(picture, size) for picture in pictures])
+        logits = await self._predictions((model, inputs))
+        return logits.softmax(-1).tolist()
+
+    async def info(self) -> Info:
+        """What is served."""
+        generator = self.pipe.generator
+        vocabulary, diffusion = generator.vocabulary, generator.config.diffusion
+        trained = zip(vocabulary.names, vocabulary.trained.tolist(), strict=True)
+        return Info(
+            version=version("tina-text2model"),
+            checkpoint=self.pipe.checkpoint,
+            families=[generator.family.name],
+            dataset=generator.dataset,
+            classes=[name for name, seen in trained if seen],
+            encoder=vocabulary.space.model,
+            semantic=generator.config.prompt.encoder != "hash",
+            steps=diffusion.sampling_steps,
+            guidance=diffusion.guidance,
+            familiarity_threshold=self.threshold,
+            limits=Limits(classes=generator.max_classes, steps=diffusion.timesteps),
+            licences={"code": "Apache-2.0"},
+        )
+
+    async def check_health(self) -> None:
+        """Generate a real model; Ray Serve replaces the replica when this raises."""
+        await self._in_torch(self._probe)
+
+    # --- what runs in threads --------------------------------------------------------------------
+
+    def _probe(self) -> None:
+        self.pipe(list(self.pipe.generator.vocabulary.names[:2]), num_inference_steps=1)
+
+    def _generate(self, recipes: list[Recipe]) -> list[GeneratedModel | Exception]:
+        """One denoising pass for each pair of steps and guidance among the recipes."""
+        begin = time.perf_counter()
+        found: dict[int, GeneratedModel | Exception] = {}
+        groups: dict[tuple[int, float], list[tuple[int, Tensor]]] = {}
+        for i, recipe in enumerate(recipes):
+            try:
+                embedding = self._embed(recipe)
+            except TinaError as error:
+                field = "descriptions" if recipe.descriptions else "classes"
+                found[i] = Problem.of_field(field, f"cannot be encoded: {error}")
+                continue
+            groups.setdefault((recipe.steps, recipe.guidance), []).append((i, embedding))
+        for (steps, guidance), members in groups.items():
+            models = self.pipe.generate(
+                [embedding for _, embedding in members],
+                [recipes[i].classes for i, _ in members],
+                seeds=[recipes[i].seed for i, _ in members],
+                steps=steps,
+                guidance=guidance,
+            )
+            found |= {i: model for (i, _), model in zip(members, models, strict=True)}
+        self.metrics.batch("generate", len(recipes), time.perf_counter() - begin)
+        return [found[i] for i in range(len(recipes))]
+
+    def _embed(self, recipe: Recipe) -> Tensor:
+        if recipe.embeddings:
+            values = np.frombuffer(base64.b64decode(recipe.embeddings), np.float32)
+            return torch.from_numpy(values.copy()).view(len(recipe.classes), -1)
+        if recipe.descriptions:
+            return self.pipe.encoder.encode_text(recipe.descriptions)
+        return self.pipe.embed_names(recipe.classes)
+
+    def _predict(self, asked: list[tuple[GeneratedModel, Tensor]]) -> list[Tensor | Exception]:
+        begin = time.perf_counter()
+        family = self.pipe.generator.family
+        logits = predict_many(
+            family,
+            [model.theta for model, _ in asked],
+            [len(model.class_names) for model, _ in asked],
+            [family.embed(inputs) for _, inputs in asked],
+        )
+        self.metrics.batch("predict", len(asked), time.perf_counter() - begin)
+        return list(logits)
+
+    # --- the way of a request --------------------------------------------------------------------
+
+    async def _in_torch(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._torch, work)
+
+    async def _model(self, recipe: Recipe) -> GeneratedModel:
+        if recipe.checkpoint != self.pipe.checkpoint:
+            raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
+        key = recipe.pack()
+        model = self._cache.get(key)
+        self.metrics.lookup(hit=model is not None)
+        if model is None:
+            self.metrics.waiting.set(len(self._generations))
+            model = await self._generations(recipe)
+            if model.theta.nbytes + OVERHEAD <= self._cache.maxsize:
+                self._cache[key] = model
+        return model
+
+    def _far(self, model: GeneratedModel) -> list[int]:
+        return [i for i, value in enumerate(model.familiarity) if value < self.threshold]
+
+    async def _made(self, recipe: Recipe, model: GeneratedModel, format: Format) -> Made:
+        content = b""
+        if format == "safetensors":
+            content = model.to_safetensors()
+        elif format == "onnx":
+            k = len(model.class_names)
+            graph = self._graphs.setdefault(k, OnnxGraph(model.family, num_classes=k))
+            fill = partial(graph.fill, model.tensors, model.class_names)
+            content = await self._in_torch(fill)
+        family = model.family
+        far = "is not close to anything the generator was trained on"
+        return Made(
+            recipe=recipe,
+            familiarity=model.familiarity,
+            warnings=tuple(f"{model.class_names[i]!r} {far}" for i in self._far(model)),
+            family=family.name,
+            parameters=model.theta.numel(),
+            input_shape=(family.channels, family.image_size, family.image_size),
+            content=content,
+        )
+
+    async def _picture(self, file: bytes, field: str) -> Tensor:
+        read = partial(
+            read_image,
+            io.BytesIO(file),
+            channels=self.pipe.generator.family.channels,
+            max_pixels=MAX_PIXELS,
+            formats=PICTURES,
+        )
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, read)
+        except DataError as error:
+            reason = " ".join(str(error).removeprefix("cannot read the image: ").split())
+            raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
+
+    async def _decode(self, images: Sequence[Sequence[bytes]]) -> list[Tensor]:
+        """Pictures per class, (N, C, H, W) each."""
+        return [
+            stack_images([await self._picture(f, f"images[{i}][{j}]") for j, f in enumerate(files)])
+            for i, files in enumerate(images)
+        ]
+
+
+def _refuse(check: Callable[..., T], *args: object, field: str, **options: object) -> T:
+    """What a check of the library returns; what it raises as a problem of a field."""
+    try:
+        return check(*args, **options)
+    except (PromptError, ConfigError) as error:
+        raise Problem.of_field(field, f"are refused: {error}") from None

@@ -1,0 +1,230 @@
+// The playground: plain modules, no build step, nothing from elsewhere.
+
+const STARTING_CLASSES = 3;
+const SAMPLES = { digits: ["zero", "three", "five", "eight"] };
+
+const $ = (selector, within = document) => within.querySelector(selector);
+let token = sessionStorage.getItem("token") || "";
+let picture = null; // the file that both models classify
+
+async function call(path, options = {}) {
+  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.status === 401 && (token = prompt("This service wants a token") || "")) {
+    sessionStorage.setItem("token", token);
+    return call(path, options);
+  }
+  if (!response.ok) {
+    const problem = await response.json().catch(() => ({ title: `Status ${response.status}` }));
+    throw new Error(problem.detail ? `${problem.title}: ${problem.detail}` : problem.title);
+  }
+  return response;
+}
+
+class Panel {
+  constructor(section, info) {
+    section.append($("#panel").content.cloneNode(true));
+    this.section = section;
+    this.most = info.limits.classes;
+    this.classes = [];
+    this.model = null;
+    this.latest = 0; // answers to older questions are dropped
+    this.part(".steps").value = info.steps;
+    this.part(".steps").max = info.limits.steps;
+    this.part("form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.add();
+      this.generate();
+    });
+    this.part(".name").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && this.part(".name").value.trim()) {
+        event.preventDefault();
+        this.add();
+      } else if (event.key === "Backspace" && !this.part(".name").value) {
+        this.remove(this.classes.length - 1);
+      }
+    });
+    for (const format of ["safetensors", "onnx"]) {
+      this.part(`.${format}`).addEventListener("click", (event) => {
+        event.preventDefault();
+        this.download(format);
+      });
+    }
+  }
+
+  part(selector) {
+    return $(selector, this.section);
+  }
+
+  say(text, bad = false) {
+    this.part(".status").textContent = text;
+    this.part(".status").classList.toggle("bad", bad);
+  }
+
+  add(names = this.part(".name").value) {
+    for (const name of names.split(",").map((word) => word.trim()).filter(Boolean)) {
+      if (!this.classes.includes(name)) this.classes.push(name);
+    }
+    this.part(".name").value = "";
+    this.showChips();
+  }
+
+  remove(index) {
+    this.classes.splice(index, 1);
+    this.showChips();
+    this.part(".name").focus();
+  }
+
+  showChips() {
+    this.part(".chips").replaceChildren(
+      ...this.classes.map((name, index) => {
+        const chip = document.createElement("li");
+        const button = document.createElement("button");
+        button.type = "button";
+        button.textContent = "×";
+        button.setAttribute("aria-label", `Remove ${name}`);
+        button.addEventListener("click", () => this.remove(index));
+        chip.append(name, button);
+        return chip;
+      }),
+    );
+    const many = this.classes.length > this.most;
+    this.say(many ? `At most ${this.most} classes` : "", many);
+  }
+
+  async generate() {
+    const turn = ++this.latest;
+    this.say("Generating…");
+    const begin = performance.now();
+    try {
+      const body = {
+        classes: this.classes,
+        seed: Number(this.part(".seed").value),
+        steps: Number(this.part(".steps").value),
+      };
+      const response = await call("/v1/models", {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(body),
+      });
+      const model = await response.json();
+      if (turn !== this.latest) return;
+      this.model = model;
+      const took = Math.round(performance.now() - begin);
+      const size = model.parameters.toLocaleString("en");
+      const made = `${model.family}, ${size} parameters, ${took} ms`;
+      this.say([made, ...model.warnings].join(". "), model.warnings.length > 0);
+      this.part(".links").hidden = false;
+      await this.classify();
+    } catch (error) {
+      if (turn === this.latest) this.say(error.message, true);
+    }
+  }
+
+  async classify() {
+    if (!this.model || !picture) return;
+    const turn = this.latest;
+    const form = new FormData();
+    form.append("images", picture);
+    try {
+      const response = await call(this.model.links.predict, { method: "POST", body: form });
+      const reply = await response.json();
+      if (turn !== this.latest) return;
+      const { probabilities } = reply.predictions[0];
+      this.part(".bars").replaceChildren(
+        ...reply.classes.map((name, index) => {
+          const row = document.createElement("li");
+          const label = document.createElement("span");
+          const bar = document.createElement("meter");
+          const value = document.createElement("span");
+          const share = `${(100 * probabilities[index]).toFixed(1)} %`;
+          label.textContent = name;
+          bar.value = probabilities[index];
+          bar.setAttribute("aria-label", `${name}: ${share}`);
+          value.textContent = share;
+          row.append(label, bar, value);
+          return row;
+        }),
+      );
+    } catch (error) {
+      this.say(error.message, true);
+    }
+  }
+
+  async download(format) {
+    try {
+      const response = await call(this.model.links[format]);
+      const [, name] = /filename="([^"]+)"/.exec(response.headers.get("Content-Disposition"));
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(await response.blob());
+      link.download = name;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    } catch (error) {
+      this.say(error.message, true);
+    }
+  }
+}
+
+function show(file, panels) {
+  picture = file;
+  const image = $("#shown");
+  URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(file);
+  image.alt = file.name;
+  image.hidden = false;
+  $("#hint").hidden = true;
+  for (const panel of panels) panel.classify();
+}
+
+function takePictures(panels) {
+  const drop = $("#drop");
+  const input = $("#file");
+  drop.addEventListener("click", () => input.click());
+  drop.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      input.click();
+    }
+  });
+  input.addEventListener("click", (event) => event.stopPropagation());
+  input.addEventListener("change", () => input.files.length && show(input.files[0], panels));
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    drop.addEventListener(kind, (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", kind === "dragover");
+      if (kind === "drop" && event.dataTransfer.files.length) show(event.dataTransfer.files[0], panels);
+    });
+  }
+}
+
+function offerSamples(dataset, panels) {
+  for (const name of SAMPLES[dataset] || []) {
+    const path = `static/samples/${dataset}-${name}.png`;
+    const button = document.createElement("button");
+    const image = document.createElement("img");
+    image.src = path;
+    image.alt = `Sample: ${name}`;
+    button.append(image);
+    button.addEventListener("click", async () => {
+      const content = await (await fetch(path)).blob();
+      show(new File([content], `${name}.png`, { type: "image/png" }), panels);
+    });
+    $("#samples").append(button);
+  }
+}
+
+const info = await (await call("/v1/info")).json();
+$("#served").textContent = `${info.families.join(", ")} on ${info.dataset}, up to ${info.limits.classes} classes.`;
+for (const name of info.classes) {
+  const option = document.createElement("option");
+  option.value = name;
+  $("#known").append(option);
+}
+const panels = [...document.querySelectorAll(".side")].map((section) => new Panel(section, info));
+const start = Math.min(STARTING_CLASSES, info.limits.classes);
+panels.forEach((panel, index) => {
+  panel.add(info.classes.slice(index * start, (index + 1) * start).join(","));
+});
+takePictures(panels);
+offerSamples(info.dataset, panels);

@@ -1,0 +1,177 @@
+"""The Python client, sync and async: what it sends, what it retries, how it fails."""
+
+import asyncio
+import inspect
+import json
+
+import httpx
+import pytest
+
+from tina import client as client_module
+from tina.client import AsyncClient, Client, ServiceError
+from tina.errors import PromptError
+from tina.schemas import ModelReply, Prediction, PredictReply, ProblemDocument
+
+REPLY = ModelReply(
+    id="an-id",
+    classes=["a", "b"],
+    familiarity=[1.0, 0.5],
+    warnings=[],
+    seed=0,
+    steps=4,
+    guidance=1.0,
+    family="cnn5k",
+    parameters=10,
+    input_shape=[1, 8, 8],
+    checkpoint="c",
+    links={},
+)
+PROBLEM = ProblemDocument(
+    type="urn:tina:problem:invalid", title="No", status=422, detail="classes", instance="x"
+)
+
+
+class Service:
+    """Answers with given responses, then with 200; remembers what it was sent."""
+
+    def __init__(self, *answers):
+        self.answers, self.sent = list(answers), []
+
+    def __call__(self, request):
+        self.sent.append(request)
+        answer = self.answers.pop(0) if self.answers else 200
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, tuple):
+            return httpx.Response(answer[0], headers={"retry-after": str(answer[1])})
+        if answer != 200:
+            return httpx.Response(answer, text=PROBLEM.model_dump_json())
+        body = REPLY
+        if request.url.path.endswith("predict"):
+            prediction = Prediction(label="a", probabilities=[1.0, 0.0])
+            body = PredictReply(classes=["a", "b"], predictions=[prediction])
+        return httpx.Response(200, text=body.model_dump_json())
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that a client meant to wait; it does not."""
+    found = []
+
+    async def sleep(seconds):
+        found.append(seconds)
+
+    monkeypatch.setattr(client_module.time, "sleep", found.append)
+    monkeypatch.setattr(client_module.asyncio, "sleep", sleep)
+    return found
+
+
+def ask(kind, service, name, *args, retries=3, **options):
+    """One call by either client."""
+    settings = {"token": "t", "retries": retries}
+    if kind is Client:
+        with Client("http://tina", **settings) as sync:
+            sync._http = httpx.Client(
+                transport=httpx.MockTransport(service),
+                headers=sync._http.headers,
+                base_url="http://tina",
+            )
+            return getattr(sync, name)(*args, **options)
+
+    async def main():
+        async with AsyncClient("http://tina", **settings) as client:
+            client._http = httpx.AsyncClient(
+                transport=httpx.MockTransport(service),
+                headers=client._http.headers,
+                base_url="http://tina",
+            )
+            return await getattr(client, name)(*args, **options)
+
+    return asyncio.run(main())
+
+
+kinds = pytest.mark.parametrize("kind", [Client, AsyncClient])
+
+
+@kinds
+def test_a_prompt_is_sent_as_its_schema_has_it(kind):
+    service = Service()
+    assert ask(kind, service, "create", ["a", "b"], seed=3, strict=True) == REPLY
+    (request,) = service.sent
+    assert (request.method, request.url.path) == ("POST", "/v1/models")
+    assert json.loads(request.content) == {"classes": ["a", "b"], "seed": 3, "strict": True}
+    assert request.headers["authorization"] == "Bearer t"
+
+
+@kinds
+def test_pictures_are_sent_as_files(kind, tmp_path):
+    service, file = Service(), tmp_path / "x.png"
+    file.write_bytes(b"bytes of a picture")
+    ask(kind, service, "create", ["a", "b"], images=[[file], [b"more", b"others"]])
+    ask(kind, service, "predict", "an-id", [str(file)])
+    for request in service.sent:
+        assert request.headers["content-type"].startswith("multipart/form-data")
+        assert b"bytes of a picture" in request.content
+    assert service.sent[0].content.count(b'name="images[1]"') == 2
+
+
+@kinds
+def test_weights_are_bytes(kind):
+    service = Service()
+    assert isinstance(ask(kind, service, "weights", "an-id", "onnx"), bytes)
+    assert str(service.sent[0].url).endswith("/v1/models/an-id?format=onnx")
+
+
+@kinds
+def test_an_overloaded_service_is_asked_again_when_it_says(kind, waits):
+    service = Service((503, 7), (429, 2), 502)
+    assert ask(kind, service, "create", ["a", "b"]) == REPLY
+    assert waits == [7.0, 2.0, 1.0]
+    assert len({request.content for request in service.sent}) == 1
+
+
+@kinds
+def test_a_broken_connection_is_retried_with_growing_delays(kind, waits):
+    service = Service(httpx.ConnectError("x"), httpx.ReadTimeout("x"), httpx.ReadError("x"))
+    assert ask(kind, service, "model", "an-id") == REPLY
+    assert waits == [0.25, 0.5, 1.0]
+
+
+@kinds
+def test_it_gives_up_at_last(kind, waits):
+    with pytest.raises(ServiceError, match="cannot be reached") as error:
+        ask(kind, Service(*[httpx.ConnectError("x")] * 9), "model", "an-id", retries=2)
+    assert error.value.status is None
+    assert len(waits) == 2
+    with pytest.raises(ServiceError) as error:
+        ask(kind, Service(*[(503, 1)] * 9), "model", "an-id", retries=1)
+    assert error.value.status == 503
+
+
+@kinds
+def test_a_refusal_is_not_retried_and_carries_the_problem(kind, waits):
+    service = Service(422)
+    with pytest.raises(ServiceError, match="No: classes") as error:
+        ask(kind, service, "create", ["a", "b"])
+    assert error.value.problem == PROBLEM
+    assert (len(service.sent), waits) == (1, [])
+
+
+@kinds
+@pytest.mark.parametrize("options", [{"steps": 0}, {"seed": -1}, {"descriptions": ["a\x00", "b"]}])
+def test_a_bad_prompt_is_not_sent(kind, options):
+    service = Service()
+    with pytest.raises(PromptError):
+        ask(kind, service, "create", ["a", "b"], **options)
+    assert service.sent == []
+
+
+def test_both_clients_have_the_same_calls():
+    def public(kind):
+        return {
+            name: inspect.signature(value)
+            for name, value in vars(kind).items()
+            if not name.startswith("_")
+        }
+
+    assert public(Client) == public(AsyncClient)

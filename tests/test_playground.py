@@ -1,0 +1,128 @@
+"""The playground in real Chromium, over a real generator."""
+
+import os
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+from safetensors.numpy import load_file
+
+from serve.api import Access, build_api
+from serve.ids import Ids
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+SAMPLE = Path(__file__).parents[1] / "serve" / "static" / "samples" / "digits-five.png"
+
+
+@pytest.fixture(scope="module")
+def url(backend, tmp_path_factory):
+    ids = Ids(b"key", storage=tmp_path_factory.mktemp("serve"), keep_s=1000)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    config = uvicorn.Config(
+        build_api(backend, ids, Access()), host="127.0.0.1", port=port, log_level="warning"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def page(url):
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("requestfailed", lambda request: errors.append(request.url))
+        page.goto(url)
+        page.wait_for_selector(".chips li")
+        yield page
+        assert errors == []
+        browser.close()
+
+
+def clear(side):
+    while chips := side.locator(".chips button").all():
+        chips[0].click()
+
+
+def test_from_classes_to_bars_and_weights(page, tmp_path):
+    left = page.locator(".side").first
+    clear(left)
+    name = left.get_by_label("Add a class")
+    for word in ("three", "five", "eight"):
+        name.fill(word)
+        name.press("Enter")
+    assert left.locator(".chips li").count() == 3
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="parameters").wait_for()
+    page.locator("#file").set_input_files(SAMPLE)
+    left.locator(".bars li").nth(2).wait_for()
+    shares = [
+        float(text.split()[0])
+        for text in left.locator(".bars li span:last-child").all_inner_texts()
+    ]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    for link, suffix in (("safetensors", ".safetensors"), ("ONNX", ".onnx")):
+        with page.expect_download() as download:
+            left.get_by_role("button", name=link).click()
+        assert download.value.suggested_filename == f"tina-three-five-eight{suffix}"
+        download.value.save_as(tmp_path / f"m{suffix}")
+    assert load_file(tmp_path / "m.safetensors")["fc.weight"].shape[0] == 3
+    if shot := os.environ.get("TINA_SCREENSHOT"):
+        right = page.locator(".side").nth(1)
+        right.get_by_role("button", name="Generate").click()
+        right.locator(".bars li").nth(2).wait_for()
+        page.screenshot(path=shot, full_page=True)
+
+
+def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
+    for side in page.locator(".side").all():
+        side.get_by_label("Add a class").focus()
+        page.keyboard.press("Enter")  # with an empty field it sends the form
+        side.locator(".status", has_text="parameters").wait_for()
+    page.evaluate(
+        """async () => {
+            const content = await (await fetch("static/samples/digits-three.png")).blob();
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([content], "three.png", { type: "image/png" }));
+            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
+            document.querySelector("#drop").dispatchEvent(event);
+        }"""
+    )
+    for side in page.locator(".side").all():
+        side.locator(".bars li").nth(1).wait_for()
+        for meter in side.locator(".bars meter").all():
+            assert "%" in meter.get_attribute("aria-label")
+    page.locator("#samples button").first.focus()
+    page.keyboard.press("Enter")
+    page.locator('#shown[alt="zero.png"]').wait_for()
+
+
+def test_a_refusal_is_shown_and_can_be_mended(page):
+    left = page.locator(".side").first
+    clear(left)
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status.bad", has_text="classes").wait_for()
+    name = left.get_by_label("Add a class")
+    name.fill("three, five")
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="parameters").wait_for()

@@ -1,0 +1,521 @@
+"""The HTTP calls over a real generator, in this process: no Ray cluster, no network."""
+
+import asyncio
+import base64
+import io
+import json
+from functools import partial
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+from serve.api import Access, build_api, entity_tag
+from serve.ids import Ids, Recipe
+from serve.problems import KINDS
+from tina import TinaPipeline
+from tina.classifiers import Classifier
+from tina.prompts import MAX_CHARACTERS
+from tina.schemas import MAX_BODY_BYTES, MAX_IMAGES, ModelReply, PredictReply, ProblemDocument
+from tina.schemas import MAX_CHARACTERS as MAX_CHARACTERS_OVER_HTTP
+
+CLASSES = ["three", "five", "eight"]
+THREE = {"classes": CLASSES, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory):
+    return Ids(b"key", storage=tmp_path_factory.mktemp("serve"), keep_s=1000)
+
+
+def calls(app):
+    """A blocking client of an ASGI application; an error of the server's own is an answer."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+    def request(method, path, **options):
+        async def send():
+            async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+    return request
+
+
+@pytest.fixture(scope="module")
+def http(backend, ids):
+    return calls(build_api(backend, ids, Access()))
+
+
+@pytest.fixture(scope="module")
+def post(http):
+    return partial(http, "POST")
+
+
+@pytest.fixture(scope="module")
+def get(http):
+    return partial(http, "GET")
+
+
+@pytest.fixture(scope="module")
+def model(post):
+    response = post("/v1/models", json=THREE)
+    assert response.status_code == 201, response.text
+    return ModelReply.model_validate_json(response.content)
+
+
+@pytest.fixture(scope="module")
+def library(tiny_checkpoint):
+    return TinaPipeline.from_pretrained(tiny_checkpoint)
+
+
+def picture(seed=0, size=(9, 7), format="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def b64(content):
+    return base64.b64encode(content).decode()
+
+
+def as_images(content):
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image.convert("L"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels)[None, None]
+
+
+def refused(response, status, field=None):
+    """Check a problem document; its field names begin with `field`."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = ProblemDocument.model_validate_json(response.content)
+    assert problem.status == status
+    assert problem.type.removeprefix("urn:tina:problem:") in KINDS
+    assert response.headers["x-request-id"] in problem.instance
+    assert "Traceback" not in response.text
+    if field is not None:
+        assert [f.field for f in problem.errors if f.field.startswith(field)], problem
+    return problem
+
+
+# --- what it is for -------------------------------------------------------------------------------
+
+
+def test_weights_over_http_are_the_librarys(post, get, model, library):
+    expected = library(CLASSES, seed=7)
+    for content in (
+        post("/v1/models?format=safetensors", json=THREE).content,
+        get(f"/v1/models/{model.id}?format=safetensors").content,
+    ):
+        found = load(content)
+        assert found.keys() == expected.tensors.keys()
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_the_reply_says_what_was_made(model, library):
+    expected = library(CLASSES, seed=7)
+    assert model.classes == CLASSES
+    assert model.familiarity == pytest.approx(expected.familiarity)
+    assert model.seed == 7
+    assert model.steps == expected.steps
+    assert model.parameters == expected.theta.numel()
+    assert model.checkpoint == library.checkpoint
+    assert model.input_shape == [1, 8, 8]
+    assert model.warnings == []
+
+
+def test_steps_guidance_and_mixed_class_counts_in_one_batch(backend, ids, library):
+    app = build_api(backend, ids, Access())
+    prompts = [
+        {"classes": CLASSES[: 2 + i % 2], "seed": i, "steps": 1 + i % 2, "guidance": 1 + i % 3}
+        for i in range(12)
+    ]
+
+    async def send():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
+            each = [client.post("/v1/models?format=safetensors", json=prompt) for prompt in prompts]
+            return await asyncio.gather(*each)
+
+    for prompt, response in zip(prompts, asyncio.run(send()), strict=True):
+        expected = library(
+            prompt["classes"],
+            seed=prompt["seed"],
+            num_inference_steps=prompt["steps"],
+            guidance_scale=prompt["guidance"],
+        )
+        for name, tensor in load(response.content).items():
+            torch.testing.assert_close(tensor, expected.tensors[name], atol=1e-5, rtol=0)
+
+
+def test_onnx_over_http_classifies_as_torch_does(get, model, library):
+    content = get(f"/v1/models/{model.id}", headers={"accept": "application/onnx"}).content
+    session = onnxruntime.InferenceSession(content)
+    images = torch.rand(3, 1, 17, 12)
+    (logits,) = session.run(None, {"images": images.numpy()})
+    expected = library(CLASSES, seed=7).classifier(images)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
+    names = session.get_modelmeta().custom_metadata_map["class_names"]
+    assert json.loads(names) == CLASSES
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_predictions_are_the_classifiers(post, model, library, count):
+    files = [picture(i, size=(5 + 3 * i, 9)) for i in range(count)]
+    path = f"/v1/models/{model.id}/predict"
+    classifier: Classifier = library(CLASSES, seed=7).classifier
+    expected = [classifier(as_images(file))[0].softmax(0) for file in files]
+    as_json = post(path, json={"images": [b64(file) for file in files]})
+    as_form = post(path, files=[("images", ("a.png", file)) for file in files])
+    for response in (as_json, as_form):
+        assert response.status_code == 200, response.text
+        reply = PredictReply.model_validate_json(response.content)
+        for prediction, values in zip(reply.predictions, expected, strict=True):
+            assert prediction.probabilities == pytest.approx(values.tolist(), abs=1e-5)
+            assert prediction.label == CLASSES[int(values.argmax())]
+
+
+def test_predictions_for_different_models_share_one_pass(backend, ids, library):
+    app = build_api(backend, ids, Access())
+    tasks = [CLASSES, CLASSES[:2], ["one", "two", "four", "nine"]]
+    recipes = [
+        Recipe(checkpoint=library.checkpoint, classes=tuple(t), seed=1, steps=2, guidance=1.0)
+        for t in tasks
+    ]
+
+    async def send():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
+            path = "/v1/models/{}/predict"
+            body = {"images": [b64(picture())]}
+            each = [client.post(path.format(ids.issue(r)), json=body) for r in recipes]
+            return await asyncio.gather(*each)
+
+    for task, response in zip(tasks, asyncio.run(send()), strict=True):
+        model = library(task, seed=1, num_inference_steps=2, guidance_scale=1.0)
+        expected = model.classifier(as_images(picture()))[0].softmax(0)
+        found = PredictReply.model_validate_json(response.content)
+        assert found.predictions[0].probabilities == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_pictures_as_a_prompt_are_kept_as_embeddings(post, get, library):
+    shots = [[picture(1), picture(2, size=(20, 20))], [picture(3)]]
+    body = {"classes": ["a", "b"], "images": [[b64(s) for s in of_class] for of_class in shots]}
+    files = [(f"images[{i}]", ("x", s)) for i, of_class in enumerate(shots) for s in of_class]
+    prompt = {"prompt": json.dumps({"classes": ["a", "b"]})}
+    as_json = post("/v1/models", json=body)
+    as_form = post("/v1/models", data=prompt, files=files)
+    assert as_json.status_code == as_form.status_code == 201, as_form.text
+    assert as_json.json() == as_form.json()
+    name = as_json.json()["id"]
+    again = get(f"/v1/models/{name}?format=safetensors")
+    assert again.status_code == 200
+    assert len(load(again.content)) == 4
+
+
+def test_descriptions(post, library):
+    texts = ["a curve above another curve", "a hat on a belly"]
+    body = {"classes": ["3", "5"], "descriptions": texts, "seed": 2}
+    found = load(post("/v1/models?format=safetensors", json=body).content)
+    expected = library(["3", "5"], descriptions=texts, seed=2)
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_unfamiliar_prompts_are_warned_of_and_strictly_refused(post):
+    strange = {"classes": ["three", "xylograph quux"]}
+    reply = post("/v1/models", json=strange).json()
+    assert ["xylograph" in warning for warning in reply["warnings"]] == [True]
+    problem = refused(post("/v1/models", json=strange | {"strict": True}), 422, "classes[1]")
+    assert problem.type.endswith("unfamiliar")
+    assert post("/v1/models", json=THREE | {"strict": True}).status_code == 201
+
+
+def test_a_model_is_made_once_and_again_after_it_was_evicted(backend, post, get, model):
+    replica, passes = backend.replica, []
+    run = replica._generations._run
+    replica._generations._run = lambda items: passes.append(len(items)) or run(items)
+    try:
+        get(f"/v1/models/{model.id}")
+        assert passes == []
+        replica._cache.clear()
+        get(f"/v1/models/{model.id}")
+        assert passes == [1]
+    finally:
+        replica._generations._run = run
+
+
+def test_the_cache_is_bounded_by_bytes(backend, post):
+    replica = backend.replica
+    for seed in range(80):
+        post("/v1/models", json={"classes": CLASSES, "seed": seed, "steps": 1})
+    assert 0 < replica._cache.currsize <= replica._cache.maxsize
+    assert len(replica._cache) < 80
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+
+def test_downloads_can_be_cached(get, model):
+    path = f"/v1/models/{model.id}?format=onnx"
+    first = get(path)
+    assert "immutable" in first.headers["cache-control"]
+    assert "Accept" in first.headers["vary"]
+    assert first.headers["content-disposition"].endswith('"tina-three-five-eight.onnx"')
+    tag = first.headers["etag"]
+    assert tag != entity_tag(model.id, "safetensors")
+    for value in (tag, f'"x", {tag}', tag.removeprefix("W/"), "*"):
+        again = get(path, headers={"if-none-match": value})
+        assert (again.status_code, again.content) == (304, b"")
+    assert get(path, headers={"if-none-match": 'W/"x"'}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("accept", "media"),
+    [
+        ("*/*", "application/json"),
+        ("", "application/json"),
+        ("text/html, */*;q=0.1", "application/json"),
+        ("application/vnd.safetensors", "application/vnd.safetensors"),
+        ("application/json;q=0.5, application/onnx", "application/onnx"),
+    ],
+)
+def test_the_answer_is_what_is_accepted(get, model, accept, media):
+    response = get(f"/v1/models/{model.id}", headers={"accept": accept})
+    assert response.headers["content-type"] == media
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/*", "nonsense", "application/json;q=0"])
+def test_what_cannot_be_had_is_not_acceptable(get, post, model, accept):
+    refused(get(f"/v1/models/{model.id}", headers={"accept": accept}), 406)
+    refused(post("/v1/models", json=THREE, headers={"accept": accept}), 406)
+
+
+def test_a_created_model_has_a_location(post, get):
+    response = post("/v1/models", json=THREE)
+    assert get(response.headers["location"]).json() == response.json()
+
+
+def test_info_and_probes(get, library):
+    info = get("/v1/info").json()
+    assert info["checkpoint"] == library.checkpoint
+    assert info["limits"]["classes"] == library.generator.max_classes
+    assert info["semantic"] is False
+    assert get("/healthz").status_code == get("/readyz").status_code == 200
+
+
+def test_a_token_guards_v1_alone(backend, ids):
+    http = calls(build_api(backend, ids, Access(token="sésame")))
+    for value in (
+        None,
+        "Bearer wrong",
+        "Basic c2VzYW1l",
+        "Bearer",
+        "Bearer \u00ff".encode("latin1"),
+    ):
+        headers = {} if value is None else {"authorization": value}
+        response = http("GET", "/v1/info", headers=headers)
+        refused(response, 401)
+        assert response.headers["www-authenticate"] == "Bearer"
+    refused(http("POST", "/v1/models", json=THREE), 401)
+    assert http("GET", "/healthz").status_code == 200
+    plain = calls(build_api(backend, ids, Access(token="sesame")))
+    headers = {"authorization": "Bearer sesame"}
+    assert plain("GET", "/v1/info", headers=headers).status_code == 200
+    name = plain("POST", "/v1/models", json=THREE, headers=headers).json()["id"]
+    kept = plain("GET", f"/v1/models/{name}", headers=headers).headers["cache-control"]
+    assert kept.startswith("private")
+
+
+def test_cross_origin_scripts_are_off_unless_named(backend, ids):
+    ask = {"origin": "https://elsewhere.example"}
+    plain = calls(build_api(backend, ids, Access()))("GET", "/healthz", headers=ask)
+    assert "access-control-allow-origin" not in plain.headers
+    named = Access(origins=("https://elsewhere.example",))
+    open_ = calls(build_api(backend, ids, named))("GET", "/healthz", headers=ask)
+    assert open_.headers["access-control-allow-origin"] == "https://elsewhere.example"
+
+
+def test_request_ids(get):
+    assert get("/healthz", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for odd in ("a b", "x" * 65, ""):
+        made = get("/healthz", headers={"x-request-id": odd}).headers["x-request-id"]
+        assert len(made) == 32
+    assert get("/healthz").headers["x-request-id"] != get("/healthz").headers["x-request-id"]
+
+
+def test_the_playground_needs_nothing_from_elsewhere(get):
+    page = get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for file in ("app.js", "style.css"):
+        assert f'"static/{file}"' in page.text
+        content = get(f"/static/{file}")
+        assert content.status_code == 200
+        assert "http://" not in content.text.replace("http://www.w3.org", "")
+        assert "https://" not in content.text
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BOMB = io.BytesIO()
+Image.new("L", (20_000, 20_000)).save(BOMB, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"classes": []}, "classes"),
+        ({"classes": ["three"]}, "classes"),
+        ({"classes": ["three", "Three "]}, "classes"),
+        ({"classes": [str(i) for i in range(5)]}, "classes"),
+        ({"classes": [str(i) for i in range(65)]}, "classes"),
+        ({"classes": ["three", ""]}, "classes[1]"),
+        ({"classes": ["three", "  "]}, "classes[1]"),
+        ({"classes": ["three", "a\u0000b"]}, "classes[1]"),
+        ({"classes": ["three", "a\nb"]}, "classes[1]"),
+        ({"classes": ["three", "x" * (MAX_CHARACTERS + 1)]}, "classes[1]"),
+        ({"classes": ["three", "x" * 1_000_000]}, "classes[1]"),
+        ({"classes": "three, five"}, "classes"),
+        ({"classes": ["three", 5]}, "classes[1]"),
+        ({"classes": None}, "classes"),
+        ({"steps": 0}, "steps"),
+        ({"steps": -1}, "steps"),
+        ({"steps": 101}, "steps"),
+        ({"steps": 10**30}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": "4"}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"guidance": -1}, "guidance"),
+        ({"guidance": 1e300}, "guidance"),
+        ({"strict": "yes"}, "strict"),
+        ({"colour": "red"}, "colour"),
+        ({"descriptions": ["only one"]}, "descriptions"),
+        ({"descriptions": ["a", "b", "c"], "images": [["AA=="]] * 3}, "images"),
+        ({"images": [["AA=="]]}, "images"),
+        ({"images": [["AA=="], [], ["AA=="]]}, "images[1]"),
+        ({"images": [["AA=="], ["*"], ["AA=="]]}, "images[1][0]"),
+        ({"images": [[""]] * 3}, "images[0][0]"),
+        ({"images": [[b64(b"no picture")]] * 3}, "images[0][0]"),
+        ({"images": [[b64(picture()[:60])]] * 3}, "images[0][0]"),
+        ({"images": [[b64(BOMB.getvalue())]] * 3}, "images[0][0]"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_prompt_that_cannot_be_served_names_the_field(post, change, field):
+    refused(post("/v1/models", json=THREE | change), 422, field)
+
+
+def test_not_a_number(post):
+    for word in ("NaN", "Infinity", "-Infinity"):
+        body = f'{{"classes": ["three", "five"], "guidance": {word}}}'
+        response = post("/v1/models", content=body, headers={"content-type": "application/json"})
+        assert response.status_code in (400, 422)
+        refused(response, response.status_code)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[1,", b'{"classes": ["\\ud800"]}'])
+def test_what_is_not_json(post, body):
+    response = post("/v1/models", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    refused(response, response.status_code)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "json"])
+def test_another_content_type(post, model, kind):
+    for path in ("/v1/models", f"/v1/models/{model.id}/predict"):
+        refused(post(path, content=b"{}", headers={"content-type": kind}), 415)
+
+
+def test_large_bodies_are_not_read(post):
+    large = b" " * (MAX_BODY_BYTES + 1)
+    refused(post("/v1/models", content=large, headers={"content-type": "application/json"}), 413)
+
+    async def unannounced():
+        for _ in range(20):
+            yield large[: 2**20]
+
+    kind = {"content-type": "application/json"}
+    refused(post("/v1/models", content=unannounced(), headers=kind), 413)
+
+
+@pytest.mark.parametrize(
+    ("images", "field"),
+    [
+        ([], "images"),
+        ([b64(picture())] * (MAX_IMAGES + 1), "images"),
+        ([b64(picture()), b64(b"none")], "images[1]"),
+        ([b64(BOMB.getvalue())], "images[0]"),
+        ([b64(picture(format="TIFF"))], "images[0]"),
+    ],
+    ids=["none", "many", "no picture", "bomb", "another format"],
+)
+def test_pictures_that_cannot_be_read(post, model, images, field):
+    refused(post(f"/v1/models/{model.id}/predict", json={"images": images}), 422, field)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"files": [("images[3]", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
+        {"files": [("images[0]", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
+        {"files": [("pictures", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
+        {"files": [("images[0]", ("a", picture()))]},
+        {"files": [("images[0]", ("a", b""))], "data": {"prompt": json.dumps(THREE)}},
+    ],
+    ids=["no such class", "not for all", "another name", "no prompt", "empty"],
+)
+def test_forms_that_cannot_be_served(post, parts):
+    refused(post("/v1/models", **parts), 422)
+
+
+def test_broken_multipart(post):
+    kind = {"content-type": "multipart/form-data"}
+    refused(post("/v1/models", content=b"x", headers=kind), 400)
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    response = post("/v1/models", content=b"--b\r\nnonsense", headers=kind)
+    assert response.status_code in (400, 422)
+
+
+def test_ids_that_name_no_model(get, post, ids, library):
+    for name in ("x", "A" * 400, "%00", "é"):
+        refused(get(f"/v1/models/{name}"), 404)
+        refused(post(f"/v1/models/{name}/predict", json={"images": [b64(picture())]}), 404)
+    gone = Recipe(checkpoint="0" * 64, classes=("a", "b"), seed=0, steps=1, guidance=1.0)
+    assert refused(get(f"/v1/models/{ids.issue(gone)}"), 410).type.endswith("checkpoint-gone")
+
+
+def test_paths_and_methods_that_there_are_not(http):
+    refused(http("GET", "/v1/nothing"), 404)
+    refused(http("GET", "/nothing.html"), 404)
+    response = http("DELETE", "/v1/models")
+    refused(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_an_unknown_format(get, model):
+    refused(get(f"/v1/models/{model.id}?format=pickle"), 422, "query.format")
+
+
+def test_a_mistake_of_the_server_is_a_problem_too(ids):
+    class Broken:
+        async def info(self):
+            raise RuntimeError("a secret")
+
+    response = calls(build_api(Broken(), ids, Access()))("GET", "/v1/info")
+    assert response.status_code == 500
+    assert response.json()["type"].endswith("internal")
+    assert "secret" not in response.text
+
+
+def test_texts_are_bounded_alike_everywhere():
+    assert MAX_CHARACTERS_OVER_HTTP == MAX_CHARACTERS

@@ -1,0 +1,270 @@
+"""A Python client of the endpoint, sync and async; the one file of the library that speaks HTTP.
+
+    with Client("http://localhost:8000") as tina:
+        model = tina.create(["otter", "bicycle", "maple tree"], seed=0)
+        Path("mine.safetensors").write_bytes(tina.weights(model.id))
+        print(tina.predict(model.id, [Path("photo.png")]).predictions[0].label)
+
+Every call may be repeated: an answer of 429, 502, 503 or 504 and a broken connection are retried,
+after the seconds that `Retry-After` names, or a delay that doubles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from tina.errors import PromptError, TinaError
+from tina.schemas import (
+    MEDIA_TYPES,
+    Info,
+    ModelReply,
+    ModelRequest,
+    PredictReply,
+    ProblemDocument,
+)
+
+RETRIED = {429, 502, 503, 504}
+FIRST_DELAY_S = 0.25
+LONGEST_DELAY_S = 30.0
+
+Reply = TypeVar("Reply", bound=BaseModel)
+T = TypeVar("T")
+Weights = Literal["safetensors", "onnx"]
+Picture = bytes | str | Path
+Flow = Generator[httpx.Request | float, httpx.Response | None, T]
+"""Yields requests to be sent and seconds to wait; both clients drive the same one."""
+
+
+class Prompt(TypedDict, total=False):
+    """Options of `create`; see `tina.schemas.ModelRequest`."""
+
+    descriptions: list[str] | None
+    images: Sequence[Sequence[Picture]] | None
+    seed: int
+    steps: int | None
+    guidance: float | None
+    strict: bool
+
+
+class ServiceError(TinaError):
+    """The service answered with an error, or not at all.
+
+    Args:
+        problem: Its problem document, if it sent one.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, problem: ProblemDocument | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.problem = status, problem
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    return min(float(value), LONGEST_DELAY_S) if value.isdecimal() else None
+
+
+def _error(response: httpx.Response) -> ServiceError:
+    try:
+        problem = ProblemDocument.model_validate_json(response.content)
+    except ValidationError:
+        return ServiceError(
+            f"the service answered {response.status_code}",
+            status=response.status_code,
+            problem=None,
+        )
+    return ServiceError(
+        f"{problem.title}: {problem.detail}", status=response.status_code, problem=problem
+    )
+
+
+def _file(picture: Picture) -> bytes:
+    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+
+
+class _Calls:
+    """What both clients ask for.
+
+    Args:
+        base_url: Such as http://localhost:8000.
+        token: Bearer token, where the service wants one.
+        timeout: Seconds for one attempt.
+        retries: Attempts after the first.
+    """
+
+    def __init__(
+        self, base_url: str, *, token: str = "", timeout: float = 30.0, retries: int = 5
+    ) -> None:
+        self._retries = retries
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._options: dict[str, Any] = {
+            "base_url": base_url,
+            "headers": headers,
+            "timeout": timeout,
+        }
+        self._http: Any  # httpx.Client or httpx.AsyncClient: requests are built alike
+
+    def _send(self, method: str, path: str, **options: Any) -> Flow[httpx.Response]:
+        delay = FIRST_DELAY_S
+        for attempt in range(self._retries + 1):
+            response = yield self._http.build_request(method, path, **options)
+            if response is not None and response.status_code not in RETRIED:
+                if response.is_success:
+                    return response
+                raise _error(response)
+            if attempt < self._retries:
+                named = _retry_after(response) if response is not None else None
+                yield delay if named is None else named
+                delay = min(2 * delay, LONGEST_DELAY_S)
+        if response is not None:
+            raise _error(response)
+        raise ServiceError("the service cannot be reached")
+
+    def _read(self, schema: type[Reply], method: str, path: str, **options: Any) -> Flow[Reply]:
+        response = yield from self._send(method, path, **options)
+        return schema.model_validate_json(response.content)
+
+    def _info(self) -> Flow[Info]:
+        return self._read(Info, "GET", "/v1/info")
+
+    def _model(self, id: str) -> Flow[ModelReply]:
+        return self._read(ModelReply, "GET", f"/v1/models/{id}")
+
+    def _create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
+        images = options.pop("images", None)
+        try:
+            request = ModelRequest.model_validate({"classes": list(classes), **options})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise PromptError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        text = request.model_dump_json(exclude_defaults=True)
+        parts: dict[str, Any] = {"content": text, "headers": {"content-type": MEDIA_TYPES["json"]}}
+        if images is not None:
+            files = [
+                (f"images[{i}]", ("image", _file(shot)))
+                for i, shots in enumerate(images)
+                for shot in shots
+            ]
+            parts = {"data": {"prompt": text}, "files": files}
+        return (yield from self._read(ModelReply, "POST", "/v1/models", **parts))
+
+    def _weights(self, id: str, format: str) -> Flow[bytes]:
+        response = yield from self._send("GET", f"/v1/models/{id}", params={"format": format})
+        return response.content
+
+    def _predict(self, id: str, images: Sequence[Picture]) -> Flow[PredictReply]:
+        files = [("images", ("image", _file(image))) for image in images]
+        path = f"/v1/models/{id}/predict"
+        return (yield from self._read(PredictReply, "POST", path, files=files))
+
+
+class Client(_Calls):
+    """Blocking client; a context manager."""
+
+    def __init__(self, base_url: str, **options: Any) -> None:
+        super().__init__(base_url, **options)
+        self._http = httpx.Client(**self._options)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._http.close()
+
+    def _run(self, flow: Flow[T]) -> T:
+        answer = None
+        try:
+            while True:
+                step = flow.send(answer)
+                answer = None
+                if isinstance(step, float):
+                    time.sleep(step)
+                    continue
+                with suppress(httpx.TransportError):
+                    answer = self._http.send(step)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+    def info(self) -> Info:
+        """What is served, and its limits."""
+        return self._run(self._info())
+
+    def create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> ModelReply:
+        """Generate a classifier.
+
+        Raises:
+            PromptError: The prompt is refused before it is sent.
+            ServiceError: The service refuses it, or cannot be reached.
+        """
+        return self._run(self._create(classes, **options))
+
+    def model(self, id: str) -> ModelReply:
+        """A classifier that was generated before."""
+        return self._run(self._model(id))
+
+    def weights(self, id: str, format: Weights = "safetensors") -> bytes:
+        """A classifier's weights, as a file's content."""
+        return self._run(self._weights(id, format))
+
+    def predict(self, id: str, images: Sequence[Picture]) -> PredictReply:
+        """Classify pictures: files, or their contents."""
+        return self._run(self._predict(id, images))
+
+
+class AsyncClient(_Calls):
+    """The same calls for asyncio; an asynchronous context manager."""
+
+    def __init__(self, base_url: str, **options: Any) -> None:
+        super().__init__(base_url, **options)
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._http.aclose()
+
+    async def _run(self, flow: Flow[T]) -> T:
+        answer = None
+        try:
+            while True:
+                step = flow.send(answer)
+                answer = None
+                if isinstance(step, float):
+                    await asyncio.sleep(step)
+                    continue
+                with suppress(httpx.TransportError):
+                    answer = await self._http.send(step)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+    async def info(self) -> Info:
+        """See `Client.info`."""
+        return await self._run(self._info())
+
+    async def create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> ModelReply:
+        """See `Client.create`."""
+        return await self._run(self._create(classes, **options))
+
+    async def model(self, id: str) -> ModelReply:
+        """See `Client.model`."""
+        return await self._run(self._model(id))
+
+    async def weights(self, id: str, format: Weights = "safetensors") -> bytes:
+        """See `Client.weights`."""
+        return await self._run(self._weights(id, format))
+
+    async def predict(self, id: str, images: Sequence[Picture]) -> PredictReply:
+        """See `Client.predict`."""
+        return await self._run(self._predict(id, images))

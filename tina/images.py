@@ -1,0 +1,60 @@
+"""Picture files -> tensors.
+
+Axes: N images, C channels, H W sides in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tina.errors import DataError
+
+
+def read_image(
+    file: str | Path | IO[bytes],
+    *,
+    channels: int,
+    max_pixels: int | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> Tensor:
+    """A picture as float32 (1, C, H, W) in [0, 1], upright, gray or RGB as C says.
+
+    Args:
+        max_pixels: Refuse larger ones before they are decompressed.
+        formats: Pillow's names of those to be read; default: all.
+
+    Raises:
+        DataError: Missing, corrupt, too large, or of more than 8 bits per channel.
+    """
+    name = f"image {file}" if isinstance(file, (str, Path)) else "the image"
+    try:
+        with Image.open(file, formats=formats) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            if max_pixels and math.prod(image.size) > max_pixels:
+                width, height = image.size
+                raise ValueError(f"{width} x {height} pixels are more than {max_pixels}")
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"cannot read {name}: {error}") from error
+    pixels = np.atleast_3d(np.asarray(upright, dtype=np.float32)) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (N, C, H, W) at another size, bilinear with antialiasing."""
+    return torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """Images (1, C, H, W) of any sizes as (N, C, H, W), at the size of the largest."""
+    height, width = max((image.shape[-2:] for image in images), key=math.prod)
+    return torch.cat([resize(image, (height, width)) for image in images])
