@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from serve.replica import Made
 
 ATTEMPTS = 3  # on another replica each; every call may be repeated
-INGRESS_ONGOING = 512
+INGRESS_ONGOING, INGRESS_QUEUED = 256, 64
 
 
 class ServeArgs(BaseModel):
@@ -55,8 +55,8 @@ class ServeArgs(BaseModel):
     threads: int = Field(1, ge=1, description="Torch threads of a generator replica.")
     ingress_replicas: int = Field(1, ge=1)
     ingress_cpus: float = Field(0.25, gt=0)
-    max_batch: int = Field(64, ge=1, description="Prompts of one denoising pass.")
-    max_queued: int = Field(128, ge=1, description="Requests that wait for a replica, then 503.")
+    max_batch: int = Field(32, ge=1, description="Prompts of one denoising pass.")
+    max_queued: int = Field(64, ge=1, description="Requests that wait for a replica, then 503.")
     cache_mb: float = Field(64, ge=0, description="Generated models kept by a replica.")
     keep_s: float = Field(86_400, gt=0, description="Seconds that large prompts are kept.")
     familiarity_threshold: float = Field(0.5, ge=0, le=1)
@@ -196,7 +196,7 @@ def build_app(args: ServeArgs) -> Application:
         num_replicas=args.ingress_replicas,
         # the generator's queue is the one that fills: it answers with a problem document
         max_ongoing_requests=INGRESS_ONGOING,
-        max_queued_requests=INGRESS_ONGOING,
+        max_queued_requests=INGRESS_QUEUED,
         ray_actor_options={"num_cpus": args.ingress_cpus},
         **shared,
     )(serve.ingress()(Ingress))
