@@ -77,8 +77,11 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     for chatty in ("ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     run = Run(config, base)
-    shard = ray.train.get_dataset_shard("zoo")
-    tables = list(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+    zoo = None
+    if settings["judge"] is None:
+        shard = ray.train.get_dataset_shard("zoo")
+        tables = list(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+        zoo = zoo_of(pa.concat_tables(tables))
     generator = load_generator(run.start)
     denoiser = generator.denoiser.train().requires_grad_(True)
     denoiser.checkpointing = config.cluster.activation_checkpointing
@@ -112,7 +115,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     train(
         config.train,
         engine=engine,
-        source=run.source(generator, config.train, zoo_of(pa.concat_tables(tables))),
+        source=run.source(generator, config.train, zoo),
         start=start,
         report=report,
         validate=begin_validation(settings["judge"], config, base) if rank == 0 else None,
@@ -161,7 +164,8 @@ def build_trainer(
     """The training of a run, its states in `train/`.
 
     Args:
-        judge: That of several trainings; default: one of its own.
+        judge: That of several trainings. These read the zoo for themselves, as a short one would
+            wait longer for Ray Data's processes. Default: one of its own.
     """
     import ray.data
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
@@ -172,15 +176,17 @@ def build_trainer(
     cluster = run.config.cluster
     each = {"CPU": cluster.train_cpus} | ({"GPU": 1.0} if on_gpu() else {})
     require(cluster.train_workers, each, key="cluster.train_workers", wait_s=cluster.wait_s)
-    zoo = ray.data.from_arrow(read_rows(run.base / "zoo"))
-    zoo.context.enable_progress_bars = False
+    streams: dict[str, Any] = {}
+    if judge is None:
+        streams["zoo"] = ray.data.from_arrow(read_rows(run.base / "zoo"))
+        streams["zoo"].context.enable_progress_bars = False
     return TorchTrainer(
         train_on_rank,
         train_loop_config={"config": run.config, "base": run.base, "judge": judge},
         scaling_config=ScalingConfig(
             num_workers=cluster.train_workers, use_gpu=on_gpu(), resources_per_worker=each
         ),
-        datasets={"zoo": zoo},
+        datasets=streams,
         # every rank takes the whole zoo: which rows a step reads must not depend on their number
         dataset_config=DataConfig(datasets_to_split=[]),
         run_config=RunConfig(
