@@ -42,9 +42,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def trial_run(search: Search, base: Path, trial_id: str, point: dict[str, Any]) -> Run:
     """The run of a trial, on the generic model and the zoo of the base run."""
     storage = base / "tune" / search.sweep.name
-    config = search.trial(point)
-    # Tune has curves of its own
-    return Run(replace(config, name=trial_id, storage=str(storage), tracking="none"), base)
+    return Run(replace(search.trial(point), name=trial_id, storage=str(storage)), base)
 
 
 def run_trial(point: dict[str, Any], search: Search, base: Path, judge: Any) -> None:
