@@ -361,7 +361,7 @@ def check(run, folder, printed):
     assert best.name == f"{run.config.name}-s-best"
     top = max(row["val_accuracy"] for row in table)
     # of equal ones the default is taken
-    winner = max(table, key=lambda row: (row["val_accuracy"], row["default"]))
+    winner = max(table, key=lambda row: (row["val_accuracy"], row["default"], -row["parameters"]))
     assert (winner["val_accuracy"], winner["train.lr"]) == (top, best.train.lr)
     said = printed.strip().splitlines()[-1]
     assert said.startswith("No trial of 4 beats" if winner["default"] else "Trial ")
