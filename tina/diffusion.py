@@ -10,6 +10,7 @@ classifier.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +24,9 @@ Denoise = Callable[..., Tensor]
 """`denoise(x (B, L, P), t (B,), cond (B, K, E), mask (B, K), drop=None) -> x0 (B, L, P)`."""
 
 
+@lru_cache
 def build_scheduler(config: DiffusionConfig) -> Any:
-    """The diffusers scheduler of a config; it predicts samples and never clips.
+    """The diffusers scheduler of a config; it predicts samples and never clips. To be copied.
 
     DDIM is the first-order DPM-Solver++ (Lu et al. 2022, section 4): diffusers' own DDIM class
     misses x0 where the number of steps does not divide T.
@@ -138,7 +140,7 @@ def sample(
         raise ConfigError(f"sampling steps must lie in 1..{config.timesteps}, got {steps}")
     if config.sampler == "ddpm" and len(seeds) != len(noise):
         raise ConfigError(f"the ddpm sampler needs a seed per sample, got {len(seeds)}")
-    scheduler = build_scheduler(config)
+    scheduler = copy(build_scheduler(config))  # what a run changes, set_timesteps binds anew
     scheduler.set_timesteps(steps)
     extra = {}
     if config.sampler == "ddpm":
