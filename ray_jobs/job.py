@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import shorten
 
 import yaml
+from tqdm import tqdm
 
 from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config
@@ -84,7 +85,7 @@ def _fail(error: Exception, job: str) -> int:
         traceback.print_exception(error)
         message = shorten(f"{type(cause).__name__}: {message}", MOST_CHARACTERS)
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()  # or its workers' last words come after ours
+        leave_ray()
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 
@@ -143,6 +144,16 @@ def start_ray() -> None:
         # a submitted job's own environment reaches its workers, and must not be given twice
         runtime_env=None if SUBMITTED in os.environ else {"env_vars": variables() | path},
     )
+
+
+def leave_ray() -> None:
+    """Leave the cluster: what is printed from here on stays below its workers' last words."""
+    import ray
+
+    ray.shutdown()
+    # The bars of workers that are gone would be drawn once more at exit.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def on_gpu() -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
-from ray_jobs.job import capacity, on_gpu, require, run_job, start_ray
+from ray_jobs.job import capacity, leave_ray, on_gpu, require, run_job, start_ray
 from tina.config import JobConfig
 from tina.configio import parse_config
 from tina.errors import ConfigError, TinaError
@@ -153,12 +153,9 @@ def work(run: Run, search: Search) -> None:
     start_ray()
     build_zoo(run, "zoo")
     results = build_tuner(run, search).fit()
-
-    import ray
-
     from ray_jobs.sweep_report import publish
 
-    ray.shutdown()  # or its workers' last words come between ours
+    leave_ray()
     publish(run, search, ended(results, search))
 
 

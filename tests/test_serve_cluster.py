@@ -1,13 +1,16 @@
 """The endpoint on a real Ray cluster: contract, replicas, killed ones, clients that go."""
 
 import asyncio
+import random
 import re
 import socket
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import ray
 import schemathesis
@@ -26,6 +29,7 @@ from schemathesis.specs.openapi.checks import (
 
 from serve.app import ServeArgs, build_app
 from tina import TinaPipeline
+from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.client import Client
 from tina.errors import ConfigError
 
@@ -41,6 +45,9 @@ CHECKS = [
     response_schema_conformance,
 ]
 CLASSES = ["three", "five", "eight"]
+CLIENTS = 8
+LEAVING = 0.1  # share of requests whose client goes before it is answered
+GROWTH = 1.1  # of a replica's memory, after a load beside before it
 
 
 def free_port():
@@ -50,23 +57,32 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def url(tiny_checkpoint, tmp_path_factory):
-    """A service with two replicas of the generator."""
+def deploy(tmp_path_factory):
+    """Serve a checkpoint with two replicas of the generator; the next one replaces it."""
     ray.init(num_cpus=2, include_dashboard=True)
-    port = free_port()
+    port, storage = free_port(), tmp_path_factory.mktemp("serve")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = ServeArgs(
-        checkpoint=str(tiny_checkpoint),
-        storage=str(tmp_path_factory.mktemp("serve")),
-        min_replicas=2,
-        max_replicas=2,
-        cpus=0.5,
-        cache_mb=0,
-    )
-    serve.run(build_app(args))
-    yield f"http://127.0.0.1:{port}"
+
+    def run(checkpoint):
+        args = ServeArgs(
+            checkpoint=str(checkpoint),
+            storage=str(storage),
+            min_replicas=2,
+            max_replicas=2,
+            cpus=0.5,
+            cache_mb=0,
+        )
+        serve.run(build_app(args))
+        return f"http://127.0.0.1:{port}"
+
+    yield run
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(deploy, tiny_checkpoint):
+    return deploy(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +203,111 @@ def test_arguments_are_checked(tmp_path):
         build_app(ServeArgs(checkpoint="runs/quickstart/checkpoint"))
     with pytest.raises(ConfigError, match="absolute"):
         build_app(ServeArgs(checkpoint="/x", storage="here"))
+
+
+# --- under steady load ---------------------------------------------------------------------------
+
+
+class Load:
+    """Clients that ask again as soon as they are answered, until they are told to stop."""
+
+    def __init__(self, url):
+        self.url, self.going = url, True
+        self.statuses, self.broken, self.slowest = Counter(), [], 0.0
+        self.checkpoints = Counter()
+
+    async def client(self, number):
+        draw = random.Random(number)
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as http:
+            while self.going:
+                prompt = {"classes": CLASSES, "seed": draw.randrange(2**31)}
+                begin = time.monotonic()
+                asked = asyncio.create_task(http.post("/v1/models", json=prompt))
+                if draw.random() < LEAVING:
+                    await asyncio.sleep(draw.random() * 0.05)
+                    asked.cancel()
+                try:
+                    answer = await asked
+                except asyncio.CancelledError:
+                    self.statuses["left"] += 1
+                    continue
+                except httpx.HTTPError as error:
+                    self.broken.append(repr(error))
+                    continue
+                self.slowest = max(self.slowest, time.monotonic() - begin)
+                self.statuses[answer.status_code] += 1
+                if answer.status_code == 201:
+                    self.checkpoints[answer.json()["checkpoint"]] += 1
+                elif answer.status_code == 503:
+                    await asyncio.sleep(float(answer.headers["retry-after"]))
+                else:
+                    self.broken.append(answer.text)
+
+    def during(self, work):
+        """Run blocking work in a thread under this load."""
+
+        async def main():
+            clients = [asyncio.create_task(self.client(i)) for i in range(CLIENTS)]
+            try:
+                await asyncio.to_thread(work)
+            finally:
+                self.going = False
+            await asyncio.wait_for(asyncio.gather(*clients), 90)
+
+        asyncio.run(main())
+        assert not self.broken, self.broken[:3]
+        assert self.statuses["left"] > 0
+        assert self.statuses[201] > 10 * CLIENTS, self.statuses
+        assert self.slowest < 60
+
+
+def memory():
+    """Resident bytes of each generator replica."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        if "ServeReplica:default:Generator" in " ".join(process.info["cmdline"] or []):
+            found[process.pid] = process.info["memory_info"].rss
+    return found
+
+
+@pytest.mark.slow
+def test_memory_returns(url):
+    wait_for(lambda: len(memory()) == 2)
+    Load(url).during(lambda: time.sleep(15))  # the buffers of torch and of Ray fill once
+    before = memory()
+    Load(url).during(lambda: time.sleep(30))
+    after = memory()
+    assert set(after) == set(before)
+    assert all(after[pid] < GROWTH * before[pid] for pid in before), (before, after)
+
+
+@pytest.mark.slow
+def test_a_replica_dies_under_load(url):
+    def work():
+        time.sleep(5)
+        before = replicas()
+        kill(min(before))
+        wait_for(lambda: len(replicas() - {min(before)}) == 2)
+        time.sleep(5)
+
+    Load(url).during(work)
+
+
+@pytest.mark.slow
+def test_a_rolling_update_under_load(deploy, url, tiny_checkpoint, tmp_path):
+    old = check_manifest(tiny_checkpoint)
+    save_generator(load_generator(tiny_checkpoint), tmp_path / "other", card="Another card.\n")
+    new = check_manifest(tmp_path / "other")
+    assert new != old
+    load = Load(url)
+
+    def work():
+        time.sleep(5)
+        before = replicas()
+        deploy(tmp_path / "other")
+        wait_for(lambda: len(replicas() - before) == 2 and not replicas() & before, seconds=180)
+        time.sleep(5)
+
+    load.during(work)
+    assert set(load.checkpoints) == {old, new}
+    assert httpx.get(f"{url}/v1/info").json()["checkpoint"] == new
