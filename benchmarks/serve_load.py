@@ -25,6 +25,7 @@ from statistics import median
 
 import aiohttp
 import numpy as np
+import psutil
 
 CLIENTS, OVERLOAD = 32, 5
 RESULTS = Path(__file__).parent / "results" / "serve_load.jsonl"
@@ -105,6 +106,17 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{p}_ms": round(float(v), 1) for p, v in zip((50, 90, 99), found, strict=True)}
 
 
+def processor_seconds() -> Counter[str]:
+    """CPU time so far of every process that takes part, by what it is."""
+    kinds = ("Generator", "Ingress", "proxy", "haproxy", "raylet", "gcs_server", "spawn_main")
+    found: Counter[str] = Counter()
+    for process in psutil.process_iter(["cmdline", "cpu_times"]):
+        words, times = " ".join(process.info["cmdline"] or []), process.info["cpu_times"]
+        kind = next((kind for kind in kinds if kind.lower() in words.lower()), "other")
+        found[kind] += times.user + times.system if times else 0.0
+    return found
+
+
 def bare(checkpoint: Path, classes: list[str]) -> dict[str, object]:
     """Models per second and latency of the pipeline alone, on all cores."""
     from tina import TinaPipeline
@@ -167,7 +179,10 @@ def main() -> None:
     with service(checkpoint, **options):
         elsewhere(closed_loop, classes, CLIENTS, 5)  # warm
         lone = [t for _, t, _ in elsewhere(closed_loop, classes, 1, args.seconds)]
+        before = processor_seconds()
         loaded = elsewhere(closed_loop, classes, CLIENTS, args.seconds)
+        spent = processor_seconds()
+        spent.subtract(before)
         rate = sum(status == 201 for *_, status in loaded) / args.seconds
         flood = elsewhere(open_loop, classes, OVERLOAD * rate, args.overload_seconds)
         after = [t for _, t, _ in elsewhere(closed_loop, classes, 1, 5)]
@@ -187,6 +202,9 @@ def main() -> None:
         "added_p50_ms": round(percentiles(lone)["p50_ms"] - alone["alone"]["p50_ms"], 1),
         "clients_32": percentiles([t for _, t, _ in loaded]) | {"models_per_s": round(rate, 1)},
         "share_of_bare": round(rate / best, 2),
+        "cpu_ms_per_model": {
+            kind: round(1000 * s / rate / args.seconds, 2) for kind, s in spent.most_common() if s
+        },
         "overload": percentiles(served)
         | {
             "asked_per_s": round(OVERLOAD * rate, 1),
