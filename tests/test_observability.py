@@ -120,7 +120,7 @@ CODE = text_of(
 
 
 def rays_names():
-    """Names of metrics in the installed Ray's Python code: those of its own dashboards, and strings."""
+    """Metrics in the installed Ray's Python code: those of its own dashboards, and strings."""
     shown = re.findall(r"\bray_(\w+)", text_of("dashboard/modules/metrics"))
     protocols = {
         "serve_num_{}_requests",
