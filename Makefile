@@ -38,7 +38,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet uv
 
 $(STAMP): requirements.lock pyproject.toml | $(BIN)/uv
-	$(UV_PIP) -r requirements.lock
+	$(UV_PIP) --compile-bytecode -r requirements.lock
 	$(UV_PIP) --no-deps -e .
 ifeq ($(DS_ACCELERATOR),cpu)
 	$(BIN)/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; op = Op(); op.is_compatible() and op.load(verbose=False)'

@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     parser.add_argument("--overload-seconds", type=float, default=60)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     from tina.checkpoint import load_generator
     from tina.run import commit, hardware

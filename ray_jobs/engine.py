@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from tina.config import JobConfig
 from tina.engine import Weights, build_optimiser
+from tina.precision import in_bf16
 
 TAG = "engine"
 WORLD = "world.json"
@@ -40,7 +41,7 @@ def deepspeed_config(config: JobConfig, world: int, *, universal: bool = False) 
         "zero_force_ds_cpu_optimizer": False,
         # autocast around the engine is switched off inside it; gradients are reduced in fp32
         "torch_autocast": {
-            "enabled": train.precision == "bf16",
+            "enabled": in_bf16(train.precision),
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },

@@ -119,7 +119,13 @@ def test_digits_are_the_bundled_images_scaled_to_bytes(cache):
     assert data.class_names[:3] == ("zero", "one", "two")
     assert data.num_classes == 10
     assert data.groups is None
-    assert not cache.exists()
+
+
+def test_digits_are_read_without_scikit_learn_once_they_are_cached(cache, monkeypatch):
+    first = load_dataset(DataConfig())
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # importing it raises
+    assert torch.equal(load_dataset(DataConfig()).images, first.images)
 
 
 def test_digits_resize():

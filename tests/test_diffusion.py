@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from tina.config import DiffusionConfig
-from tina.diffusion import add_noise, as_x0, guided, initial_noise, sample, signal_level
+from tina.diffusion import add_noise, as_x0, guided, initial_noise, plan, sample, signal_level
 from tina.errors import ConfigError
-
-# numpy 2 on diffusers' DPM-Solver++: third party
 
 SAMPLERS = ("ddim", "dpm++", "ddpm")
 SCHEDULES = ("linear", "cosine")
@@ -284,6 +282,51 @@ def test_one_step_is_the_denoisers_answer_to_noise(sampler):
     gaussian, noise = Gaussian(config, 0.3, 1.5), initial_noise(range(2), (3, 4))
     found = draw(gaussian, config, noise=noise, steps=1)
     assert torch.equal(found, gaussian(noise, torch.tensor([999, 999]), None, None))
+
+
+def diffusers_sample(denoise, config, *, noise, steps, seeds):
+    """The same by diffusers, whose DDIM class drifts: first-order DPM-Solver++ is DDIM."""
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+    low, high = (1000 / config.timesteps * end for end in config.beta_range)
+    common = {
+        "num_train_timesteps": config.timesteps,
+        "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
+        "beta_start": low,
+        "beta_end": high,
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+    }
+    if config.sampler == "ddpm":
+        scheduler = DDPMScheduler(**common, clip_sample=False)
+        extra = {"generator": [torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds]}
+    else:
+        order = {"ddim": 1, "dpm++": 2}[config.sampler]
+        scheduler = DPMSolverMultistepScheduler(
+            **common, algorithm_type="dpmsolver++", solver_order=order, final_sigmas_type="zero"
+        )
+        extra = {}
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(signal_level(config), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    assert [step.t for step in plan(config, steps)] == scheduler.timesteps.tolist()
+    x = noise
+    for t in scheduler.timesteps:
+        x0 = denoise(x, t.expand(len(x)), None, None)
+        x = scheduler.step(x0, t, x, **extra).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("timesteps", [100, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 100])
+@pytest.mark.parametrize(("sampler", "schedule"), EVERY)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
+def test_samplers_equal_diffusers(sampler, schedule, steps, timesteps):
+    config, seeds = configure(sampler, schedule, timesteps=timesteps), [5, 2, 9]
+    gaussian, noise = Gaussian(config, 0.3, 1.5), initial_noise(seeds, (16, 8))
+    expected = diffusers_sample(gaussian, config, noise=noise, steps=steps, seeds=seeds)
+    found = draw(gaussian, config, noise=noise, steps=steps, seeds=seeds)
+    # theirs is float32 throughout; abar_T of the cosine schedule has few digits there
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
 # --- seeds ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "config", "configio", "space", "files", "images"],
+    *["errors", "config", "configio", "precision", "space", "files", "images"],
     *["superclasses", "sources", "datasets", "tasks"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "codec", "transformer", "diffusion", "generator"],

@@ -11,7 +11,8 @@ from typing import Literal
 
 from tina.errors import ConfigError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "auto"]
+"""Of arithmetic; auto is bf16 where the machine has it in hardware (`tina.precision`)."""
 
 
 def _positive(owner: object, **values: float) -> None:

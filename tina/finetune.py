@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.optim.adamw import adamw
 
 from tina.classifiers import Family, InputStore, ResNet20Head, predict
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import NonFiniteError
+from tina.precision import in_bf16
 
 Progress = Callable[[int], object]
 """Called with the number of steps that have been done since the last call."""
@@ -104,18 +106,43 @@ def finetune(
     return trained
 
 
-def _optimiser(parameters: list[nn.Parameter], recipe: RecipeConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+class _AdamW:
+    """AdamW over tensors, in place, its learning rate annealed.
+
+    torch's own function rather than its optimiser class, which imports the compiler first: longer
+    than a short fine-tuning takes.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], recipe: RecipeConfig) -> None:
+        self.weights, self.recipe = list(weights), recipe
+        self.means = [torch.zeros_like(w) for w in weights]
+        self.squares = [torch.zeros_like(w) for w in weights]
+        self.steps = [torch.zeros((), device=w.device) for w in weights]
+
+    @torch.no_grad()
+    def step(self, step: int, gradients: Sequence[Tensor]) -> None:
+        """Take a step of the recipe's."""
+        adamw(
+            self.weights,
+            list(gradients),
+            self.means,
+            self.squares,
+            [],
+            self.steps,
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.recipe.lr * annealed(step, self.recipe.steps),
+            weight_decay=self.recipe.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def _autocast(inputs: Tensor, recipe: RecipeConfig) -> torch.autocast:
-    enabled = recipe.precision == "bf16"
+    enabled = in_bf16(recipe.precision)
     return torch.autocast(inputs.device.type, torch.bfloat16, enabled=enabled)
-
-
-def _anneal(optimiser: torch.optim.Optimizer, recipe: RecipeConfig, step: int) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = recipe.lr * annealed(step, recipe.steps)
 
 
 def _train_loop(
@@ -129,20 +156,18 @@ def _train_loop(
     trained = []
     for theta, lesson in zip(thetas, lessons, strict=True):
         k = len(lesson.class_ids)
-        parameter = nn.Parameter(theta.clone())
-        optimiser = _optimiser([parameter], recipe)
+        own = theta.clone().requires_grad_()
+        optimiser = _AdamW([own], recipe)
         order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=lesson.seed)
         for step, batch in enumerate(order):
-            _anneal(optimiser, recipe, step)
             inputs = store[lesson.index[batch]]
             labels = lesson.labels[batch].to(inputs.device)
             with _autocast(inputs, recipe):
-                logits = family.logits(parameter, inputs, num_classes=k)
-            loss = F.cross_entropy(logits.float(), labels)
-            (parameter.grad,) = torch.autograd.grad(loss, parameter)
-            optimiser.step()
+                logits = family.logits(own, inputs, num_classes=k)
+            loss = F.cross_entropy(logits.to(own.dtype), labels)
+            optimiser.step(step, torch.autograd.grad(loss, own))
             progress(1)
-        trained.append(parameter.detach())
+        trained.append(own.detach())
     return trained
 
 
@@ -159,11 +184,10 @@ def _train_stacked(
     counts = torch.tensor([len(lesson.class_ids) for lesson in lessons])
     device = thetas[0].device
     absent = torch.arange(k_max).expand(len(lessons), -1).ge(counts[:, None]).to(device)  # (M, K)
-    start = torch.stack(
+    together = torch.stack(  # (M, n)
         [widen(family, t, len(x.class_ids), k_max) for t, x in zip(thetas, lessons, strict=True)]
     )
-    parameter = nn.Parameter(start)  # (M, n)
-    optimiser = _optimiser([parameter], recipe)
+    optimiser = _AdamW([together], recipe)
     orders = [
         batch_order(len(x.index), recipe.batch_size, recipe.steps, seed=x.seed) for x in lessons
     ]
@@ -173,15 +197,13 @@ def _train_stacked(
     def loss(theta: Tensor, inputs: Tensor, labels: Tensor, absent: Tensor) -> Tensor:
         with _autocast(inputs, recipe):
             logits = family.logits(theta, inputs, num_classes=k_max)
-        return F.cross_entropy(logits.float().masked_fill(absent, -torch.inf), labels)
+        return F.cross_entropy(logits.to(theta.dtype).masked_fill(absent, -torch.inf), labels)
 
     gradient = vmap(grad(loss))
     for step in range(recipe.steps):
-        _anneal(optimiser, recipe, step)
-        parameter.grad = gradient(parameter.detach(), store[index[step]], labels[step], absent)
-        optimiser.step()
+        optimiser.step(step, [gradient(together, store[index[step]], labels[step], absent)])
         progress(len(lessons))
-    body, rows = wide.split(parameter.detach())
+    body, rows = wide.split(together)
     return [
         family.layout(k).join(b, r[:k]) for b, r, k in zip(body, rows, counts.tolist(), strict=True)
     ]
@@ -223,18 +245,16 @@ def train_trunk(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = nn.Sequential(family.new_trunk(), family.module(len(class_ids)))
-    optimiser = _optimiser(list(network.parameters()), recipe)
+    parameters = list(network.parameters())
+    optimiser = _AdamW(parameters, recipe)
     order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=seed)
     for step, batch in enumerate(order):
-        _anneal(optimiser, recipe, step)
         x = family.scale(dataset.images[lesson.index[batch]])
         with _autocast(x, recipe):
             logits = network(x)
         loss = F.cross_entropy(logits.float(), lesson.labels[batch])
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the trunk's loss is not finite at step {step}")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        optimiser.step(step, torch.autograd.grad(loss, parameters))
         progress(1)
     return network[0]

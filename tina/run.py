@@ -44,6 +44,7 @@ from tina.generator import Generator, fit_shot_projection, new_denoiser
 from tina.generic import GenericModel, load_generic
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
+from tina.precision import has_bf16, settle
 from tina.prompts import Vocabulary, normalise_name
 from tina.report import markdown, plot_report
 from tina.sources import find_source
@@ -83,6 +84,8 @@ class Run:
     def claim(self) -> None:
         """Save the configuration, or make sure that the folder was made with the same one.
 
+        Settles every `precision: auto`: as it was for the folder before, else for this machine.
+
         Raises:
             ConfigError: It was made with another; evaluation and cluster may differ.
         """
@@ -90,8 +93,13 @@ class Run:
         find_source(self.config.data)
         build_family(self.config.classifier.family, channels=1, image_size=8)
         file = self.folder / "config.yaml"
-        if file.is_file():
-            found, mine = _read_yaml(file), config_to_dict(self.config)
+        found = _read_yaml(file) if file.is_file() else {}
+        asked = config_to_dict(self.config)
+        mine = settle(asked, found)
+        if mine != asked:
+            self.config = config_from_dict(JobConfig, mine)
+            print(f"precision auto: see {file}; bf16 in hardware here: {has_bf16()}")
+        if found:
             loose = {"evaluation", "cluster", "storage", "tracking"}
             differing = [k for k in mine if k not in loose and found.get(k) != mine[k]]
             if differing:
@@ -99,7 +107,7 @@ class Run:
                     f"{self.folder} holds a run with another {', '.join(differing)}: "
                     "choose another name or remove it"
                 )
-        write_text(file, yaml.safe_dump(config_to_dict(self.config), sort_keys=False))
+        write_text(file, yaml.safe_dump(mine, sort_keys=False))
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -6,6 +6,7 @@ its images when they are wanted. Nothing here decodes, resizes or partitions.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +100,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _find_digits(name: str, root: Path, may_download: bool) -> Source:
-    return Source(kind="digits", folder=Path(), files=(), read=_read_digits)
+    # looked up, not imported: once the images are cached, scikit-learn takes longer than they do
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise DataError("digits ships inside scikit-learn, which is not installed")
+    folder = Path(spec.origin).parent / "datasets" / "data"
+    files = [folder / "digits.csv.gz"]
+    return Source(kind="digits", folder=folder, files=files, read=_read_digits)
 
 
 def _read_digits() -> Listing:

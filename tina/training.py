@@ -32,6 +32,7 @@ from tina.errors import NonFiniteError
 from tina.files import write_tensors
 from tina.finetune import annealed
 from tina.generator import Generator
+from tina.precision import in_bf16
 
 Validate = Callable[[Weights], Callable[[], float]]
 """Begin to measure what weights generate; the result waits for it: accuracy on `select` images of
@@ -142,6 +143,7 @@ def train(
         NonFiniteError: A loss is NaN or infinite; the step is not taken.
     """
     device = next(engine.module.parameters()).device
+    half = in_bf16(config.precision)
     abar = signal_level(source.generator.config.diffusion).to(device)
     factors = {"weight_loss": config.weight_loss}
     if config.function_loss > 0:
@@ -168,7 +170,7 @@ def train(
         taken = dict.fromkeys(factors, 0.0)
         for part in range(rank * config.accumulation, (rank + 1) * config.accumulation):
             batch = source.batch(step, part=part, parts=parts).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 found = losses(engine, source.generator, batch, abar)
             loss = torch.stack([factors[name] * value for name, value in found.items()]).sum()
             if not bool(torch.isfinite(loss)):

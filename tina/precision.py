@@ -1,0 +1,51 @@
+"""What `precision: auto` means: bf16 where the machine has it in hardware, else fp32.
+
+A CPU without it emulates bf16, and is several times slower than in fp32 (`benchmarks/
+classifier_step.py`). A run settles the question once, when it is claimed, and its saved
+configuration holds the answer: every worker and every resumption computes alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tina.config import Precision
+from tina.errors import ConfigError
+
+
+def has_bf16() -> bool:
+    """Whether this machine's GPU, or without one its CPU, computes in bf16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def settle(values: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plain values with each `precision: auto` replaced.
+
+    Args:
+        saved: Those of the same run when it was claimed before; what stands there is kept.
+    """
+    settled = dict(values)
+    for key, value in values.items():
+        before = saved.get(key)
+        if isinstance(value, Mapping):
+            settled[key] = settle(value, before if isinstance(before, Mapping) else {})
+        elif key == "precision" and value == "auto":
+            settled[key] = before or ("bf16" if has_bf16() else "fp32")
+    return settled
+
+
+def in_bf16(precision: Precision) -> bool:
+    """Whether to compute in bf16.
+
+    Raises:
+        ConfigError: `auto`, which only a claimed run has settled.
+    """
+    if precision == "auto":
+        raise ConfigError("precision auto is for jobs, which settle it: say fp32 or bf16 here")
+    return precision == "bf16"
