@@ -238,3 +238,35 @@ def test_what_the_readme_names_is_there():
     }
     assert named == parts - {"tune"}
     assert "`tune`" in README
+
+
+def test_sizes_are_what_the_sources_say():
+    table = README.split("## Sizes")[1]
+    (step,) = (ROOT / "benchmarks/results/classifier_step.jsonl").read_text().splitlines()[:1]
+    assert f"| {json.loads(step)['ms_per_model_step']['bf16 loop']:.1f} ms on one core |" in table
+    report = json.loads((ROOT / "docs/results/cifar100_cnn5k/report.json").read_text())
+    assert f"| {report['timing']['finetune_s_per_model']:.0f} s a model on a core |" in table
+    size = report["generator"]["parameters"]
+    assert f"generator of {size:,} parameters" in table
+    (load,) = (ROOT / "benchmarks/results/serve_load.jsonl").read_text().splitlines()[:1]
+    clients = json.loads(load)["clients_32"]
+    figures = f"{clients['models_per_s']:.1f} models/s, p99 {clients['p99_ms']:.0f} ms"
+    assert f"| {figures} |" in table
+    log = (ROOT / "docs/log.md").read_text()
+    for words in (r"zoo\s4, generator 18", r"give 95 models/s", r"5 to 8 ms.*0\.7 ms"):
+        assert re.search(words, log), words
+    assert re.search(r"1,000 p-models of CNN-5K are 21 MB", (ROOT / "docs/design.md").read_text())
+    # the arithmetic of what is extrapolated
+    models, cores, minutes = 10_000, 32, 4
+    each = minutes * 60 * 2 / 80
+    assert f"{models:,} x {each:.0f} s = {models * each:,.0f} s" in table
+    assert f"/ {cores} = {models * each / cores / 60:.0f} min" in table
+    growth = 640e6 / size
+    assert f"640M / {size / 1e6:.2f}M = {growth:.0f}; {18 / 60 * 2:g} x {growth:.0f}" in table
+    assert f"| {18 / 60 * 2 * growth:.0f} core-hours" in table
+    assert f"| {24 * 640e6 / 1e9:.0f} GB a rank" in table
+    assert f"| {2 * 24 * 640e6 / 1e9:.0f} GB for two states" in table
+    assert (
+        f"| {json.loads(load)['bare']['alone']['p50_ms'] * growth / 1000:.0f} s on a core" in table
+    )
+    assert f"1,000 / 95 x 2 = {1000 / 95 * 2:.0f}" in table
