@@ -62,10 +62,12 @@ test-all: install ## Run the slow and the browser tests too.
 	$(BIN)/python -m pytest -m "not gpu"
 
 .PHONY: check
-check: install ## Lint, format and types, without changing a file.
+check: install ## Lint, format and types, scripts and Dockerfile too, without changing a file.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources .ci/run cluster/local/*.sh
+	$(BIN)/hadolint cluster/Dockerfile
 
 .PHONY: format
 format: install ## Sort imports, mend what ruff can, format.

@@ -1,0 +1,272 @@
+"""Launcher files, local cluster, image: valid, and with the project's own names."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+from manifests import DOCKERFILE, README, RENDERED, ROOT, read
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start as ray_start
+
+SCHEMA = json.loads((ROOT / "cluster" / "schemas" / "launcher.json").read_text())
+LOCAL = ROOT / "cluster" / "local"
+BIN = Path(sys.executable).parent
+CLOUDS = ("aws", "gcp")
+
+
+def launcher(cloud):
+    return read((ROOT / "cluster" / "launcher" / f"{cloud}.yaml").read_text())[0]
+
+
+def check(config):
+    """Ray's own validator, then what it leaves to the cloud."""
+    validate_config(prepare_config(copy.deepcopy(config)))
+    nodes = {name: node["node_config"] for name, node in config["available_node_types"].items()}
+    schema = SCHEMA | {"$ref": f"#/$defs/{config['provider']['type']}"}
+    document = {"provider": config["provider"], "nodes": nodes}
+    jsonschema.Draft202012Validator(schema).validate(document)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_a_launcher_file_is_valid(cloud):
+    check(launcher(cloud))
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+@pytest.mark.parametrize(
+    ("way", "typo"),
+    [
+        ([], "idle_timeout_minute"),
+        (["auth"], "ssh_usr"),
+        (["provider"], "regoin"),
+        (["available_node_types", "cpu"], "min_worker"),
+        (["available_node_types", "gpu", "node_config"], "machine"),
+    ],
+)
+def test_a_misspelt_key_is_refused(cloud, way, typo):
+    config = launcher(cloud)
+    node = config
+    for step in way:
+        node = node[step]
+    node[typo] = 1
+    with pytest.raises(jsonschema.ValidationError, match=typo):
+        check(config)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_the_head_works_not_and_workers_come_from_nothing_and_from_spot(cloud):
+    config = launcher(cloud)
+    types = config["available_node_types"]
+    assert config["head_node_type"] == "head"
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert config["idle_timeout_minutes"] > 0
+    assert types["gpu"]["resources"]["GPU"] == 1
+    for name in ("cpu", "gpu"):
+        assert types[name]["min_workers"] == 0
+        node = types[name]["node_config"]
+        spot = node.get("InstanceMarketOptions") == {"MarketType": "spot"}
+        assert spot or {"preemptible": True} in node["scheduling"]
+    assert sum(types[name]["max_workers"] for name in ("cpu", "gpu")) == config["max_workers"]
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_nodes_install_what_is_locked(cloud):
+    config = launcher(cloud)
+    commands = "\n".join(config["setup_commands"])
+    assert config["file_mounts"]["~/tina"] == "."
+    assert "make -C ~/tina install" in commands
+    recipe = (ROOT / "Makefile").read_text().split("$(STAMP):")[1].split("\n\n")[0]
+    assert "-r requirements.lock" in recipe
+    # as the Makefile says where the operator is compiled
+    makefile = (ROOT / "Makefile").read_text()
+    assert "VENV := .venv\n" in makefile
+    assert "TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions" in makefile
+    assert "TORCH_EXTENSIONS_DIR=$HOME/tina/.venv/torch_extensions" in commands
+    assert "RAY_AUTH_MODE=token" in commands
+    # a list of a node type's own would take the place of these, and nothing would be installed
+    for node in config["available_node_types"].values():
+        assert "worker_setup_commands" not in node
+
+
+def flags(text):
+    """The flags of `ray start` in a text."""
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+
+
+STARTS = [
+    *(
+        "\n".join(launcher(c)[f"{n}_start_ray_commands"])
+        for c in CLOUDS
+        for n in ("head", "worker")
+    ),
+    "\n".join(
+        re.findall(
+            r"^start .*(?:\\\n.*)*|setsid ray start(?:.*\\\n)+", (LOCAL / "up.sh").read_text(), re.M
+        )
+    ),
+    DOCKERFILE.split("\nCMD ")[1].split("\n")[0],
+]
+
+
+@pytest.mark.parametrize("text", STARTS)
+def test_flags_of_ray_start_exist(text):
+    known = {option for parameter in ray_start.params for option in parameter.opts}
+    assert len(flags(text)) >= 3
+    assert flags(text) <= known
+    assert "--num-cpu" not in known
+
+
+# --- the image ------------------------------------------------------------------------------------
+
+
+def test_the_image_is_built_of_what_is_let_in():
+    allowed = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    assert all((ROOT / name).exists() for name in allowed)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {*project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], "configs"}
+    needed |= {"pyproject.toml", "requirements.lock", project["project"]["readme"]}
+    assert needed | set(project["project"]["license-files"]) == allowed
+    python = re.findall(r"^ARG PYTHON=([\d.]+)$", DOCKERFILE, re.M)[0]
+    classifiers = project["project"]["classifiers"]
+    assert f"Programming Language :: Python :: {python}" in classifiers
+
+
+def test_the_image_installs_what_is_locked_and_runs_as_nobody_in_particular():
+    installs = [x for x in DOCKERFILE.replace("\\\n", " ").splitlines() if "uv pip install" in x]
+    assert len(installs) == 3
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for line in installs[:2]:
+        assert line.count("-c requirements.lock") == 2
+        assert set(re.findall(r"--extra (\w+)", line)) == set(extras) - {"dev"}
+    assert "--no-deps" in installs[2]
+    for target in ("cpu", "cuda"):
+        stage = DOCKERFILE.split(f"FROM runtime AS {target}\n")[1].split("\nFROM ")[0]
+        assert stage.rstrip().endswith("USER 1000")
+    assert "TORCH_EXTENSIONS_DIR=" in DOCKERFILE
+    assert "HEALTHCHECK" in DOCKERFILE
+    assert f"ray[data,train,serve,tune]=={ray.__version__}" in (ROOT / "pyproject.toml").read_text()
+
+
+# --- linters --------------------------------------------------------------------------------------
+
+
+def lint(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_scripts_and_dockerfile_are_clean_and_a_fault_is_seen(tmp_path):
+    recipe = (ROOT / "Makefile").read_text().split("\ncheck: ")[1].split("\n\n")[0]
+    assert "shellcheck --external-sources .ci/run cluster/local/*.sh" in recipe
+    assert "hadolint cluster/Dockerfile" in recipe
+    scripts = [str(file) for file in LOCAL.glob("*.sh")]
+    assert len(scripts) == 4
+    shellcheck = [str(BIN / "shellcheck"), "--external-sources"]
+    done = lint(*shellcheck, ".ci/run", *scripts)
+    assert done.returncode == 0, done.stdout
+    script = tmp_path / "up.sh"
+    script.write_text(
+        (LOCAL / "up.sh").read_text().replace('"$STATE/$node.pid"', "$STATE/$node.pid")
+    )
+    assert "SC2086" in lint(*shellcheck, str(script)).stdout
+    done = lint(str(BIN / "hadolint"), "cluster/Dockerfile")
+    assert done.returncode == 0, done.stdout
+    image = tmp_path / "Dockerfile"
+    image.write_text(DOCKERFILE.replace("--no-install-recommends ", ""))
+    assert "DL3015" in lint(str(BIN / "hadolint"), str(image)).stdout
+
+
+# --- the local cluster and its README -------------------------------------------------------------
+
+
+def test_nodes_have_ports_of_their_own():
+    env = (LOCAL / "env.sh").read_text()
+    bases = [int(base) for base in re.findall(r"\) echo (\d+) ;;", env)]
+    up = (LOCAL / "up.sh").read_text()
+    offsets = [int(x) for x in re.findall(r"\$\(\(base \+ (\d+)\)\)", up)]
+    assert sorted(set(offsets)) == sorted(offsets)
+    used = [base + offset for base in bases for offset in (0, *offsets[:-2])]
+    for base in bases:
+        used += range(base + offsets[-2], base + offsets[-1] + 1)
+    assert len(set(used)) == len(used)
+    assert int(re.findall(r"SERVE_PORT=(\d+)", env)[0]) == 8000
+
+
+def test_the_walkthrough_leaves_room_for_a_lost_node():
+    """What remains on one worker holds the endpoint, and the job a worker at least."""
+    from serve.app import ServeArgs
+
+    up, walk = (LOCAL / "up.sh").read_text(), (LOCAL / "walkthrough.sh").read_text()
+    cpus = int(re.findall(r"TINA_WORKER_CPUS:-(\d+)", up)[0])
+    (config,) = read((LOCAL / "serve.yaml").read_text())
+    args = ServeArgs(**config["applications"][0]["args"])
+    endpoint = args.max_replicas * args.cpus + args.ingress_replicas * args.ingress_cpus
+    assert endpoint + 1 <= cpus
+    rank = float(re.findall(r"--cluster\.train_cpus (\S+)", walk)[0])
+    assert cpus / 2 < rank <= cpus - 1, "one rank to a node, and a CPU left for the reader"
+
+
+def commands(text):
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return "\n".join(blocks).replace("\\\n", " ")
+
+
+def test_what_the_readme_names_is_there():
+    text = commands(README)
+    for path in re.findall(r"\b(?:cluster|configs)/[\w./-]+", text):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\bmake ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / "cluster" / link).exists(), link
+    parts = {d["metadata"]["labels"]["app.kubernetes.io/component"] for d in RENDERED["local"]}
+    named = {
+        *re.findall(r"component=([\w-]+)", text),
+        *re.findall(r"part in ([^;]+);", text)[0].split(),
+    }
+    assert named == parts - {"tune"}
+    assert "`tune`" in README
+
+
+def test_sizes_are_what_the_sources_say():
+    table = README.split("## Sizes")[1]
+    (step,) = (ROOT / "benchmarks/results/classifier_step.jsonl").read_text().splitlines()[:1]
+    assert f"| {json.loads(step)['ms_per_model_step']['bf16 loop']:.1f} ms on one core |" in table
+    report = json.loads((ROOT / "docs/results/cifar100_cnn5k/report.json").read_text())
+    assert f"| {report['timing']['finetune_s_per_model']:.0f} s a model on a core |" in table
+    size = report["generator"]["parameters"]
+    assert f"generator of {size:,} parameters" in table
+    (load,) = (ROOT / "benchmarks/results/serve_load.jsonl").read_text().splitlines()[:1]
+    clients = json.loads(load)["clients_32"]
+    figures = f"{clients['models_per_s']:.1f} models/s, p99 {clients['p99_ms']:.0f} ms"
+    assert f"| {figures} |" in table
+    log = (ROOT / "docs/log.md").read_text()
+    for words in (r"zoo\s4, generator 18", r"give 95 models/s", r"5 to 8 ms.*0\.7 ms"):
+        assert re.search(words, log), words
+    assert re.search(r"1,000 p-models of CNN-5K are 21 MB", (ROOT / "docs/design.md").read_text())
+    # the arithmetic of what is extrapolated
+    models, cores, minutes = 10_000, 32, 4
+    each = minutes * 60 * 2 / 80
+    assert f"{models:,} x {each:.0f} s = {models * each:,.0f} s" in table
+    assert f"/ {cores} = {models * each / cores / 60:.0f} min" in table
+    growth = 640e6 / size
+    assert f"640M / {size / 1e6:.2f}M = {growth:.0f}; {18 / 60 * 2:g} x {growth:.0f}" in table
+    assert f"| {18 / 60 * 2 * growth:.0f} core-hours" in table
+    assert f"| {24 * 640e6 / 1e9:.0f} GB a rank" in table
+    assert f"| {2 * 24 * 640e6 / 1e9:.0f} GB for two states" in table
+    assert (
+        f"| {json.loads(load)['bare']['alone']['p50_ms'] * growth / 1000:.0f} s on a core" in table
+    )
+    assert f"1,000 / 95 x 2 = {1000 / 95 * 2:.0f}" in table

@@ -1,0 +1,240 @@
+"""Dashboards, alerts and scrape configuration: valid, and built on metrics that exist."""
+
+import copy
+import json
+import mmap
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+from manifests import README, ROOT, clusters, containers, of, read, values
+
+FOLDER = ROOT / "cluster" / "observability"
+SCHEMA = json.loads((ROOT / "cluster" / "schemas" / "monitoring.json").read_text())
+BOARDS = {file.stem: json.loads(file.read_text()) for file in FOLDER.glob("*.json")}
+(RULES,) = read((FOLDER / "alerts.yaml").read_text())
+(MONITOR,) = read((FOLDER / "podmonitor.yaml").read_text())
+(CONFIG,) = read((FOLDER / "prometheus.yaml").read_text())
+RAY = Path(ray.__file__).parent
+# From KubeRay's reference of its operator's metrics; the operator is not at hand to be asked.
+KUBERAY = {"kuberay_job_deployment_status": {"name", "namespace", "deployment_status"}}
+FUNCTIONS = {"histogram_quantile", "rate", "increase", "sum", "max", "min", "avg", "count"}
+WORDS = FUNCTIONS | {"by", "le"}
+
+
+def check(name, document):
+    jsonschema.Draft202012Validator(SCHEMA | {"$ref": f"#/$defs/{name}"}).validate(document)
+
+
+def wrapped():
+    """The README's lines that make a PrometheusRule of the rules, done in Python."""
+    assert "sed 's/^/  /' cluster/observability/alerts.yaml" in README
+    (head,) = re.findall(r"printf '(apiVersion: monitoring[^']+)'", README)
+    rules = (FOLDER / "alerts.yaml").read_text()
+    return read(head.replace("\\n", "\n") + "".join(f"  {line}\n" for line in rules.splitlines()))[
+        0
+    ]
+
+
+DOCUMENTS = {
+    "rules": RULES,
+    "PodMonitor": MONITOR,
+    "PrometheusRule": wrapped(),
+    "config": CONFIG,
+    "dashboard": BOARDS["endpoint"],
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_are_valid(name):
+    check(name, DOCUMENTS[name])
+    for board in BOARDS.values():
+        check("dashboard", board)
+    assert set(BOARDS) == {"endpoint", "jobs"}
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "typo"),
+    [
+        ("rules", ["groups", 0, "rules", 0], "fore"),
+        ("PrometheusRule", ["spec"], "group"),
+        ("PodMonitor", ["spec", "podMetricsEndpoints", 0], "prt"),
+        ("config", ["scrape_configs", 0], "file_sd_config"),
+        ("dashboard", ["panels", 0, "targets", 0], "expression"),
+    ],
+)
+def test_a_misspelt_key_is_refused(name, way, typo):
+    document = copy.deepcopy(DOCUMENTS[name])
+    node = document
+    for step in way:
+        node = node[step]
+    node[typo] = 1
+    with pytest.raises(jsonschema.ValidationError, match=typo):
+        check(name, document)
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def queries():
+    for board in BOARDS.values():
+        for panel in board["panels"]:
+            yield from (target["expr"] for target in panel["targets"])
+    for group in RULES["groups"]:
+        yield from (rule["expr"] for rule in group["rules"])
+
+
+def plain(query):
+    """A query without strings and label matchers."""
+    return re.sub(r"\{[^}]*\}", "", query)
+
+
+def metrics(query):
+    """The names of what is measured: what is neither a label nor a function."""
+    bare = re.sub(r"\bby \([^)]*\)", "", re.sub(r"\[\w+\]", "", plain(query)))
+    return set(re.findall(r"\b[a-z][a-z_]*_[a-z_]+\b", bare)) - FUNCTIONS
+
+
+def labels(query):
+    """The labels that a query groups or selects by."""
+    grouped = [
+        x.strip() for part in re.findall(r"\bby \(([^)]*)\)", query) for x in part.split(",")
+    ]
+    selected = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', query)
+    return set(grouped + selected) - {"le"}
+
+
+def text_of(*folders):
+    return "".join(file.read_text() for f in folders for file in sorted((RAY / f).rglob("*.py")))
+
+
+CODE = text_of(
+    "dashboard/modules/metrics",
+    "dashboard/modules/reporter",
+    "serve/_private",
+    "train/v2/_internal/metrics",
+    "data/_internal",
+)
+
+
+def rays_names():
+    """Metrics in the installed Ray's Python code: those of its own dashboards, and strings."""
+    shown = re.findall(r"\bray_(\w+)", text_of("dashboard/modules/metrics"))
+    protocols = {
+        "serve_num_{}_requests",
+        "serve_num_{}_error_requests",
+        "serve_{}_request_latency_ms",
+    }
+    made = {p.format("http") for p in protocols if f'f"{p.format("{protocol_name}")}"' in CODE}
+    return set(shown) | set(re.findall(r'"(\w+)"', CODE)) | made
+
+
+def in_the_control_plane(name):
+    """Whether the server's binary has the word: what it measures itself is not in Python."""
+    server = RAY / "core/src/ray/gcs/gcs_server"
+    with server.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return re.search(rb"(?<!\w)%b(?!\w)" % name.encode(), data) is not None
+
+
+OURS = set(re.findall(r'"(tina_\w+)"', (ROOT / "serve" / "metrics.py").read_text()))
+RAYS = rays_names()
+
+
+def exists(name):
+    """Whether something exports a metric of this name."""
+    if name in KUBERAY:
+        return True
+    if not name.startswith("ray_"):
+        return False
+    base = name.removeprefix("ray_")
+    forms = {base, re.sub(r"_(bucket|sum|count|total)$", "", base)}
+    if base.startswith("tina_"):
+        return bool(forms & OURS)
+    return bool(forms & RAYS) or any(map(in_the_control_plane, forms))
+
+
+@pytest.mark.parametrize("query", sorted(set(queries())))
+def test_a_query_asks_for_metrics_that_exist(query):
+    assert metrics(query)
+    for name in metrics(query):
+        assert exists(name), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ray_tina_batch_sizes_sum",
+        "tina_waiting_requests",
+        "ray_serve_num_http_request_total",
+        "ray_node_cpu_utilisation",
+        "ray_finished_job",
+        "kuberay_job_status",
+    ],
+)
+def test_a_metric_that_nothing_exports_is_seen(name):
+    assert metrics(f'sum by (x) (rate({name}{{a="b"}}[5m])) > 1') == {name}
+    assert not exists(name)
+
+
+def test_every_metric_of_the_endpoint_is_on_its_dashboard():
+    shown = {name for query in queries() for name in metrics(query)}
+    bases = {re.sub(r"_(bucket|sum|count)$", "", name.removeprefix("ray_")) for name in shown}
+    assert bases >= OURS
+    assert len(OURS) == 5
+
+
+@pytest.mark.parametrize("query", sorted(set(queries())))
+def test_a_query_uses_labels_that_exist(query):
+    tags = set(re.findall(r'tag_keys=\("(\w+)",\)', (ROOT / "serve" / "metrics.py").read_text()))
+    assert tags == {"kind", "result"}
+    # Prometheus' own, and those of the control plane's and the raylets' resources
+    known = {"instance", "Name", "State"}.union(re.findall(r"\w+", CODE), *KUBERAY.values())
+    own = any(name.startswith("ray_tina_") for name in metrics(query))
+    assert labels(query) <= (tags if own else known)
+
+
+def test_names_of_deployments_are_the_applications():
+    text = "".join(queries())
+    app = (ROOT / "serve" / "app.py").read_text()
+    for name in re.findall(r'deployment="(\w+)"', text):
+        assert f'name="{name}"' in app
+    for value in re.findall(r'(?:kind|result)="(\w+)"', text):
+        assert any(f'"{value}"' in f.read_text() for f in (ROOT / "serve").glob("*.py")), value
+
+
+def test_thresholds_are_where_the_application_puts_its_limits():
+    from serve.app import ServeArgs
+
+    (queue,) = [r for g in RULES["groups"] for r in g["rules"] if r["alert"] == "TinaQueue"]
+    assert queue["expr"].endswith(f"> {ServeArgs.model_fields['max_queued'].default // 2}")
+    rows = (ROOT / "benchmarks" / "results" / "serve_load.jsonl").read_text().splitlines()
+    assert round(json.loads(rows[0])["clients_32"]["p99_ms"]) == 643
+
+
+def test_alerts_and_dashboards_name_each_other():
+    alerts = {rule["alert"] for group in RULES["groups"] for rule in group["rules"]}
+    described = " ".join(panel["description"] for b in BOARDS.values() for panel in b["panels"])
+    assert set(re.findall(r"Alert (\w+)\.", described)) == alerts
+
+
+def test_panels_do_not_overlap():
+    for board in BOARDS.values():
+        places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
+        assert len(set(places)) == len(places)
+        assert len({p["id"] for p in board["panels"]}) == len(places)
+
+
+def test_prometheus_finds_the_nodes():
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    files = CONFIG["scrape_configs"][0]["file_sd_configs"][0]["files"]
+    assert {Path(file).name for file in files} == {PROMETHEUS_SERVICE_DISCOVERY_FILE}
+    state = re.findall(r"TINA_CLUSTER:-([^}]+)}", (ROOT / "cluster/local/env.sh").read_text())
+    assert {str(Path(file).parent) for file in files} == {"/tmp/ray", f"{state[0]}/head"}
+    (endpoint,) = MONITOR["spec"]["podMetricsEndpoints"]
+    assert MONITOR["metadata"]["namespace"] == of("Namespace")[0]["metadata"]["name"]
+    for cluster in clusters("gpu"):
+        for ports in values(list(containers(cluster)), "ports"):
+            assert endpoint["port"] in [port["name"] for port in ports]
