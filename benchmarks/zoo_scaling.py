@@ -22,7 +22,7 @@ from ray_jobs.job import start_ray
 from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig, TaskConfig
 from tina.run import Run, commit, hardware
 
-MODELS, STEPS, TURNS, BLOCK = 144, 300, 3, 4
+MODELS, STEPS, TURNS, BLOCK = 96, 300, 3, 2
 SMALL, LARGE = 24, 240
 RESULTS = Path(__file__).parent / "results" / "zoo_scaling.jsonl"
 
