@@ -5,7 +5,8 @@
 Two deployments: a light ingress that speaks HTTP, and the generator, which alone holds torch.
 """
 
-from __future__ import annotations
+# Annotations are not put off here: Serve looks at `build_app`'s for what its arguments are,
+# and passes a plain dictionary where it finds a string.
 
 import os
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class ServeArgs(BaseModel):
     cors_origins: list[str] = []
 
     @model_validator(mode="after")
-    def _ranges(self) -> ServeArgs:
+    def _ranges(self) -> "ServeArgs":
         if self.min_replicas > self.max_replicas:
             raise ValueError(
                 f"min_replicas, {self.min_replicas}, is above max_replicas, {self.max_replicas}"
@@ -90,12 +91,12 @@ class Remote:
             return found
         raise Problem("overloaded", f"try again in {RETRY_AFTER_S} s")
 
-    async def create(self, request: ModelRequest, format: Format) -> Made:
+    async def create(self, request: ModelRequest, format: Format) -> "Made":
         """See `serve.api.Backend`."""
         made: Made = await self._call("create", request, format)
         return made
 
-    async def fetch(self, recipe: Recipe, format: Format) -> Made:
+    async def fetch(self, recipe: Recipe, format: Format) -> "Made":
         """See `serve.api.Backend`."""
         made: Made = await self._call("fetch", recipe, format)
         return made
@@ -131,7 +132,7 @@ class Ingress:
         self._ids = Ids(key or load_key(folder), storage=folder, keep_s=keep_s)
         self._generator, self._access = generator, access
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> "FastAPI":
         return build_api(Remote(self._generator), self._ids, self._access)
 
 
@@ -153,7 +154,7 @@ def storage_of(args: ServeArgs) -> str:
     return str(folder.parent / "serve")
 
 
-def build_app(args: ServeArgs) -> Application:
+def build_app(args: ServeArgs) -> "Application":
     """The application.
 
     Raises:

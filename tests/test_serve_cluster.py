@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from safetensors.torch import load, load_file
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -203,6 +204,13 @@ def test_arguments_are_checked(tmp_path):
         build_app(ServeArgs(checkpoint="runs/quickstart/checkpoint"))
     with pytest.raises(ConfigError, match="absolute"):
         build_app(ServeArgs(checkpoint="/x", storage="here"))
+
+
+def test_arguments_are_checked_where_serve_reads_them_from_a_file(tmp_path):
+    given = {"checkpoint": str(tmp_path), "max_batch": "8"}  # `serve run` has only text
+    assert call_user_app_builder_with_args_if_necessary(build_app, given)
+    with pytest.raises(ValueError, match="max_bach"):
+        call_user_app_builder_with_args_if_necessary(build_app, given | {"max_bach": "8"})
 
 
 # --- under steady load ---------------------------------------------------------------------------
