@@ -158,15 +158,20 @@ class Asha(ASHAScheduler):
 
 
 class Counter(tune.Callback):
-    """Prints how far a sweep has come."""
+    """Prints how far a sweep has come.
 
-    def __init__(self, search: Search) -> None:
-        self.trials = search.sweep.trials
+    Args:
+        folder: Of the sweep. A trial's own history holds its last report; Tune may not yet.
+    """
+
+    def __init__(self, search: Search, folder: Path) -> None:
+        self.trials, self.folder = search.sweep.trials, folder
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """One line per trial."""
         done = sum(t.is_finished() or t is trial for t in trials)
-        best = 100 * trial.last_result.get(BEST, 0.0)
+        history = read_history(self.folder / trial.trial_id)
+        best = 100 * history[-1][BEST] if history else 0.0
         print(f"sweep: {done} of {self.trials} trials ended, {trial.trial_id} with {best:.2f} %")

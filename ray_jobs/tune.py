@@ -119,7 +119,7 @@ def build_tuner(run: Run, search: Search) -> Tuner:
         run_config=tune.RunConfig(
             name=search.sweep.name,
             storage_path=str(folder.parent),
-            callbacks=[Counter(search)],
+            callbacks=[Counter(search, folder)],
             verbose=0,
         ),
     )
