@@ -79,9 +79,15 @@ class Remote:
         self._handle = handle
 
     async def _call(self, method: str, *args: object) -> Any:
+        handle = self._handle.options(
+            method_name=method,
+            # all that travels is of importable classes: no need of the slower cloudpickle
+            request_serialization="pickle",
+            response_serialization="pickle",
+        )
         for _ in range(ATTEMPTS):
             try:
-                found = await getattr(self._handle, method).remote(*args)
+                found = await handle.remote(*args)
             except BackPressureError:
                 break
             except (RayActorError, DeploymentUnavailableError):

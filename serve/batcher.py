@@ -23,9 +23,9 @@ class Batcher(Generic[Item, Result]):
     """Awaitable calls of one item each, run together in a thread.
 
     Args:
-        run: Takes items by ticket, never the same ticket for two items, and returns a result or an
-            exception for those that it has ended, at least one call in a finite number. An item
-            that it did not end is given to it again, unless its caller has gone.
+        run: Takes items by ticket, a number that no other item ever has, and returns a result or an
+            exception for each that it has ended. What it has not ended it is given again, unless
+            the caller has gone.
         most: Items in a call.
         executor: Where `run` is called; one call at a time.
     """

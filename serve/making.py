@@ -25,28 +25,36 @@ from tina.prompts import pad
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A prompt in the making; `embedding` is (K, E)."""
+    """A prompt in the making; `embedding` is (K, E), `begun` as `time.perf_counter` has it."""
 
     ticket: int
     recipe: Recipe
     embedding: Tensor
+    begun: float
 
 
 class Making:
     """The prompts in the making; what a `Batcher` runs.
 
     Args:
-        stepped: Called after each step with the prompts that were in it and its time in seconds;
-            true ends the call.
+        waiting: Whether others wait to join; asked after each step.
+        made: Called for each model that is made, with the prompts in its last step and its time in
+            the making in seconds.
     """
 
-    def __init__(self, pipe: TinaPipeline, stepped: Callable[[int, float], bool]) -> None:
-        self._pipe, self._stepped = pipe, stepped
+    def __init__(
+        self,
+        pipe: TinaPipeline,
+        *,
+        waiting: Callable[[], bool],
+        made: Callable[[int, float], None],
+    ) -> None:
+        self._pipe, self._waiting, self._made = pipe, waiting, made
         self._tasks: list[Task] = []  # in the order of the walk's samples
         self._walk: Walk | None = None
 
     def __call__(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
-        """Denoise until a model is made or `stepped` is true.
+        """Denoise until a model is made or others wait to join.
 
         Args:
             asked: All recipes that are still wanted, by ticket: new ones join, and those in the
@@ -58,10 +66,9 @@ class Making:
         self._keep([i for i, task in enumerate(self._tasks) if task.ticket in asked])
         found = self._join(asked)
         while self._walk and not found:
-            size, begin = len(self._tasks), time.perf_counter()
             self._walk = advance(self._pipe.generator.denoise, self._walk)
             found = self._finish(self._walk)
-            if self._stepped(size, time.perf_counter() - begin):
+            if self._waiting():
                 break
         return found
 
@@ -89,7 +96,9 @@ class Making:
                 guidance=recipe.guidance,
             )
             walks.append(walk)
-            self._tasks.append(Task(ticket=ticket, recipe=recipe, embedding=embedding))
+            self._tasks.append(
+                Task(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
+            )
         self._walk = join(walks) if walks else None
         return failed
 
@@ -118,5 +127,8 @@ class Making:
             )
         except TinaError as error:  # no failure of those that go on
             models = [error] * len(tasks)
+        now = time.perf_counter()
+        for task in tasks:
+            self._made(len(walk.ahead), now - task.begun)
         self._keep([i for i, ahead in enumerate(walk.ahead) if ahead])
         return {task.ticket: model for task, model in zip(tasks, models, strict=True)}

@@ -15,13 +15,13 @@ class Metrics:
     def __init__(self) -> None:
         self._seconds = Histogram(
             "tina_batch_duration_seconds",
-            description="Time of one denoising step or forward pass.",
+            description="Time of all denoising steps of a model, or of a forward pass.",
             boundaries=SECONDS,
             tag_keys=("kind",),
         )
         self._size = Histogram(
             "tina_batch_size",
-            description="Requests in one denoising step or forward pass.",
+            description="Requests in the last denoising step of a model, or in a forward pass.",
             boundaries=SIZES,
             tag_keys=("kind",),
         )
@@ -40,7 +40,7 @@ class Metrics:
         )
 
     def batch(self, kind: str, size: int, seconds: float) -> None:
-        """A denoising step or a forward pass has ended."""
+        """A model has been denoised, or a forward pass has ended."""
         self._seconds.observe(seconds, tags={"kind": kind})
         self._size.observe(size, tags={"kind": kind})
 

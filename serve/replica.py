@@ -108,7 +108,11 @@ class Replica:
         self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(
             cache_bytes, getsizeof=lambda model: model.theta.nbytes + OVERHEAD
         )
-        making = Making(self.pipe, self._stepped)
+        making = Making(
+            self.pipe,
+            waiting=lambda: len(self._generations) > 0,
+            made=partial(self.metrics.batch, "generate"),
+        )
         self._generations = Batcher(making, most=max_batch, executor=self._torch)
         self._predictions = Batcher(self._predict, most=max_batch, executor=self._torch)
         self._probe()  # a checkpoint that cannot generate fails here, before it gets requests
@@ -202,11 +206,6 @@ class Replica:
 
     def _probe(self) -> None:
         self.pipe(list(self.pipe.generator.vocabulary.names[:2]), num_inference_steps=1)
-
-    def _stepped(self, size: int, seconds: float) -> bool:
-        """A denoising step has ended. Whether prompts wait to join."""
-        self.metrics.batch("generate", size, seconds)
-        return len(self._generations) > 0
 
     def _predict(
         self, asked: Mapping[int, tuple[GeneratedModel, Tensor]]

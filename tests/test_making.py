@@ -25,6 +25,10 @@ def pipe(tiny_checkpoint):
     return pipe
 
 
+def new(pipe, *, waiting, made=lambda size, seconds: None):
+    return Making(pipe, waiting=lambda: waiting, made=made)
+
+
 def recipe(classes=3, *, seed=0, steps=4, guidance=1.0, **options):
     names = CLASSES[:classes]
     return Recipe(
@@ -74,7 +78,7 @@ ARRIVALS = [
 
 
 def test_prompts_that_join_a_running_pass_get_the_librarys_models(pipe):
-    found, sizes = run(Making(pipe, lambda size, seconds: True), ARRIVALS)
+    found, sizes = run(new(pipe, waiting=True), ARRIVALS)
     assert sorted(found) == list(range(len(ARRIVALS)))
     for ticket, (_, of) in enumerate(ARRIVALS):
         check(pipe, of, found[ticket])
@@ -82,17 +86,18 @@ def test_prompts_that_join_a_running_pass_get_the_librarys_models(pipe):
 
 
 def test_a_prompt_that_is_no_longer_wanted_leaves_and_the_others_stay(pipe):
-    steps = []
-    making = Making(pipe, lambda size, seconds: steps.append(size) or True)
-    found, _ = run(making, ARRIVALS[:3], leaving={3: [1]})
+    made = []
+    making = new(pipe, waiting=True, made=lambda size, seconds: made.append(size))
+    found, sizes = run(making, ARRIVALS[:3], leaving={3: [1]})
     assert sorted(found) == [0, 2]
     for ticket, model in found.items():
         check(pipe, ARRIVALS[ticket][1], model)
-    assert steps == [1, 3, 3, 2, 2, 2, 1, 1]
+    assert sizes == [1, 3, 3, 2, 2, 2, 1, 1]
+    assert made == [2, 1]
 
 
 def test_nobody_waits_so_a_call_goes_on_until_a_model_is_made(pipe):
-    making = Making(pipe, lambda size, seconds: False)
+    making = new(pipe, waiting=False)
     asked = {7: recipe(steps=5), 8: recipe(steps=3)}
     first = making(asked)
     assert list(first) == [8]
@@ -106,7 +111,7 @@ def test_a_model_that_is_not_finite_is_an_error_of_its_own(pipe):
     width = pipe.generator.vocabulary.embeddings.shape[1]
     bad = base64.b64encode(np.full((3, width), np.nan, np.float32).tobytes()).decode()
     asked = {0: recipe(steps=2, embeddings=bad), 1: recipe(steps=3)}
-    making = Making(pipe, lambda size, seconds: False)
+    making = new(pipe, waiting=False)
     first = making(asked)
     assert isinstance(first.pop(0), NonFiniteError)
     assert not first
@@ -119,7 +124,7 @@ def test_a_prompt_that_cannot_be_encoded_is_a_problem_of_its_own(pipe, monkeypat
 
     monkeypatch.setattr(pipe.encoder, "encode_text", refuse)
     asked = {0: recipe(descriptions=("a", "b", "c")), 1: recipe()}
-    making = Making(pipe, lambda size, seconds: False)
+    making = new(pipe, waiting=False)
     first = making(asked)
     assert isinstance(first[0], Problem)
     assert first[0].faults[0].field == "descriptions"
@@ -127,7 +132,7 @@ def test_a_prompt_that_cannot_be_encoded_is_a_problem_of_its_own(pipe, monkeypat
 
 
 def test_after_a_failure_the_next_prompts_start_anew(pipe, monkeypatch):
-    making = Making(pipe, lambda size, seconds: True)
+    making = new(pipe, waiting=True)
     making({0: recipe(steps=4), 1: recipe(steps=5)})
     with monkeypatch.context() as patch:
         patch.setattr(pipe.generator.denoiser, "forward", None)
