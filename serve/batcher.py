@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from itertools import count
+from threading import Lock
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -22,12 +23,15 @@ Result = TypeVar("Result")
 class Batcher(Generic[Item, Result]):
     """Awaitable calls of one item each, run together in a thread.
 
+    The thread goes from one call to the next by itself: it would otherwise stand still, between any
+    two, until the event loop has done all that came before.
+
     Args:
         run: Takes items by ticket, a number that no other item ever has, and returns a result or an
             exception for each that it has ended. What it has not ended it is given again, unless
             the caller has gone.
         most: Items in a call.
-        executor: Where `run` is called; one call at a time.
+        executor: Where `run` is called, one call at a time; what others submit comes in between.
     """
 
     def __init__(
@@ -39,21 +43,24 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         self._run, self._most, self._executor = run, most, executor
         self._tickets = count()
+        self._running: dict[int, tuple[Item, asyncio.Future[Result]]] = {}  # the thread's own
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
-        self._running: dict[int, tuple[Item, asyncio.Future[Result]]] = {}
-        self._worker: asyncio.Task[None] | None = None
+        self._awake = False  # a call is going on, or will
+        self._lock = Lock()  # of the last two together
 
     def __len__(self) -> int:
-        """Items that wait; may be asked in any thread."""
+        """Items that wait."""
         return len(self._waiting)
 
     async def __call__(self, item: Item) -> Result:
         """The item's result; a cancelled call is in no later call of `run`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        self._waiting.append((item, future))
-        if self._worker is None:
-            self._worker = loop.create_task(self._work())
+        with self._lock:
+            self._waiting.append((item, future))
+            awake, self._awake = self._awake, True
+        if not awake:  # a turn later, together with what else comes in this one
+            loop.call_soon(self._executor.submit, self._call)
         return await future
 
     def _gather(self) -> dict[int, Item]:
@@ -63,28 +70,34 @@ class Batcher(Generic[Item, Result]):
             for ticket, (item, future) in self._running.items()
             if not future.done()
         }
-        while self._waiting and len(self._running) < self._most:
-            item, future = self._waiting.popleft()
-            if not future.done():  # its caller has not gone
-                self._running[next(self._tickets)] = item, future
+        with self._lock:
+            while self._waiting and len(self._running) < self._most:
+                item, future = self._waiting.popleft()
+                if not future.done():  # its caller has not gone
+                    self._running[next(self._tickets)] = item, future
+            self._awake = bool(self._running)
         return {ticket: item for ticket, (item, _) in self._running.items()}
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _call(self) -> None:
+        items = self._gather()
+        if not items:
+            return
+        results: Mapping[int, Result | Exception]
         try:
-            while items := self._gather():
-                results: Mapping[int, Result | Exception]
-                try:
-                    results = await loop.run_in_executor(self._executor, self._run, items)
-                except Exception as error:
-                    results = dict.fromkeys(items, error)
-                for ticket, result in results.items():
-                    _, future = self._running.pop(ticket)
-                    if future.done():
-                        continue
-                    if isinstance(result, Exception):
-                        future.set_exception(result)
-                    else:
-                        future.set_result(result)
-        finally:
-            self._worker = None
+            results = self._run(items)
+        except Exception as error:
+            results = dict.fromkeys(items, error)
+        for ticket, result in results.items():
+            _, future = self._running.pop(ticket)
+            if not future.done():
+                future.get_loop().call_soon_threadsafe(_settle, future, result)
+        self._executor.submit(self._call)
+
+
+def _settle(future: asyncio.Future[Result], result: Result | Exception) -> None:
+    if future.done():  # its caller has gone
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

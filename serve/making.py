@@ -37,24 +37,17 @@ class Making:
     """The prompts in the making; what a `Batcher` runs.
 
     Args:
-        waiting: Whether others wait to join; asked after each step.
         made: Called for each model that is made, with the prompts in its last step and its time in
             the making in seconds.
     """
 
-    def __init__(
-        self,
-        pipe: TinaPipeline,
-        *,
-        waiting: Callable[[], bool],
-        made: Callable[[int, float], None],
-    ) -> None:
-        self._pipe, self._waiting, self._made = pipe, waiting, made
+    def __init__(self, pipe: TinaPipeline, *, made: Callable[[int, float], None]) -> None:
+        self._pipe, self._made = pipe, made
         self._tasks: list[Task] = []  # in the order of the walk's samples
         self._walk: Walk | None = None
 
     def __call__(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
-        """Denoise until a model is made or others wait to join.
+        """Take one denoising step.
 
         Args:
             asked: All recipes that are still wanted, by ticket: new ones join, and those in the
@@ -65,11 +58,9 @@ class Making:
         """
         self._keep([i for i, task in enumerate(self._tasks) if task.ticket in asked])
         found = self._join(asked)
-        while self._walk and not found:
+        if self._walk:
             self._walk = advance(self._pipe.generator.denoise, self._walk)
-            found = self._finish(self._walk)
-            if self._waiting():
-                break
+            found |= self._finish(self._walk)
         return found
 
     def _keep(self, rows: Sequence[int]) -> None:
@@ -79,7 +70,7 @@ class Making:
 
     def _join(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
         failed: dict[int, GeneratedModel | Exception] = {}
-        walks = [self._walk] if self._walk else []
+        walks = []
         known = {task.ticket for task in self._tasks}
         for ticket in [ticket for ticket in asked if ticket not in known]:
             recipe = asked[ticket]
@@ -99,7 +90,8 @@ class Making:
             self._tasks.append(
                 Task(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
             )
-        self._walk = join(walks) if walks else None
+        if walks:
+            self._walk = join([*([self._walk] if self._walk else []), *walks])
         return failed
 
     def _embed(self, recipe: Recipe) -> Tensor:

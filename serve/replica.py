@@ -108,11 +108,7 @@ class Replica:
         self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(
             cache_bytes, getsizeof=lambda model: model.theta.nbytes + OVERHEAD
         )
-        making = Making(
-            self.pipe,
-            waiting=lambda: len(self._generations) > 0,
-            made=partial(self.metrics.batch, "generate"),
-        )
+        making = Making(self.pipe, made=partial(self.metrics.batch, "generate"))
         self._generations = Batcher(making, most=max_batch, executor=self._torch)
         self._predictions = Batcher(self._predict, most=max_batch, executor=self._torch)
         self._probe()  # a checkpoint that cannot generate fails here, before it gets requests

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -140,3 +141,33 @@ def test_a_failure_takes_all_that_run_and_none_that_come_after(doubler, executor
     failed, later = asyncio.run(main())
     assert [type(error) for error in failed] == [RuntimeError, RuntimeError]
     assert later == 204
+
+
+def test_the_thread_does_not_wait_for_the_event_loop(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        task = asyncio.create_task(batcher(100))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        end = time.monotonic() + 10
+        while len(doubler.batches) < 2:  # the loop is busy all this time
+            assert time.monotonic() < end
+        assert not task.done()
+        return await task
+
+    assert asyncio.run(main()) == 200
+    assert doubler.batches == [[100], [100]]
+
+
+def test_other_work_of_the_thread_comes_in_between_two_calls(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        doubler.gate.clear()
+        task = asyncio.create_task(batcher(100))
+        await asyncio.sleep(0.01)
+        other = executor.submit(lambda: len(doubler.batches))
+        doubler.gate.set()
+        await task
+        return other.result()
+
+    assert asyncio.run(main()) == 1

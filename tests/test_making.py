@@ -22,8 +22,8 @@ def pipe(tiny_checkpoint):
     return pipe
 
 
-def new(pipe, *, waiting, made=lambda size, seconds: None):
-    return Making(pipe, waiting=lambda: waiting, made=made)
+def new(pipe, made=lambda size, seconds: None):
+    return Making(pipe, made=made)
 
 
 def recipe(classes=3, *, seed=0, steps=4, guidance=1.0, **options):
@@ -75,7 +75,7 @@ ARRIVALS = [
 
 
 def test_prompts_that_join_a_running_pass_get_the_librarys_models(pipe):
-    found, sizes = run(new(pipe, waiting=True), ARRIVALS)
+    found, sizes = run(new(pipe), ARRIVALS)
     assert sorted(found) == list(range(len(ARRIVALS)))
     for ticket, (_, of) in enumerate(ARRIVALS):
         check(pipe, of, found[ticket])
@@ -84,7 +84,7 @@ def test_prompts_that_join_a_running_pass_get_the_librarys_models(pipe):
 
 def test_a_prompt_that_is_no_longer_wanted_leaves_and_the_others_stay(pipe):
     made = []
-    making = new(pipe, waiting=True, made=lambda size, seconds: made.append(size))
+    making = new(pipe, lambda size, seconds: made.append(size))
     found, sizes = run(making, ARRIVALS[:3], leaving={3: [1]})
     assert sorted(found) == [0, 2]
     for ticket, model in found.items():
@@ -93,24 +93,11 @@ def test_a_prompt_that_is_no_longer_wanted_leaves_and_the_others_stay(pipe):
     assert made == [2, 1]
 
 
-def test_nobody_waits_so_a_call_goes_on_until_a_model_is_made(pipe):
-    making = new(pipe, waiting=False)
-    asked = {7: recipe(steps=5), 8: recipe(steps=3)}
-    first = making(asked)
-    assert list(first) == [8]
-    second = making({7: asked[7]})
-    check(pipe, asked[8], first[8])
-    check(pipe, asked[7], second[7])
-    assert making({}) == {}
-
-
 def test_a_model_that_is_not_finite_is_an_error_of_its_own(pipe):
-    asked = {0: recipe(steps=2, guidance=1e38), 1: recipe(steps=3)}
-    making = new(pipe, waiting=False)
-    first = making(asked)
-    assert isinstance(first.pop(0), NonFiniteError)
-    assert not first
-    check(pipe, asked[1], making({1: asked[1]})[1])
+    arrivals = [(0, recipe(steps=2, guidance=1e38)), (0, recipe(steps=3))]
+    found, _ = run(new(pipe), arrivals)
+    assert isinstance(found[0], NonFiniteError)
+    check(pipe, arrivals[1][1], found[1])
 
 
 def test_a_prompt_that_cannot_be_encoded_is_a_problem_of_its_own(pipe, monkeypatch):
@@ -118,16 +105,16 @@ def test_a_prompt_that_cannot_be_encoded_is_a_problem_of_its_own(pipe, monkeypat
         raise PromptError("no")
 
     monkeypatch.setattr(pipe.encoder, "encode_text", refuse)
-    asked = {0: recipe(descriptions=("a", "b", "c")), 1: recipe()}
-    making = new(pipe, waiting=False)
-    first = making(asked)
-    assert isinstance(first[0], Problem)
-    assert first[0].faults[0].field == "descriptions"
-    check(pipe, asked[1], making({1: asked[1]})[1])
+    arrivals = [(0, recipe(descriptions=("a", "b", "c"))), (0, recipe())]
+    found, sizes = run(new(pipe), arrivals)
+    assert isinstance(found[0], Problem)
+    assert found[0].faults[0].field == "descriptions"
+    check(pipe, arrivals[1][1], found[1])
+    assert sizes == [2, 1, 1, 1]
 
 
 def test_after_a_failure_the_next_prompts_start_anew(pipe, monkeypatch):
-    making = new(pipe, waiting=True)
+    making = new(pipe)
     making({0: recipe(steps=4), 1: recipe(steps=5)})
     with monkeypatch.context() as patch:
         patch.setattr(pipe.generator.denoiser, "forward", None)
