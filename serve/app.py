@@ -56,7 +56,7 @@ class ServeArgs(BaseModel):
     threads: int = Field(1, ge=1, description="Torch threads of a generator replica.")
     ingress_replicas: int = Field(1, ge=1)
     ingress_cpus: float = Field(0.25, gt=0)
-    max_batch: int = Field(32, ge=1, description="Prompts of one denoising pass.")
+    max_batch: int = Field(32, ge=1, description="Prompts of one denoising step.")
     max_queued: int = Field(64, ge=1, description="Requests that wait for a replica, then 503.")
     cache_mb: float = Field(64, ge=0, description="Generated models kept by a replica.")
     keep_s: float = Field(86_400, gt=0, description="Seconds that large prompts are kept.")
@@ -79,9 +79,15 @@ class Remote:
         self._handle = handle
 
     async def _call(self, method: str, *args: object) -> Any:
+        handle = self._handle.options(
+            method_name=method,
+            # all that travels is of importable classes: no need of the slower cloudpickle
+            request_serialization="pickle",
+            response_serialization="pickle",
+        )
         for _ in range(ATTEMPTS):
             try:
-                found = await getattr(self._handle, method).remote(*args)
+                found = await handle.remote(*args)
             except BackPressureError:
                 break
             except (RayActorError, DeploymentUnavailableError):
@@ -179,7 +185,7 @@ def build_app(args: ServeArgs) -> "Application":
             upscale_delay_s=5,
             downscale_delay_s=120,
         ),
-        # one batch in the making, one that waits
+        # as many in the making as wait to join
         max_ongoing_requests=2 * args.max_batch,
         max_queued_requests=args.max_queued,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},

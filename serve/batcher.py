@@ -1,17 +1,19 @@
-"""Many concurrent requests, one call.
+"""Many concurrent requests, one call after another.
 
 Ray Serve's own `@serve.batch` forms a batch before it waits for the last one to end, so that it
-either delays a lone request or, without a delay, makes batches of one under load. Here a batch is
-what has come in while the last one ran: nothing waits on an idle replica, and batches grow with
-the load by themselves.
+either delays a lone request or, without a delay, makes batches of one under load. Here what has
+come in joins at the next call: nothing waits on an idle replica, and batches grow with the load by
+themselves. A call need not end what it was given: what it leaves is in the next call again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from itertools import count
+from threading import Lock
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -21,60 +23,81 @@ Result = TypeVar("Result")
 class Batcher(Generic[Item, Result]):
     """Awaitable calls of one item each, run together in a thread.
 
+    The thread goes from one call to the next by itself: it would otherwise stand still, between any
+    two, until the event loop has done all that came before.
+
     Args:
-        run: Takes a list of items, returns a result or an exception for each.
+        run: Takes items by ticket, a number that no other item ever has, and returns a result or an
+            exception for each that it has ended. What it has not ended it is given again, unless
+            the caller has gone.
         most: Items in a call.
-        executor: Where `run` is called; one call at a time.
+        executor: Where `run` is called, one call at a time; what others submit comes in between.
     """
 
     def __init__(
         self,
-        run: Callable[[list[Item]], list[Result | Exception]],
+        run: Callable[[Mapping[int, Item]], Mapping[int, Result | Exception]],
         *,
         most: int,
         executor: Executor,
     ) -> None:
         self._run, self._most, self._executor = run, most, executor
+        self._tickets = count()
+        self._running: dict[int, tuple[Item, asyncio.Future[Result]]] = {}  # the thread's own
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
-        self._worker: asyncio.Task[None] | None = None
+        self._awake = False  # a call is going on, or will
+        self._lock = Lock()  # of the last two together
 
     def __len__(self) -> int:
         """Items that wait."""
         return len(self._waiting)
 
     async def __call__(self, item: Item) -> Result:
-        """The item's result; a cancelled call leaves the batch that has not begun."""
+        """The item's result; a cancelled call is in no later call of `run`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        self._waiting.append((item, future))
-        if self._worker is None:
-            self._worker = loop.create_task(self._work())
+        with self._lock:
+            self._waiting.append((item, future))
+            awake, self._awake = self._awake, True
+        if not awake:  # a turn later, together with what else comes in this one
+            loop.call_soon(self._executor.submit, self._call)
         return await future
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch: list[tuple[Item, asyncio.Future[Result]]] = []
-        while self._waiting and len(batch) < self._most:
-            item, future = self._waiting.popleft()
-            if not future.done():
-                batch.append((item, future))
-        return batch
+    def _gather(self) -> dict[int, Item]:
+        """The items of the next call: those that are left, and those that wait."""
+        self._running = {
+            ticket: (item, future)
+            for ticket, (item, future) in self._running.items()
+            if not future.done()
+        }
+        with self._lock:
+            while self._waiting and len(self._running) < self._most:
+                item, future = self._waiting.popleft()
+                if not future.done():  # its caller has not gone
+                    self._running[next(self._tickets)] = item, future
+            self._awake = bool(self._running)
+        return {ticket: item for ticket, (item, _) in self._running.items()}
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _call(self) -> None:
+        items = self._gather()
+        if not items:
+            return
+        results: Mapping[int, Result | Exception]
         try:
-            while batch := self._take():
-                items = [item for item, _ in batch]
-                results: list[Result | Exception]
-                try:
-                    results = await loop.run_in_executor(self._executor, self._run, items)
-                except Exception as error:
-                    results = [error] * len(batch)
-                for (_, future), result in zip(batch, results, strict=True):
-                    if future.done():  # its caller has gone
-                        continue
-                    if isinstance(result, Exception):
-                        future.set_exception(result)
-                    else:
-                        future.set_result(result)
-        finally:
-            self._worker = None
+            results = self._run(items)
+        except Exception as error:
+            results = dict.fromkeys(items, error)
+        for ticket, result in results.items():
+            _, future = self._running.pop(ticket)
+            if not future.done():
+                future.get_loop().call_soon_threadsafe(_settle, future, result)
+        self._executor.submit(self._call)
+
+
+def _settle(future: asyncio.Future[Result], result: Result | Exception) -> None:
+    if future.done():  # its caller has gone
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from serve.problems import Problem
@@ -24,6 +24,8 @@ from tina.schemas import MAX_ID_CHARACTERS
 
 TAG_BYTES = 16
 STORED = b"stored:"
+SHORT_BYTES = MAX_ID_CHARACTERS * 3 // 4 - TAG_BYTES - 64
+"""A packed recipe of at most this fits an id, however little deflate finds in it."""
 UNKNOWN = "it is no id of this service, or not a whole one"
 
 
@@ -48,7 +50,7 @@ class Recipe:
 
     def pack(self) -> bytes:
         """Canonical: equal recipes give equal bytes."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(vars(self), sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def unpack(cls, packed: bytes) -> Recipe:

@@ -15,13 +15,13 @@ class Metrics:
     def __init__(self) -> None:
         self._seconds = Histogram(
             "tina_batch_duration_seconds",
-            description="Time of one denoising or forward pass.",
+            description="Time of all denoising steps of a model, or of a forward pass.",
             boundaries=SECONDS,
             tag_keys=("kind",),
         )
         self._size = Histogram(
             "tina_batch_size",
-            description="Requests in one denoising or forward pass.",
+            description="Requests in the last denoising step of a model, or in a forward pass.",
             boundaries=SIZES,
             tag_keys=("kind",),
         )
@@ -31,16 +31,16 @@ class Metrics:
             tag_keys=("result",),
         )
         self.waiting = Gauge(
-            "tina_waiting_requests", description="Prompts that wait for the next denoising pass."
+            "tina_waiting_requests", description="Prompts that wait for the next denoising step."
         )
         self.familiarity = Histogram(
             "tina_familiarity_ratio",
-            description="How well the training classes cover a class that was asked for.",
+            description="How well the training classes cover a prompt's least familiar class.",
             boundaries=SHARES,
         )
 
     def batch(self, kind: str, size: int, seconds: float) -> None:
-        """A pass has ended."""
+        """A model has been denoised, or a forward pass has ended."""
         self._seconds.observe(seconds, tags={"kind": kind})
         self._size.observe(size, tags={"kind": kind})
 

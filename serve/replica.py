@@ -11,24 +11,24 @@ import asyncio
 import base64
 import io
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib.metadata import version
 from typing import Concatenate, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from cachetools import LRUCache
 from torch import Tensor
 
 from serve.batcher import Batcher
 from serve.ids import Recipe
+from serve.making import Making
 from serve.metrics import Metrics
 from serve.problems import Problem
 from tina.classifiers import predict_many
-from tina.errors import ConfigError, DataError, PromptError, TinaError
+from tina.errors import ConfigError, DataError, PromptError
 from tina.export import OnnxGraph
 from tina.images import read_image, resize, stack_images
 from tina.pipeline import GeneratedModel, TinaPipeline
@@ -82,7 +82,7 @@ class Replica:
         checkpoint: Directory, or a repository of the Hugging Face hub.
         device: cpu or cuda.
         threads: Of torch.
-        max_batch: Prompts of one denoising pass, and models of one forward pass.
+        max_batch: Prompts of one denoising step, and models of one forward pass.
         cache_bytes: Of generated models.
         threshold: Familiarity below which a class is warned of.
     """
@@ -108,7 +108,8 @@ class Replica:
         self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(
             cache_bytes, getsizeof=lambda model: model.theta.nbytes + OVERHEAD
         )
-        self._generations = Batcher(self._generate, most=max_batch, executor=self._torch)
+        making = Making(self.pipe, made=partial(self.metrics.batch, "generate"))
+        self._generations = Batcher(making, most=max_batch, executor=self._torch)
         self._predictions = Batcher(self._predict, most=max_batch, executor=self._torch)
         self._probe()  # a checkpoint that cannot generate fails here, before it gets requests
 
@@ -146,8 +147,7 @@ class Replica:
         if recipe.steps > diffusion.timesteps:
             raise Problem.of_field("steps", f"must be at most {diffusion.timesteps}")
         model = await self._model(recipe)
-        for value in model.familiarity:
-            self.metrics.familiarity.observe(value)
+        self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := self._far(model)):
             faults = [
                 Fault(field=f"classes[{i}]", detail=f"familiarity {model.familiarity[i]:.2f}")
@@ -203,50 +203,19 @@ class Replica:
     def _probe(self) -> None:
         self.pipe(list(self.pipe.generator.vocabulary.names[:2]), num_inference_steps=1)
 
-    def _generate(self, recipes: list[Recipe]) -> list[GeneratedModel | Exception]:
-        """One denoising pass for each pair of steps and guidance among the recipes."""
-        begin = time.perf_counter()
-        found: dict[int, GeneratedModel | Exception] = {}
-        groups: dict[tuple[int, float], list[tuple[int, Tensor]]] = {}
-        for i, recipe in enumerate(recipes):
-            try:
-                embedding = self._embed(recipe)
-            except TinaError as error:
-                field = "descriptions" if recipe.descriptions else "classes"
-                found[i] = Problem.of_field(field, f"cannot be encoded: {error}")
-                continue
-            groups.setdefault((recipe.steps, recipe.guidance), []).append((i, embedding))
-        for (steps, guidance), members in groups.items():
-            models = self.pipe.generate(
-                [embedding for _, embedding in members],
-                [recipes[i].classes for i, _ in members],
-                seeds=[recipes[i].seed for i, _ in members],
-                steps=steps,
-                guidance=guidance,
-            )
-            found |= {i: model for (i, _), model in zip(members, models, strict=True)}
-        self.metrics.batch("generate", len(recipes), time.perf_counter() - begin)
-        return [found[i] for i in range(len(recipes))]
-
-    def _embed(self, recipe: Recipe) -> Tensor:
-        if recipe.embeddings:
-            values = np.frombuffer(base64.b64decode(recipe.embeddings), np.float32)
-            return torch.from_numpy(values.copy()).view(len(recipe.classes), -1)
-        if recipe.descriptions:
-            return self.pipe.encoder.encode_text(recipe.descriptions)
-        return self.pipe.embed_names(recipe.classes)
-
-    def _predict(self, asked: list[tuple[GeneratedModel, Tensor]]) -> list[Tensor | Exception]:
+    def _predict(
+        self, asked: Mapping[int, tuple[GeneratedModel, Tensor]]
+    ) -> dict[int, Tensor | Exception]:
         begin = time.perf_counter()
         family = self.pipe.generator.family
         logits = predict_many(
             family,
-            [model.theta for model, _ in asked],
-            [len(model.class_names) for model, _ in asked],
-            [family.embed(inputs) for _, inputs in asked],
+            [model.theta for model, _ in asked.values()],
+            [len(model.class_names) for model, _ in asked.values()],
+            [family.embed(inputs) for _, inputs in asked.values()],
         )
         self.metrics.batch("predict", len(asked), time.perf_counter() - begin)
-        return list(logits)
+        return dict(zip(asked, logits, strict=True))
 
     # --- the way of a request --------------------------------------------------------------------
 

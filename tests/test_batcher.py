@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,18 +11,23 @@ from serve.batcher import Batcher
 
 
 class Doubler:
-    """Doubles numbers; a negative one is an error of its own, 13 one of the whole batch."""
+    """Doubles numbers; a negative one is an error of its own, 13 one of the whole batch.
+
+    Those of 100 and more take a second call.
+    """
 
     def __init__(self):
-        self.batches, self.gate = [], threading.Event()
+        self.batches, self.seen, self.gate = [], set(), threading.Event()
         self.gate.set()
 
     def __call__(self, items):
         self.gate.wait()
-        self.batches.append(items)
-        if 13 in items:
+        self.batches.append(list(items.values()))
+        if 13 in items.values():
             raise RuntimeError("thirteen")
-        return [ValueError(x) if x < 0 else 2 * x for x in items]
+        ended = {ticket: x for ticket, x in items.items() if x < 100 or ticket in self.seen}
+        self.seen |= items.keys()
+        return {t: ValueError(x) if x < 0 else 2 * x for t, x in ended.items()}
 
 
 @pytest.fixture
@@ -89,3 +95,79 @@ def test_a_cancelled_call_is_not_run_and_hangs_nobody(doubler, executor):
 
     assert asyncio.run(main()) == 6
     assert doubler.batches == [[0], [2], [3]]
+
+
+def test_what_a_call_does_not_end_is_in_the_next_and_others_join_it(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        doubler.gate.clear()
+        first = [asyncio.create_task(batcher(x)) for x in (100, 1)]
+        await asyncio.sleep(0.01)
+        later = [asyncio.create_task(batcher(x)) for x in (101, 2, 3)]
+        await asyncio.sleep(0)
+        doubler.gate.set()
+        return await asyncio.gather(*first, *later)
+
+    assert asyncio.run(main()) == [200, 2, 202, 4, 6]
+    assert doubler.batches == [[100, 1], [100, 101, 2], [101, 3]]
+
+
+def test_a_call_that_is_cancelled_between_two_calls_is_not_in_the_second(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        doubler.gate.clear()
+        gone, stays = (asyncio.create_task(batcher(x)) for x in (100, 101))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        doubler.gate.set()
+        return await stays
+
+    assert asyncio.run(main()) == 202
+    assert doubler.batches == [[100, 101], [101]]
+
+
+def test_a_failure_takes_all_that_run_and_none_that_come_after(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        doubler.gate.clear()
+        first = asyncio.create_task(batcher(100))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(batcher(13))
+        await asyncio.sleep(0)
+        doubler.gate.set()
+        failed = await asyncio.gather(first, second, return_exceptions=True)
+        return failed, await batcher(102)
+
+    failed, later = asyncio.run(main())
+    assert [type(error) for error in failed] == [RuntimeError, RuntimeError]
+    assert later == 204
+
+
+def test_the_thread_does_not_wait_for_the_event_loop(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        task = asyncio.create_task(batcher(100))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        end = time.monotonic() + 10
+        while len(doubler.batches) < 2:  # the loop is busy all this time
+            assert time.monotonic() < end
+        assert not task.done()
+        return await task
+
+    assert asyncio.run(main()) == 200
+    assert doubler.batches == [[100], [100]]
+
+
+def test_other_work_of_the_thread_comes_in_between_two_calls(doubler, executor):
+    async def main():
+        batcher = Batcher(doubler, most=3, executor=executor)
+        doubler.gate.clear()
+        task = asyncio.create_task(batcher(100))
+        await asyncio.sleep(0.01)
+        other = executor.submit(lambda: len(doubler.batches))
+        doubler.gate.set()
+        await task
+        return other.result()
+
+    assert asyncio.run(main()) == 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import tina.checkpoint
 from tina.checkpoint import check_manifest, load_generator, save_generator
@@ -15,7 +15,7 @@ from tina.codec import fit_codec
 from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, GeneratorConfig
 from tina.encoders import HashEncoder
 from tina.errors import CheckpointError
-from tina.files import hash_file, write_tensors
+from tina.files import DTYPES, hash_file, pack_tensors, write_tensors
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
@@ -354,6 +354,20 @@ def test_an_additional_key_in_the_header(copied):
     edit_header(copied, surprise=1)
     with pytest.raises(CheckpointError, match=r"config\.json.*surprise"):
         load_generator(copied)
+
+
+def test_tensors_of_every_kind_are_what_the_library_reads():
+    values = torch.arange(6).view(2, 3)
+    tensors = {str(dtype): values.to(dtype) for dtype in DTYPES}
+    tensors |= {"odd": torch.tensor([True]), "turned": values.T, "one": torch.tensor(2.5)}
+    tensors |= {"none": torch.empty(0, 3)}
+    content = pack_tensors(tensors, {"b": "é", "a": "1"})
+    assert content == pack_tensors(dict(reversed(tensors.items())), {"a": "1", "b": "é"})
+    found = load(content)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 @pytest.mark.parametrize("name", ["codec.safetensors", "prompts.safetensors"])

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from tina.config import DiffusionConfig
-from tina.diffusion import add_noise, as_x0, guided, initial_noise, plan, sample, signal_level
+from tina.diffusion import (
+    add_noise,
+    advance,
+    as_x0,
+    begin,
+    guided,
+    initial_noise,
+    join,
+    plan,
+    sample,
+    signal_level,
+)
 from tina.errors import ConfigError
 
 SAMPLERS = ("ddim", "dpm++", "ddpm")
@@ -24,8 +35,7 @@ def configure(sampler="ddim", schedule="cosine", **options):
 def draw(denoise, config, *, noise, steps, seeds=None, **options):
     """Sample with conditions that say nothing; the i-th sample has the seed i."""
     batch = len(noise)
-    return sample(
-        denoise,
+    walk = begin(
         config,
         noise=noise,
         cond=torch.zeros(batch, 2, 1),
@@ -34,6 +44,7 @@ def draw(denoise, config, *, noise, steps, seeds=None, **options):
         seeds=range(batch) if seeds is None else seeds,
         **options,
     )
+    return sample(denoise, walk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +199,8 @@ def test_v_of_nothing_is_the_posterior_mean_of_unit_normal_tokens():
 def test_guidance_commutes_with_the_prediction():
     config = configure(prediction="v")
     batch = conditions()
-    outer = guided(as_x0(linear, config), 2.5)(*batch)
-    inner = as_x0(guided(linear, 2.5), config)(*batch)
+    outer = guided(as_x0(linear, config), [2.5] * 3)(*batch)
+    inner = as_x0(guided(linear, [2.5] * 3), config)(*batch)
     torch.testing.assert_close(outer, inner, atol=1e-5, rtol=1e-5)
 
 
@@ -390,8 +401,7 @@ def conditions(batch=3):
 
 
 def test_guidance_of_one_is_the_conditional_denoiser():
-    assert guided(linear, 1) is linear
-    assert guided(linear, 1.0) is linear
+    assert guided(linear, [1, 1.0]) is linear
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1 + 1e-6, 2.0, 7.5])
@@ -400,18 +410,29 @@ def test_guidance_is_linear_between_without_and_with_the_condition(guidance):
     with_condition = linear(*batch)
     without = linear(*batch, torch.ones(3, dtype=torch.bool))
     expected = (1 - guidance) * without + guidance * with_condition
-    torch.testing.assert_close(guided(linear, guidance)(*batch), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        guided(linear, [guidance] * 3)(*batch), expected, atol=1e-5, rtol=1e-5
+    )
 
 
-def test_guidance_costs_one_pass_of_twice_the_batch():
+def test_each_sample_has_its_own_guidance():
+    batch, scales = conditions(), [2.0, 1.0, 0.5]
+    found = guided(linear, scales)(*batch)
+    for i, scale in enumerate(scales):
+        alone = guided(linear, [scale])(*[part[i : i + 1] for part in batch])
+        torch.testing.assert_close(found[i : i + 1], alone)
+
+
+@pytest.mark.parametrize(("guidance", "size"), [([2.0] * 3, 6), ([1.0, 2.0, 1.0], 4)])
+def test_guidance_costs_one_pass_and_only_those_that_have_it(guidance, size):
     sizes = []
 
     def counting(x, *rest):
         sizes.append(len(x))
         return linear(x, *rest)
 
-    guided(counting, 2.0)(*conditions())
-    assert sizes == [6]
+    guided(counting, guidance)(*conditions())
+    assert sizes == [size]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -419,11 +440,67 @@ def test_guidance_reaches_the_sampler(sampler):
     x, _, cond, mask = conditions()
     options = {"noise": x, "cond": cond, "mask": mask, "steps": 4, "seeds": [0, 1, 2]}
     config = configure(sampler)
-    plain, one, two = (sample(linear, config, guidance=g, **options) for g in (1, 1.0, 2))
+    plain, one, two = (sample(linear, begin(config, guidance=g, **options)) for g in (1, 1.0, 2))
     assert torch.equal(plain, one)
-    by_hand = sample(guided(linear, 2), config, **options)
+    by_hand = sample(guided(linear, [2] * 3), begin(config, **options))
     assert torch.equal(two, by_hand)
     assert not torch.allclose(two, one)
+
+
+# --- samples of different ages --------------------------------------------------------------------
+
+
+def attentive(x, t, cond, mask, drop=None):
+    """A denoiser in which a sample's tokens see each other, but none of its padding."""
+    if drop is not None:
+        cond = torch.where(drop[:, None, None], 0.3, cond)
+    bodies = x.new_ones(len(x), x.shape[1] - mask.shape[1], dtype=torch.bool)
+    present = torch.cat([bodies, mask], 1).unsqueeze(-1)
+    mean = (x * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+    said = (cond * mask.unsqueeze(-1)).sum((1, 2)) + 1e-3 * t
+    return present * (0.3 * x + 0.5 * mean + said.view(-1, 1, 1))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_that_join_and_leave_a_pass_are_what_they_are_alone(sampler):
+    """Of any class count, number of steps and guidance, whenever they come."""
+    config, body, width = configure(sampler), 3, 5
+    asked = [  # classes, steps, guidance, how many passes go by before it joins
+        (2, 6, 1.0, 0),
+        (4, 3, 2.0, 1),
+        (3, 7, 0.5, 1),
+        (2, 1, 1.0, 4),
+        (4, 5, 1.0, 5),
+    ]
+
+    def start(i):
+        classes, steps, guidance, _ = asked[i]
+        return begin(
+            config,
+            noise=initial_noise([i], (body + 4, width))[:, : body + classes],
+            cond=initial_noise([100 + i], (classes, 1)),
+            mask=torch.ones(1, classes, dtype=torch.bool),
+            steps=steps,
+            guidance=guidance,
+            seeds=[i],
+        )
+
+    found, members, walk, tick = {}, [], None, 0
+    while len(found) < len(asked):
+        new = [i for i, (*_, when) in enumerate(asked) if when == tick]
+        walk = join([*([walk] if members else []), *[start(i) for i in new]])
+        members += new
+        walk = advance(attentive, walk)
+        for row, i in enumerate(members):
+            if not walk.ahead[row]:
+                found[i] = walk.take([row]).x
+        staying = [row for row, i in enumerate(members) if i not in found]
+        members = [members[row] for row in staying]
+        walk = walk.take(staying) if staying else None
+        tick += 1
+    for i in range(len(asked)):
+        alone = sample(attentive, start(i))
+        torch.testing.assert_close(found[i], alone, atol=1e-5, rtol=1e-5)
 
 
 # --- errors ---------------------------------------------------------------------------------------

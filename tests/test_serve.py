@@ -247,7 +247,7 @@ def test_a_model_is_made_once_and_again_after_it_was_evicted(backend, post, get,
         assert passes == []
         replica._cache.clear()
         get(f"/v1/models/{model.id}")
-        assert passes == [1]
+        assert passes == [1] * model.steps
     finally:
         replica._generations._run = run
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tina.config import DiffusionConfig
@@ -139,26 +140,95 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Tensor:
     return noise
 
 
-def guided(denoise: Denoise, guidance: float) -> Denoise:
-    """Classifier-free guidance on x0 (Ho & Salimans 2022, eq. 6), in one pass of twice the batch.
+def guided(denoise: Denoise, guidance: Sequence[float]) -> Denoise:
+    """Classifier-free guidance on x0 (Ho & Salimans 2022, eq. 6), in one pass of a larger batch.
 
-    A guidance of 1 is `denoise` itself.
+    Args:
+        guidance: One per sample. Those of 1 are in the pass once, the others twice; where all are
+            1 the result is `denoise` itself.
     """
-    if guidance == 1:
+    led = [i for i, scale in enumerate(guidance) if scale != 1]
+    if not led:
         return denoise
 
     def both(x: Tensor, t: Tensor, cond: Tensor, mask: Tensor) -> Tensor:
-        drop = torch.arange(2 * len(x), device=x.device) >= len(x)
-        two = denoise(x.repeat(2, 1, 1), t.repeat(2), cond.repeat(2, 1, 1), mask.repeat(2, 1), drop)
-        conditional, unconditional = two.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        rows = torch.tensor([*range(len(x)), *led], device=x.device)
+        drop = torch.arange(len(rows), device=x.device) >= len(x)
+        found = denoise(x[rows], t[rows], cond[rows], mask[rows], drop)
+        x0, unconditional = found[: len(x)], found[len(x) :]
+        scale = x0.new_tensor([guidance[i] for i in led]).view(-1, 1, 1)
+        x0[led] = unconditional + scale * (x0[led] - unconditional)
+        return x0
 
     return both
 
 
-@torch.no_grad()
-def sample(
-    denoise: Denoise,
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Samples on their way from x_T to x_0, each at its own step of its own plan.
+
+    Args:
+        x: x_t, (B, L, P); the last K tokens are the classes'.
+        before: The last prediction of x_0, (B, L, P).
+        cond: (B, K, E).
+        mask: bool (B, K), false for padding, which comes last.
+        ahead: Per sample the steps that are left.
+        guidance: One per sample.
+        draws: Per sample what its ancestral noise is drawn from.
+    """
+
+    x: Tensor
+    before: Tensor
+    cond: Tensor
+    mask: Tensor
+    ahead: tuple[tuple[Step, ...], ...]
+    guidance: tuple[float, ...]
+    draws: tuple[torch.Generator, ...]
+
+    def take(self, rows: Sequence[int]) -> Walk:
+        """Some of the samples, in this order, padded to the most classes among them."""
+        index = torch.tensor(rows, device=self.x.device)
+        mask = self.mask[index]
+        return Walk(
+            x=self.x[index],
+            before=self.before[index],
+            cond=self.cond[index],
+            mask=mask,
+            ahead=tuple(self.ahead[i] for i in rows),
+            guidance=tuple(self.guidance[i] for i in rows),
+            draws=tuple(self.draws[i] for i in rows),
+        ).padded(int(mask.sum(1).max()))
+
+    def padded(self, classes: int) -> Walk:
+        """The same samples with K classes: padding is added or, where there is more, cut off."""
+        more = classes - self.mask.shape[1]
+        if not more:
+            return self
+        return replace(
+            self,
+            x=F.pad(self.x, (0, 0, 0, more)),
+            before=F.pad(self.before, (0, 0, 0, more)),
+            cond=F.pad(self.cond, (0, 0, 0, more)),
+            mask=F.pad(self.mask, (0, more)),
+        )
+
+
+def join(walks: Sequence[Walk]) -> Walk:
+    """The samples of all, in their order; how far each has come does not matter."""
+    most = max(walk.mask.shape[1] for walk in walks)
+    walks = [walk.padded(most) for walk in walks]
+    return Walk(
+        x=torch.cat([walk.x for walk in walks]),
+        before=torch.cat([walk.before for walk in walks]),
+        cond=torch.cat([walk.cond for walk in walks]),
+        mask=torch.cat([walk.mask for walk in walks]),
+        ahead=tuple(ahead for walk in walks for ahead in walk.ahead),
+        guidance=tuple(scale for walk in walks for scale in walk.guidance),
+        draws=tuple(draw for walk in walks for draw in walk.draws),
+    )
+
+
+def begin(
     config: DiffusionConfig,
     *,
     noise: Tensor,
@@ -166,12 +236,11 @@ def sample(
     mask: Tensor,
     steps: int,
     guidance: float = 1.0,
-    seeds: Sequence[int] = (),
-) -> Tensor:
-    """Denoise (B, L, P) noise to x_0 in a number of steps.
+    seeds: Sequence[int],
+) -> Walk:
+    """Samples before their first step.
 
     Args:
-        denoise: The contract of `Denoise`.
         noise: x_T, (B, L, P).
         cond: (B, K, E).
         mask: bool (B, K).
@@ -184,21 +253,49 @@ def sample(
     """
     if not 1 <= steps <= config.timesteps:
         raise ConfigError(f"sampling steps must lie in 1..{config.timesteps}, got {steps}")
-    if config.sampler == "ddpm" and len(seeds) != len(noise):
-        raise ConfigError(f"the ddpm sampler needs a seed per sample, got {len(seeds)}")
-    draws = []
-    if config.sampler == "ddpm":
+    return Walk(
+        x=noise,
+        before=noise,
+        cond=cond,
+        mask=mask,
+        ahead=(plan(config, steps),) * len(noise),
+        guidance=(guidance,) * len(noise),
         # another stream than the initial noise's, yet a function of the seed alone
-        draws = [torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds]
-    predict = guided(denoise, guidance)
-    x = before = noise
-    for step in plan(config, steps):
-        x0 = predict(x, torch.full((len(x),), step.t, device=x.device), cond, mask)
-        x = step.keep * x + step.move * x0
-        if step.back:
-            x = x + step.back * before
-        if step.noise:
-            z = [torch.randn(x.shape[1:], generator=draw) for draw in draws]
-            x = x + step.noise * torch.stack(z).to(x)
-        before = x0
-    return x
+        draws=tuple(torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds),
+    )
+
+
+@torch.no_grad()
+def advance(denoise: Denoise, walk: Walk) -> Walk:
+    """Every sample one step further, in one pass of the denoiser; none may be at its end."""
+    x, steps = walk.x, [ahead[0] for ahead in walk.ahead]
+    t = torch.tensor([step.t for step in steps], device=x.device)
+    x0 = guided(denoise, walk.guidance)(x, t, walk.cond, walk.mask)
+    weights = [(step.keep, step.move, step.back, step.noise) for step in steps]
+    keep, move, back, noise = x.new_tensor(weights).T[..., None, None]  # (B, 1, 1) each
+    x = keep * x + move * x0 + back * walk.before
+    if any(step.noise for step in steps):
+        x = x + noise * _fresh(walk).to(x)
+    return replace(walk, x=x, before=x0, ahead=tuple(ahead[1:] for ahead in walk.ahead))
+
+
+def _fresh(walk: Walk) -> Tensor:
+    """Unit normal draws (B, L, P) for the samples whose next step adds noise.
+
+    Padding gets none: a draw's values depend on how many are drawn, so that a sample's own would
+    otherwise depend on its neighbours' classes.
+    """
+    z = torch.zeros(walk.x.shape)
+    absent = (~walk.mask).sum(1).tolist()
+    for row, ahead, draw, less in zip(z, walk.ahead, walk.draws, absent, strict=True):
+        if ahead[0].noise:
+            own = row[: len(row) - less]
+            torch.randn(own.shape, generator=draw, out=own)
+    return z
+
+
+def sample(denoise: Denoise, walk: Walk) -> Tensor:
+    """x_0 (B, L, P) of samples that have equally many steps to go."""
+    while walk.ahead[0]:
+        walk = advance(denoise, walk)
+    return walk.x

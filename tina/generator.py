@@ -15,7 +15,7 @@ from torch import Tensor
 from tina.classifiers import Family
 from tina.codec import Codec
 from tina.config import GeneratorConfig
-from tina.diffusion import Denoise, as_x0, initial_noise, sample
+from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, sample
 from tina.errors import NonFiniteError
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
@@ -52,6 +52,59 @@ class Generator:
         length = self.codec.body_tokens + self.max_classes
         return initial_noise(seeds, (length, self.codec.width))
 
+    def begin(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Walk:
+        """Prompts before their first denoising step.
+
+        Args:
+            embeddings: (B, K, E), as the denoiser sees them.
+            mask: bool (B, K), false for padding.
+            seeds: One per prompt.
+            steps: Denoising steps; default: the configuration's.
+            guidance: Default: the configuration's.
+        """
+        diffusion = self.config.diffusion
+        device = self.denoiser.position.device
+        length = self.codec.body_tokens + embeddings.shape[1]
+        return begin(
+            diffusion,
+            noise=self.noise(seeds)[:, :length].to(device),
+            cond=self.vocabulary.condition(embeddings).to(device),
+            mask=mask.to(device),
+            steps=diffusion.sampling_steps if steps is None else steps,
+            guidance=diffusion.guidance if guidance is None else guidance,
+            seeds=seeds,
+        )
+
+    @property
+    def denoise(self) -> Denoise:
+        """The denoiser's prediction of x0."""
+        return as_x0(self.denoiser, self.config.diffusion)
+
+    def finish(self, tokens: Tensor, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Body (B, n_body) and head rows (B, K, R) of denoised tokens (B, S + K, P).
+
+        Args:
+            embeddings: (B, K, E), unit norm: what the task inherits by.
+            mask: bool (B, K), false for padding.
+
+        Raises:
+            NonFiniteError: A generated value is NaN or infinite.
+        """
+        body, rows = self.codec.decode(tokens.cpu())
+        inherited_body, inherited_rows = self.inherit(embeddings)
+        body, rows = inherited_body + body, (inherited_rows + rows) * mask.unsqueeze(-1)
+        if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):
+            raise NonFiniteError("the generator made NaN or infinite weights; nothing is returned")
+        return body, rows
+
     @torch.no_grad()
     def generate(
         self,
@@ -78,26 +131,9 @@ class Generator:
         Raises:
             NonFiniteError: A generated value is NaN or infinite.
         """
-        diffusion = self.config.diffusion
-        device = self.denoiser.position.device
-        length = self.codec.body_tokens + embeddings.shape[1]
-        cond = self.vocabulary.condition(embeddings if conditions is None else conditions)
-        tokens = sample(
-            denoise or as_x0(self.denoiser, diffusion),
-            diffusion,
-            noise=self.noise(seeds)[:, :length].to(device),
-            cond=cond.to(device),
-            mask=mask.to(device),
-            steps=diffusion.sampling_steps if steps is None else steps,
-            guidance=diffusion.guidance if guidance is None else guidance,
-            seeds=seeds,
-        )
-        body, rows = self.codec.decode(tokens.cpu())
-        inherited_body, inherited_rows = self.inherit(embeddings)
-        body, rows = inherited_body + body, (inherited_rows + rows) * mask.unsqueeze(-1)
-        if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):
-            raise NonFiniteError("the generator made NaN or infinite weights; nothing is returned")
-        return body, rows
+        seen = embeddings if conditions is None else conditions
+        walk = self.begin(seen, mask, seeds=seeds, steps=steps, guidance=guidance)
+        return self.finish(sample(denoise or self.denoise, walk), embeddings, mask)
 
     def logits(self, body: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
         """Logits (N, K) of one classifier, from its body (n_body,) and rows (K, R)."""

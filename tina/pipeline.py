@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
+from tina.diffusion import sample
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph
@@ -291,8 +292,27 @@ class TinaPipeline:
             names: Per task, what its rows are called.
         """
         generator = self.generator
-        padded, mask = pad(embeddings)
-        body, rows = generator.generate(padded, mask, seeds=seeds, steps=steps, guidance=guidance)
+        steps = generator.config.diffusion.sampling_steps if steps is None else steps
+        walk = generator.begin(*pad(embeddings), seeds=seeds, steps=steps, guidance=guidance)
+        tokens = sample(generator.denoise, walk)
+        return self.finish(tokens, embeddings, names, seeds=seeds, steps=[steps] * len(names))
+
+    def finish(
+        self,
+        tokens: Tensor,
+        embeddings: Sequence[Tensor],
+        names: Sequence[tuple[str, ...]],
+        *,
+        seeds: Sequence[int],
+        steps: Sequence[int],
+    ) -> list[GeneratedModel]:
+        """The classifiers of denoised tokens (B, S + K, P); the rest per task, as in `generate`.
+
+        Raises:
+            NonFiniteError: A generated value is NaN or infinite.
+        """
+        generator = self.generator
+        body, rows = generator.finish(tokens, *pad(embeddings))
         return [
             GeneratedModel(
                 theta=generator.theta(body[i], rows[i, : len(task)]),
@@ -300,7 +320,7 @@ class TinaPipeline:
                 class_names=task,
                 familiarity=tuple(generator.vocabulary.familiarity(embeddings[i]).tolist()),
                 seed=seeds[i],
-                steps=steps or generator.config.diffusion.sampling_steps,
+                steps=steps[i],
                 checkpoint=self.checkpoint,
             )
             for i, task in enumerate(names)

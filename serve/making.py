@@ -1,0 +1,126 @@
+"""One denoising pass that prompts join, and leave as models, at any of its steps.
+
+The denoiser is told the timestep of each sample, so that one pass serves samples of any age: a
+prompt waits for the step that runs, not for the models of those before it.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve.ids import Recipe
+from serve.problems import Problem
+from tina.diffusion import Walk, advance, join
+from tina.errors import TinaError
+from tina.pipeline import GeneratedModel, TinaPipeline
+from tina.prompts import pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A prompt in the making; `embedding` is (K, E), `begun` as `time.perf_counter` has it."""
+
+    ticket: int
+    recipe: Recipe
+    embedding: Tensor
+    begun: float
+
+
+class Making:
+    """The prompts in the making; what a `Batcher` runs.
+
+    Args:
+        made: Called for each model that is made, with the prompts in its last step and its time in
+            the making in seconds.
+    """
+
+    def __init__(self, pipe: TinaPipeline, *, made: Callable[[int, float], None]) -> None:
+        self._pipe, self._made = pipe, made
+        self._tasks: list[Task] = []  # in the order of the walk's samples
+        self._walk: Walk | None = None
+
+    def __call__(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
+        """Take one denoising step.
+
+        Args:
+            asked: All recipes that are still wanted, by ticket: new ones join, and those in the
+                making that are no longer among them are dropped.
+
+        Returns:
+            The models that are made, and why others cannot be, by ticket.
+        """
+        self._keep([i for i, task in enumerate(self._tasks) if task.ticket in asked])
+        found = self._join(asked)
+        if self._walk:
+            self._walk = advance(self._pipe.generator.denoise, self._walk)
+            found |= self._finish(self._walk)
+        return found
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        if len(rows) < len(self._tasks):
+            self._tasks = [self._tasks[i] for i in rows]
+            self._walk = self._walk.take(rows) if self._walk and rows else None
+
+    def _join(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
+        failed: dict[int, GeneratedModel | Exception] = {}
+        walks = []
+        known = {task.ticket for task in self._tasks}
+        for ticket in [ticket for ticket in asked if ticket not in known]:
+            recipe = asked[ticket]
+            try:
+                embedding = self._embed(recipe)
+            except TinaError as error:
+                field = "descriptions" if recipe.descriptions else "classes"
+                failed[ticket] = Problem.of_field(field, f"cannot be encoded: {error}")
+                continue
+            walk = self._pipe.generator.begin(
+                *pad([embedding]),
+                seeds=[recipe.seed],
+                steps=recipe.steps,
+                guidance=recipe.guidance,
+            )
+            walks.append(walk)
+            self._tasks.append(
+                Task(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
+            )
+        if walks:
+            self._walk = join([*([self._walk] if self._walk else []), *walks])
+        return failed
+
+    def _embed(self, recipe: Recipe) -> Tensor:
+        if recipe.embeddings:
+            values = np.frombuffer(base64.b64decode(recipe.embeddings), np.float32)
+            return torch.from_numpy(values.copy()).view(len(recipe.classes), -1)
+        if recipe.descriptions:
+            return self._pipe.encoder.encode_text(recipe.descriptions)
+        return self._pipe.embed_names(recipe.classes)
+
+    def _finish(self, walk: Walk) -> dict[int, GeneratedModel | Exception]:
+        """The models of the samples that are at their end, which leave."""
+        ended = [i for i, ahead in enumerate(walk.ahead) if not ahead]
+        if not ended:
+            return {}
+        tasks = [self._tasks[i] for i in ended]
+        models: Sequence[GeneratedModel | Exception]
+        try:
+            models = self._pipe.finish(
+                walk.take(ended).x,
+                [task.embedding for task in tasks],
+                [task.recipe.classes for task in tasks],
+                seeds=[task.recipe.seed for task in tasks],
+                steps=[task.recipe.steps for task in tasks],
+            )
+        except TinaError as error:  # no failure of those that go on
+            models = [error] * len(tasks)
+        now = time.perf_counter()
+        for task in tasks:
+            self._made(len(walk.ahead), now - task.begun)
+        self._keep([i for i, ahead in enumerate(walk.ahead) if ahead])
+        return {task.ticket: model for task, model in zip(tasks, models, strict=True)}
