@@ -22,7 +22,7 @@ from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from serve.bodies import read_pictures, read_prompt
-from serve.ids import SHORT_BYTES, Ids, Recipe
+from serve.ids import Ids, Recipe
 from serve.openapi import PREDICTION, PROMPT, WEIGHTS, describe, problems
 from serve.plumbing import install
 from serve.problems import Problem
@@ -126,9 +126,8 @@ def build_api(backend: Backend, ids: Ids, access: Access) -> FastAPI:
         """Generate a classifier for a prompt."""
         chosen = negotiate(request, format)
         made = await backend.create(await read_prompt(request), chosen)
-        if len(made.recipe.pack()) <= SHORT_BYTES:  # no file to write, nothing long to compress
-            name = ids.issue(made.recipe)
-        else:
+        name = ids.short(made.recipe)
+        if name is None:
             name = await run_in_threadpool(ids.issue, made.recipe)
         response = _answer(made, name, chosen)
         response.status_code = 201

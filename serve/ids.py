@@ -91,8 +91,13 @@ class Ids:
         self._key, self._storage, self._keep_s = key, storage / "prompts", keep_s
         self._swept = 0.0
 
+    def short(self, recipe: Recipe) -> str | None:
+        """The id of a recipe with no file to write and nothing long to compress; else None."""
+        packed = recipe.pack()
+        return self._sign(zlib.compress(packed, 9)) if len(packed) <= SHORT_BYTES else None
+
     def issue(self, recipe: Recipe) -> str:
-        """The id of a recipe."""
+        """The id of a recipe; may take a while."""
         packed = zlib.compress(recipe.pack(), 9)
         name = self._sign(packed)
         if len(name) <= MAX_ID_CHARACTERS:

@@ -110,9 +110,12 @@ class Making:
         tasks = [self._tasks[i] for i in ended]
         models: Sequence[GeneratedModel | Exception]
         try:
-            models = self._pipe.finish(
-                walk.take(ended).x,
-                [task.embedding for task in tasks],
+            embeddings = [task.embedding for task in tasks]
+            body, rows = self._pipe.generator.finish(walk.take(ended).x, *pad(embeddings))
+            models = self._pipe.models(
+                body,
+                rows,
+                embeddings,
                 [task.recipe.classes for task in tasks],
                 seeds=[task.recipe.seed for task in tasks],
                 steps=[task.recipe.steps for task in tasks],

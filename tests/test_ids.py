@@ -46,6 +46,16 @@ def test_an_id_carries_its_recipe(ids, recipe):
     assert ids.issue(recipe) == name
 
 
+@given(recipe=recipes)
+def test_a_short_id_is_the_id(ids, recipe):
+    assert ids.short(recipe) in (None, ids.issue(recipe))
+
+
+def test_what_is_short_and_what_is_not(ids):
+    assert ids.short(RECIPE) == ids.issue(RECIPE)
+    assert ids.short(LARGE) is None
+
+
 def test_a_large_recipe_is_stored_and_found_by_another_replica(tmp_path):
     here, there = (Ids(b"k", storage=tmp_path, keep_s=1000) for _ in range(2))
     name = here.issue(LARGE)

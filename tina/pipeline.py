@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
-from tina.diffusion import sample
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph
@@ -293,26 +292,22 @@ class TinaPipeline:
         """
         generator = self.generator
         steps = generator.config.diffusion.sampling_steps if steps is None else steps
-        walk = generator.begin(*pad(embeddings), seeds=seeds, steps=steps, guidance=guidance)
-        tokens = sample(generator.denoise, walk)
-        return self.finish(tokens, embeddings, names, seeds=seeds, steps=[steps] * len(names))
+        padded, mask = pad(embeddings)
+        body, rows = generator.generate(padded, mask, seeds=seeds, steps=steps, guidance=guidance)
+        return self.models(body, rows, embeddings, names, seeds=seeds, steps=[steps] * len(names))
 
-    def finish(
+    def models(
         self,
-        tokens: Tensor,
+        body: Tensor,
+        rows: Tensor,
         embeddings: Sequence[Tensor],
         names: Sequence[tuple[str, ...]],
         *,
         seeds: Sequence[int],
         steps: Sequence[int],
     ) -> list[GeneratedModel]:
-        """The classifiers of denoised tokens (B, S + K, P); the rest per task, as in `generate`.
-
-        Raises:
-            NonFiniteError: A generated value is NaN or infinite.
-        """
+        """The classifiers of bodies (B, n_body) and rows (B, K, R); the rest per task."""
         generator = self.generator
-        body, rows = generator.finish(tokens, *pad(embeddings))
         return [
             GeneratedModel(
                 theta=generator.theta(body[i], rows[i, : len(task)]),
