@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from numpy.typing import NDArray
 
@@ -19,8 +18,6 @@ from tina.checkpoint import load_generator
 from tina.configio import config_to_dict
 from tina.errors import DataError
 from tina.files import write_text
-from tina.finetune import Lesson, accuracy
-from tina.generator import Generator
 from tina.run import Run
 from tina.space import Search
 from tina.sweep import (
@@ -52,7 +49,7 @@ def last_progress(run: Run) -> Progress | None:
 def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
     """A trial from its folder; None if it ended before its first validation."""
     history, progress = read_history(run.folder), last_progress(run)
-    if not history or not progress or progress.best_accuracy < 0:
+    if not history or not progress or not len(progress.top):
         return None
     state = "done" if progress.step == run.config.train.steps else "stopped"
     own = replace(run.config, name=search.config.name, storage=search.config.storage)
@@ -67,28 +64,12 @@ def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
     )
 
 
-def trained(run: Run) -> Generator:
-    """A trial's generator, with the weights that validated best."""
-    generator, progress = load_generator(run.start), last_progress(run)
+def task_accuracies(run: Run, *, untrained: bool = False) -> NDArray[np.float64]:
+    """Per validation task, as training validates: of what a trial makes, or would untrained."""
+    progress = last_progress(run)
     assert progress
-    generator.denoiser.load_state_dict(dict(progress.best))
-    return generator
-
-
-def task_accuracies(
-    base: Run, generator: Generator, *, untrained: bool = False
-) -> NDArray[np.float64]:
-    """Per validation task, as training validates: of what a generator makes, or would untrained."""
-    tasks = base.space.val
-    embeddings, mask = generator.vocabulary.of([task.class_ids for task in tasks])
-    zeros = (lambda x, *_: torch.zeros_like(x)) if untrained else None
-    body, rows = generator.generate(embeddings, mask, seeds=[0] * len(tasks), denoise=zeros)
-    found = []
-    for i, task in enumerate(tasks):
-        theta = generator.theta(body[i], rows[i, : task.num_classes])
-        lesson = Lesson.of(base.dataset, task.class_ids, seed=0, partition="select")
-        found.append(accuracy(base.family, theta, base.store, lesson))
-    return np.array(found)
+    validate = run.validator(load_generator(run.start))
+    return np.array(validate(None if untrained else progress.best))
 
 
 def lend(base: Run, folder: Path) -> None:
@@ -125,14 +106,14 @@ def publish(base: Run, search: Search, trials: Mapping[str, bool]) -> None:
     if default is None:
         raise DataError(f"the trial of the run's own configuration failed; see {folder}")
     best = best_of(able)
-    own, other = (trained(runs[o.config.name]) for o in (default, best))
-    bar = task_accuracies(base, own)
+    own, other = (runs[o.config.name] for o in (default, best))
+    bar = task_accuracies(own)
     scale = Scale(
-        selection=float(task_accuracies(base, own, untrained=True).mean()),
+        selection=float(task_accuracies(own, untrained=True).mean()),
         pmodels=float(base.read_zoo("zoo").only("val").accuracy.mean()),
         tasks=len(bar),
     )
-    gains = task_accuracies(base, other) - bar
+    gains = task_accuracies(other) - bar
     said = verdict(able, gains, scale, default=default, best=best)
     write_outcomes(outcomes, scale, folder / "trials.parquet")
     title = f"{base.config.name}: {len(outcomes)} trials of sweep {search.sweep.name}"

@@ -46,12 +46,12 @@ class Judge:
         torch.set_num_threads(1)
         self._validator = lru_cache(MOST_VALIDATED)(validator)
 
-    def accuracy(self, config: JobConfig, base: Path, weights: Weights) -> float:
-        """Accuracy on `select` images of validation tasks of what the weights generate."""
+    def accuracies(self, config: JobConfig, base: Path, weights: Weights) -> list[float]:
+        """Per validation task, accuracy on its `select` images of what the weights generate."""
         return self._validator(config, base)(weights)
 
 
-def validator(config: JobConfig, base: Path) -> Callable[[Weights], float]:
+def validator(config: JobConfig, base: Path) -> Callable[[Weights], list[float]]:
     """The validation of a run."""
     run = Run(config, base)
     return run.validator(load_generator(run.start))
@@ -132,9 +132,9 @@ def begin_validation(judge: Any, config: JobConfig, base: Path) -> Validate:
 
     judge = judge or start_judge()
 
-    def begin(weights: Weights) -> Callable[[], float]:
-        result = judge.accuracy.remote(config, base, dict(weights))
-        return lambda: float(ray.get(result))
+    def begin(weights: Weights) -> Callable[[], list[float]]:
+        result = judge.accuracies.remote(config, base, dict(weights))
+        return lambda: list(ray.get(result))
 
     return begin
 
@@ -200,7 +200,7 @@ def build_trainer(
 
 
 def train_generator(run: Run) -> Generator:
-    """Train, or continue; the generator with the averaged weights that validated best.
+    """Train, or continue; the generator with the averaged weights that validation chose.
 
     Raises:
         DataError: There is no zoo to learn from.

@@ -68,16 +68,13 @@ class Reports(TuneReportCallback):
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]]) -> None:
         super().__init__()
-        last = history[-1] if history else {"seconds": 0.0, BEST: 0.0}
-        self.file, self.best = folder / HISTORY, last[BEST]
-        self.begin = time.time() - last["seconds"]
+        self.file = folder / HISTORY
+        self.begin = time.time() - (history[-1]["seconds"] if history else 0.0)
 
     def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
         """As `UserCallback` says; rank 0 has validated."""
-        row = {key: metrics[0][key] for key in ("step", TIME, METRIC)}
-        if row[TIME]:  # the first report has the untrained generator's accuracy
-            self.best = max(self.best, row[METRIC])
-        row |= {BEST: self.best, "seconds": time.time() - self.begin}
+        row = {key: metrics[0][key] for key in ("step", TIME, METRIC, BEST)}
+        row["seconds"] = time.time() - self.begin
         with self.file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         super().after_report(run_context, [row], checkpoint)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import Annotated, Protocol
 
 import mimeparse
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -23,6 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from serve.bodies import read_pictures, read_prompt
 from serve.ids import Ids, Recipe
+from serve.made import Made
 from serve.openapi import PREDICTION, PROMPT, WEIGHTS, describe, problems
 from serve.plumbing import install
 from serve.problems import Problem
@@ -35,9 +36,6 @@ from tina.schemas import (
     Prediction,
     PredictReply,
 )
-
-if TYPE_CHECKING:
-    from serve.replica import Made
 
 READY_S = 5
 STATIC = Path(__file__).parent / "static"

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.api import Access, build_api
 from serve.ids import Ids, Recipe, load_key
+from serve.made import Made
 from serve.plumbing import RETRY_AFTER_S
 from serve.problems import Problem
 from tina.errors import ConfigError
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
-    from serve.replica import Made
 
 ATTEMPTS = 3  # on another replica each; every call may be repeated
 INGRESS_ONGOING, INGRESS_QUEUED = 256, 64

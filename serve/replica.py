@@ -13,7 +13,6 @@ import io
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial, wraps
 from importlib.metadata import version
 from typing import Concatenate, ParamSpec, TypeVar
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from serve.batcher import Batcher
 from serve.ids import Recipe
+from serve.made import Made
 from serve.making import Making
 from serve.metrics import Metrics
 from serve.problems import Problem
@@ -41,23 +41,6 @@ OVERHEAD = 1024  # bytes of a cached model beside its theta
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """A generated model as it leaves a replica.
-
-    Args:
-        content: The weights in the format that was asked for; empty for JSON.
-    """
-
-    recipe: Recipe
-    familiarity: tuple[float, ...]
-    warnings: tuple[str, ...]
-    family: str
-    parameters: int
-    input_shape: tuple[int, int, int]
-    content: bytes
 
 
 def answering(

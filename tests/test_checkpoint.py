@@ -15,10 +15,11 @@ from tina.codec import fit_codec
 from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, GeneratorConfig
 from tina.encoders import HashEncoder
 from tina.errors import CheckpointError
-from tina.files import DTYPES, hash_file, pack_tensors, write_tensors
+from tina.files import hash_file
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.tensors import DTYPES, pack_tensors, write_tensors
 
 FILES = (
     "README.md",

@@ -13,7 +13,7 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "config", "configio", "precision", "space", "files", "images"],
+    *["errors", "config", "configio", "precision", "space", "files", "tensors", "images"],
     *["superclasses", "sources", "datasets", "tasks"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "codec", "transformer", "diffusion", "generator"],
@@ -81,8 +81,13 @@ def test_no_module_is_long(file):
     assert len(file.read_text().splitlines()) <= MOST_LINES
 
 
-def test_importing_tina_imports_no_torch():
-    code = "import sys, tina; print([m for m in ('torch', 'numpy', 'ray') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("tina", ("torch", "numpy", "ray")), ("serve.app", ("torch", "tina.pipeline"))],
+    ids=["the library", "the ingress"],
+)
+def test_an_import_brings_nothing_heavy(module, heavy):
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

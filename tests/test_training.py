@@ -11,10 +11,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 
 from tina.batches import Batch, Source, encode_zoo
 from tina.diffusion import signal_level
@@ -77,7 +81,8 @@ def weights(module):
 def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path, best_is):
     def judge(ema):
         grown = float(ema["row_out.bias"].abs().sum())  # zero at the start
-        return 1 - grown if best_is == "before the stop" else grown
+        value = 1 - grown if best_is == "before the stop" else grown
+        return [value, value + 0.01, value - 0.01]
 
     whole = fresh()
     figures_whole = []
@@ -122,6 +127,7 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, fresh, short, tmp_path,
     assert_equal(found.ema, want.ema)
     assert_equal(found.best, want.best)
     assert found.best_accuracy == want.best_accuracy > 0
+    assert torch.equal(found.top, want.top)
     assert figures[-1] == figures_whole[-1]
     # and the steps since went somewhere
     saved = Progress.load(tmp_path / "progress.safetensors")
@@ -147,12 +153,39 @@ def test_engine_state_round_trip(tiny_run, fresh, short, tmp_path):
 
 def test_progress_round_trip(tmp_path):
     ema, best = ({f"a.{i}": torch.randn(3) for i in range(2)} for _ in range(2))
-    progress = Progress(step=17, ema=ema, best=best, best_accuracy=1 / 3)
+    top = torch.rand(5, dtype=torch.float64)
+    progress = Progress(step=17, ema=ema, best=best, best_accuracy=1 / 3, top=top)
     progress.save(tmp_path / "p.safetensors")
     again = Progress.load(tmp_path / "p.safetensors")
     assert (again.step, again.best_accuracy) == (17, 1 / 3)
     assert_equal(again.ema, ema)
     assert_equal(again.best, best)
+    assert torch.equal(again.top, top)
+    assert len(Progress.start(nn.Linear(2, 2)).top) == 0
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda tasks: st.lists(
+            st.lists(st.integers(0, 100), min_size=tasks, max_size=tasks), min_size=1, max_size=8
+        )
+    )
+)
+def test_the_latest_state_within_a_standard_error_of_the_best_is_chosen(percent):
+    accuracies = np.array(percent) / 100
+    progress = Progress(step=0, ema={}, best={})
+    for step, row in enumerate(accuracies):
+        own = {"step": torch.tensor(step)}
+        progress = replace(progress, step=step, ema=own).settle(torch.from_numpy(row))
+    leads = accuracies[accuracies.mean(1).argmax()] - accuracies
+    tasks = accuracies.shape[1]
+    error = leads.std(1, ddof=1) / tasks**0.5 if tasks > 1 else np.zeros(len(leads))
+    (able,) = np.nonzero(leads.mean(1) <= error + 1e-12)
+    assume(np.abs(leads.mean(1) - error)[leads.any(1)].min(initial=1) > 1e-9)
+    assume(np.unique(accuracies.mean(1).round(9)).size == len(accuracies))
+    assert progress.best["step"] == able[-1]
+    assert progress.best_accuracy == pytest.approx(accuracies[able[-1]].mean())
+    assert progress.top.numpy() == pytest.approx(accuracies[accuracies.mean(1).argmax()])
 
 
 def test_best_is_a_copy(tiny_run, fresh, short):
@@ -164,7 +197,7 @@ def test_best_is_a_copy(tiny_run, fresh, short):
 
     def judge(ema):
         seen.append({name: value.clone() for name, value in ema.items()})
-        return [0.9, 0.3, 0.7, 0.1][len(seen) - 1]
+        return [[0.9, 0.3, 0.7, 0.1][len(seen) - 1]]
 
     progress = go(tiny_run, generator, short, judge=judge)
     assert len(seen) == 4
@@ -197,7 +230,7 @@ def test_a_validation_is_not_waited_for_before_the_next_report(tiny_run, fresh, 
 
         def wait():
             events.append(f"wait {number}")
-            return 0.5 + number / 100
+            return [0.5 + number / 100]
 
         return wait
 
@@ -226,7 +259,7 @@ def test_reports_come_every_few_steps_and_at_the_end(tiny_run, fresh, short):
         fresh(),
         short,
         report=lambda progress, figures: reports.append(progress.step),
-        judge=lambda ema: 0.5,
+        judge=lambda ema: [0.5],
         on_step=lambda step, figures: steps.append(step),
     )
     assert reports == [5, 10, 12]
@@ -346,7 +379,7 @@ def test_accumulated_parts_train_as_the_whole_batch(tiny_run, fresh, short, part
             tiny_run,
             generator,
             config,
-            judge=lambda ema: 0.5,
+            judge=lambda ema: [0.5],
             report=lambda progress, figures: reports.append(figures),  # noqa: B023
         )
         results.append((weights(generator.denoiser), reports[-1]))
@@ -646,7 +679,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing(tiny_run, fresh, short):
         generator,
         config,
         engine=engine,
-        judge=lambda ema: 0.5,
+        judge=lambda ema: [0.5],
         on_step=lambda step, figures: rates.append(engine.optimizer.param_groups[0]["lr"]),
     )
     warm = [0.01 / 3, 0.02 / 3, 0.01]
@@ -665,7 +698,7 @@ def test_ema_has_the_horizon_that_is_asked_for(tiny_run, fresh, short, share, la
     def follow(step, figures):
         passed.append(weights(generator.denoiser)["position"].double())
 
-    found = go(tiny_run, generator, config, judge=lambda ema: 0.5, on_step=follow)
+    found = go(tiny_run, generator, config, judge=lambda ema: [0.5], on_step=follow)
     for step, value in enumerate(passed):
         decay = min((1 + step) / (10 + step), last)
         mean = decay * mean + (1 - decay) * value
@@ -692,7 +725,7 @@ def test_training_reduces_its_loss(tiny_run, fresh, short, kind, lr, share):
         return torch.stack(found).mean().item()
 
     before = level()
-    progress = go(tiny_run, generator, config, judge=lambda ema: 0.5)
+    progress = go(tiny_run, generator, config, judge=lambda ema: [0.5])
     generator.denoiser.load_state_dict(dict(progress.ema))
     assert level() < share * before
 

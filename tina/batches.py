@@ -93,9 +93,12 @@ class Source:
         return encode_zoo(self.generator, self.zoo)
 
     @cached_property
-    def _pools(self) -> list[np.ndarray]:
-        count = self.dataset.num_classes
-        return [self.dataset.indices("fit", (c,)).numpy() for c in range(count)]
+    def _pools(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per class of the data set, the places of its `fit` images, padded, and their number."""
+        classes = range(self.dataset.num_classes)
+        pools = [self.dataset.indices("fit", (c,)).numpy() for c in classes]
+        counts = np.array([len(pool) for pool in pools])
+        return np.stack([np.pad(pool, (0, counts.max() - len(pool))) for pool in pools]), counts
 
     def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
         """One of the equal parts of a step."""
@@ -119,8 +122,10 @@ class Source:
         for rng in slots(FRESH, config.fresh_tasks if config.function_loss > 0 else 0):
             (task,) = self.space.sample_fresh(rng, 1)
             rows = rng.integers(len(task), size=config.images_per_task)
-            index = [rng.choice(self._pools[task[row]]) for row in rows]
-            images.append(self.store[torch.tensor(index)])
+            of_class = np.array(task)[rows]
+            pools, counts = self._pools
+            index = pools[of_class, rng.integers(counts[of_class])]
+            images.append(self.store[torch.from_numpy(index)])
             labels.append(torch.from_numpy(rows))
             classes.append(tuple(task))
             pure.append(rng.random() < 0.5)

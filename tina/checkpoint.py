@@ -32,10 +32,11 @@ from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
 from tina.errors import CheckpointError, TinaError
-from tina.files import hash_file, read_table, write_tensors
+from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.tensors import write_tensors
 
 FORMAT_VERSION = 1
 HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}

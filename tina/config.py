@@ -224,7 +224,7 @@ class TrainConfig:
         ema: Share of the run over which the weights are averaged.
         precision: Arithmetic of the transformer and the function-space loss; weights stay fp32.
         accumulation: Parts that a rank's share of a step is cut into, one after the other.
-        checkpoint_every: Steps between resumable states. Each is validated; the best is kept.
+        checkpoint_every: Steps between resumable states. Each is validated; one is chosen.
         seed: Seed of initialisation and of every draw.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tina.config import TrainConfig
 from tina.errors import NonFiniteError
-from tina.files import write_tensors
+from tina.tensors import write_tensors
 
 Weights = Mapping[str, Tensor]
 """Tensors by the name of their parameter."""

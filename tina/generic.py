@@ -19,8 +19,8 @@ from tina.classifiers import Family, InputStore, ResNet20Head
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import DataError
-from tina.files import write_tensors
 from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
+from tina.tensors import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

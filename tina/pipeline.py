@@ -21,10 +21,11 @@ from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph
-from tina.files import pack_tensors, write_whole
+from tina.files import write_whole
 from tina.generator import Generator
 from tina.images import resize
 from tina.prompts import check_task, pad, split_sentence
+from tina.tensors import pack_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -225,8 +225,13 @@ class Run:
             store=self.store,
         )
 
-    def validator(self, generator: Generator) -> Callable[[Mapping[str, Tensor]], float]:
-        """Accuracy, on `select` images of validation tasks, of what given weights generate."""
+    def validator(
+        self, generator: Generator
+    ) -> Callable[[Mapping[str, Tensor] | None], list[float]]:
+        """Per validation task, accuracy on its `select` images of what given weights generate.
+
+        No weights stand for what the tasks inherit: classifier selection.
+        """
         tasks = self.space.val
         denoiser = new_denoiser(
             generator.config, generator.codec, dim=generator.vocabulary.space.dim, seed=0
@@ -236,11 +241,17 @@ class Run:
             Lesson.of(self.dataset, task.class_ids, seed=0, partition="select") for task in tasks
         ]
 
-        def validate(weights: Mapping[str, Tensor]) -> float:
-            denoiser.load_state_dict(dict(weights))
+        def validate(weights: Mapping[str, Tensor] | None) -> list[float]:
+            if weights is not None:
+                denoiser.load_state_dict(dict(weights))
             embeddings, mask = generator.vocabulary.of([task.class_ids for task in tasks])
-            body, rows = judge.generate(embeddings, mask, seeds=[0] * len(tasks))
-            hits = [
+            body, rows = judge.generate(
+                embeddings,
+                mask,
+                seeds=[0] * len(tasks),
+                denoise=(lambda x, *_: torch.zeros_like(x)) if weights is None else None,
+            )
+            return [
                 accuracy(
                     self.family,
                     judge.theta(body[i], rows[i, : task.num_classes]),
@@ -249,7 +260,6 @@ class Run:
                 )
                 for i, (task, lesson) in enumerate(zip(tasks, lessons, strict=True))
             ]
-            return sum(hits) / len(hits)
 
         return validate
 

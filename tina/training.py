@@ -15,8 +15,8 @@ The loop knows no Ray and no DeepSpeed: the engine, the report and the validatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,14 +29,14 @@ from tina.config import TrainConfig
 from tina.diffusion import add_noise, as_x0, signal_level
 from tina.engine import Engine, Weights
 from tina.errors import NonFiniteError
-from tina.files import write_tensors
 from tina.finetune import annealed
 from tina.generator import Generator
 from tina.precision import in_bf16
+from tina.tensors import write_tensors
 
-Validate = Callable[[Weights], Callable[[], float]]
-"""Begin to measure what weights generate; the result waits for it: accuracy on `select` images of
-validation tasks."""
+Validate = Callable[[Weights], Callable[[], Sequence[float]]]
+"""Begin to measure what weights generate; the result waits for it: per validation task, accuracy on
+its `select` images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,16 @@ class Progress:
     Args:
         step: Steps done.
         ema: Averaged weights, whole.
-        best: Averaged weights at the best validation so far; only rank 0's are kept up.
-        best_accuracy: Its accuracy; -1 before the first.
+        best: Averaged weights that `settle` chose; only rank 0's are kept up.
+        best_accuracy: Their accuracy; 0 before the first.
+        top: float64 (V,), the highest accuracy so far by validation task; empty before the first.
     """
 
     step: int
     ema: Weights
     best: Weights
-    best_accuracy: float = -1.0
+    best_accuracy: float = 0.0
+    top: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
     @classmethod
     def start(cls, module: nn.Module) -> Progress:
@@ -61,12 +63,30 @@ class Progress:
         weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
         return cls(step=0, ema=weights, best=weights)
 
+    def settle(self, accuracies: Tensor) -> Progress:
+        """Its `ema` validated: the latest state within a standard error of the best is chosen.
+
+        A few tasks cannot tell late states apart, and their highest accuracy is often an early
+        one's luck (docs/log.md, 2026-11-25). The rule is Breiman et al. 1984, 3.4.3, with the
+        error of the difference, paired over tasks; one task has none.
+
+        Args:
+            accuracies: float64 (V,), of `ema`.
+        """
+        lead = self.top - accuracies if len(self.top) else torch.zeros_like(accuracies)
+        error = lead.std(correction=0) / max(1, len(lead) - 1) ** 0.5
+        if lead.mean() > error:
+            return self
+        top = accuracies if not len(self.top) or lead.mean() < 0 else self.top
+        return replace(self, best=self.ema, best_accuracy=accuracies.mean().item(), top=top)
+
     def save(self, file: Path) -> None:
         """One safetensors file."""
         tensors = {f"ema.{name}": value for name, value in self.ema.items()}
         tensors |= {f"best.{name}": value.clone() for name, value in self.best.items()}
         tensors["step"] = torch.tensor(self.step)
         tensors["best_accuracy"] = torch.tensor(self.best_accuracy, dtype=torch.float64)
+        tensors["top"] = self.top
         write_tensors(file, tensors)
 
     @classmethod
@@ -78,6 +98,7 @@ class Progress:
             ema={k[4:]: v for k, v in tensors.items() if k.startswith("ema.")},
             best={k[5:]: v for k, v in tensors.items() if k.startswith("best.")},
             best_accuracy=float(tensors["best_accuracy"]),
+            top=tensors["top"],
         )
 
 
@@ -134,7 +155,8 @@ def train(
     Args:
         report: Called on every rank each `checkpoint_every` steps and at the end, with what is
             needed to go on from there and figures: losses since the last report, over all ranks;
-            with a validation also its latest accuracy, and the step that it measured.
+            with a validation also its latest accuracy, the step that it measured, and the accuracy
+            of the state chosen so far.
         validate: Called with each report's averaged weights; None on ranks other than 0. Training
             goes on meanwhile: a result is waited for at the next report, the last one at the end.
         on_step: Called with the number of steps done and this rank's losses.
@@ -149,7 +171,7 @@ def train(
     if config.function_loss > 0:
         factors["function_loss"] = config.function_loss
     now, ema, parts = start, engine.split(start.ema), world * config.accumulation
-    judged: Callable[[], float] | None = None
+    judged: Callable[[], Sequence[float]] | None = None
     if validate and start.step < config.steps:
         judged = validate(start.ema)  # selection's accuracy, or what an interruption cut short
     sums = dict.fromkeys(factors, 0.0)
@@ -158,9 +180,14 @@ def train(
     def settle() -> None:
         nonlocal now
         assert judged
-        figures.update(val_accuracy=judged(), val_step=now.step)
-        if now.step and figures["val_accuracy"] > now.best_accuracy:
-            now = replace(now, best=now.ema, best_accuracy=figures["val_accuracy"])
+        accuracies = torch.tensor(judged(), dtype=torch.float64)
+        if now.step:  # the untrained weights are no candidate
+            now = now.settle(accuracies)
+        figures.update(
+            val_accuracy=accuracies.mean().item(),
+            val_step=now.step,
+            best_accuracy=now.best_accuracy,
+        )
 
     reported = start.step
     for step in range(start.step, config.steps):
