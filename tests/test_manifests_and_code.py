@@ -154,13 +154,14 @@ def serve_args(overlay):
     return check_serve(serve_config(overlay))
 
 
-def local_serve_config():
-    return yaml.safe_load(
-        (ROOT / "cluster" / "local" / "serve.yaml").read_text().replace("@RUN@", "/run")
-    )
+def serve_file(folder):
+    text = (ROOT / "cluster" / folder / "serve.yaml").read_text()
+    return yaml.safe_load(text.replace("@RUN@", "/run"))
 
 
-@pytest.mark.parametrize("config", [*map(serve_config, OVERLAYS), local_serve_config()])
+@pytest.mark.parametrize(
+    "config", [*map(serve_config, OVERLAYS), serve_file("local"), serve_file("launcher")]
+)
 def test_a_serve_configuration_is_one_that_serve_and_the_application_take(config):
     check_serve(config)
 
