@@ -23,7 +23,8 @@ from torch import nn
 from tina.batches import Batch, Source, encode_zoo
 from tina.diffusion import signal_level
 from tina.engine import LocalEngine
-from tina.errors import NonFiniteError
+from tina.errors import CheckpointError, NonFiniteError
+from tina.tensors import write_tensors
 from tina.training import Progress, losses, train
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
@@ -162,6 +163,13 @@ def test_progress_round_trip(tmp_path):
     assert_equal(again.best, best)
     assert torch.equal(again.top, top)
     assert len(Progress.start(nn.Linear(2, 2)).top) == 0
+
+
+def test_progress_of_another_version_is_refused(tmp_path):
+    file = tmp_path / "p.safetensors"
+    write_tensors(file, {"step": torch.tensor(1), "best_accuracy": torch.tensor(0.5)})
+    with pytest.raises(CheckpointError, match="another version of Tina: remove its train/ folder"):
+        Progress.load(file)
 
 
 @given(

@@ -31,7 +31,7 @@ class Outcome:
 
     Args:
         state: done, stopped (by the scheduler, before its last step) or failed.
-        accuracy: The best of its validations.
+        accuracy: Validated, of the state that its training chose.
         seconds: From its start, its ranks' start included, beside whatever ran with it.
         parameters: Of the denoiser.
         default: Whether it is the run's own configuration.

@@ -28,7 +28,7 @@ from tina.batches import Batch, Source
 from tina.config import TrainConfig
 from tina.diffusion import add_noise, as_x0, signal_level
 from tina.engine import Engine, Weights
-from tina.errors import NonFiniteError
+from tina.errors import CheckpointError, NonFiniteError
 from tina.finetune import annealed
 from tina.generator import Generator
 from tina.precision import in_bf16
@@ -68,7 +68,8 @@ class Progress:
 
         A few tasks cannot tell late states apart, and their highest accuracy is often an early
         one's luck (docs/log.md, 2026-11-25). The rule is Breiman et al. 1984, 3.4.3, with the
-        error of the difference, paired over tasks; one task has none.
+        error of the difference, paired over tasks; one task has none, and of two or three it says
+        little.
 
         Args:
             accuracies: float64 (V,), of `ema`.
@@ -91,8 +92,14 @@ class Progress:
 
     @classmethod
     def load(cls, file: Path) -> Progress:
-        """Inverse of `save`."""
+        """Inverse of `save`.
+
+        Raises:
+            CheckpointError: Another version of Tina wrote it.
+        """
         tensors = load_file(file)
+        if "top" not in tensors:
+            raise CheckpointError(f"{file} is of another version of Tina: remove its train/ folder")
         return cls(
             step=int(tensors["step"]),
             ema={k[4:]: v for k, v in tensors.items() if k.startswith("ema.")},
