@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -172,6 +172,7 @@ def test_progress_of_another_version_is_refused(tmp_path):
         Progress.load(file)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 6).flatmap(
         lambda tasks: st.lists(
