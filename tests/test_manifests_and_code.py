@@ -28,6 +28,7 @@ from ray.serve.schema import ServeDeploySchema
 from ray_jobs import tune
 from ray_jobs.job import run_job
 from serve.app import ServeArgs, build_app
+from tina.encoders import TABLE_FILE
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -154,16 +155,25 @@ def serve_args(overlay):
     return check_serve(serve_config(overlay))
 
 
-def serve_file(folder):
-    text = (ROOT / "cluster" / folder / "serve.yaml").read_text()
-    return yaml.safe_load(text.replace("@RUN@", "/run"))
+def local_serve_config():
+    return yaml.safe_load(
+        (ROOT / "cluster" / "local" / "serve.yaml").read_text().replace("@RUN@", "/run")
+    )
+
+
+def launcher_serve_config():
+    return yaml.safe_load((ROOT / "cluster" / "launcher" / "serve.yaml").read_text())
 
 
 @pytest.mark.parametrize(
-    "config", [*map(serve_config, OVERLAYS), serve_file("local"), serve_file("launcher")]
+    "config", [*map(serve_config, OVERLAYS), local_serve_config(), launcher_serve_config()]
 )
 def test_a_serve_configuration_is_one_that_serve_and_the_application_take(config):
     check_serve(config)
+
+
+def test_the_endpoint_on_machines_in_a_cloud_is_the_one_on_kubernetes():
+    assert launcher_serve_config() == serve_config("local")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +255,19 @@ def test_secrets_are_references_that_the_readme_makes(overlay):
     assert used == made
     claims = set(values(documents, "claimName"))
     assert claims == {d["metadata"]["name"] for d in of("PersistentVolumeClaim", overlay=overlay)}
+
+
+def test_the_readmes_commands_fit_the_policies_and_the_data_the_code_reads():
+    policies = of("NetworkPolicy")
+    (operator,) = re.findall(r"helm install .* --namespace (\S+)", README)
+    assert operator in values(policies, "kubernetes.io/metadata.name")
+    copied = set(re.findall(r'cp -c ray-head "\$TINA_DATA/(\S+)" "\$HEAD":/mnt/tina/data', README))
+    config = yaml.safe_load((ROOT / "configs" / "cifar100_cnn5k.yaml").read_text())
+    assert copied == {config["data"]["name"], TABLE_FILE}
+    (standing,) = of("RayCluster")
+    (head,) = standing["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert head["name"] == "ray-head"
+    assert {"name": "TINA_DATA", "value": "/mnt/tina/data"} in head["env"]
 
 
 def test_variables_of_containers_are_read_by_the_code():
