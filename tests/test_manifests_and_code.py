@@ -155,25 +155,20 @@ def serve_args(overlay):
     return check_serve(serve_config(overlay))
 
 
-def local_serve_config():
-    return yaml.safe_load(
-        (ROOT / "cluster" / "local" / "serve.yaml").read_text().replace("@RUN@", "/run")
-    )
-
-
-def launcher_serve_config():
-    return yaml.safe_load((ROOT / "cluster" / "launcher" / "serve.yaml").read_text())
+def serve_file(folder):
+    text = (ROOT / "cluster" / folder / "serve.yaml").read_text()
+    return yaml.safe_load(text.replace("@RUN@", "/run"))
 
 
 @pytest.mark.parametrize(
-    "config", [*map(serve_config, OVERLAYS), local_serve_config(), launcher_serve_config()]
+    "config", [*map(serve_config, OVERLAYS), serve_file("local"), serve_file("launcher")]
 )
 def test_a_serve_configuration_is_one_that_serve_and_the_application_take(config):
     check_serve(config)
 
 
 def test_the_endpoint_on_machines_in_a_cloud_is_the_one_on_kubernetes():
-    assert launcher_serve_config() == serve_config("local")
+    assert serve_file("launcher") == serve_config("local")
 
 
 @pytest.mark.parametrize(
