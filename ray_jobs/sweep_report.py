@@ -64,11 +64,15 @@ def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
     )
 
 
-def task_accuracies(run: Run, *, untrained: bool = False) -> NDArray[np.float64]:
-    """Per validation task, as training validates: of what a trial makes, or would untrained."""
+def task_accuracies(base: Run, run: Run, *, untrained: bool = False) -> NDArray[np.float64]:
+    """Per validation task, as training validates: of what a trial makes, or would untrained.
+
+    Args:
+        base: Lends its images, which each trial's run would load anew.
+    """
     progress = last_progress(run)
     assert progress
-    validate = run.validator(load_generator(run.start))
+    validate = base.validator(load_generator(run.start))
     return np.array(validate(None if untrained else progress.best))
 
 
@@ -107,13 +111,13 @@ def publish(base: Run, search: Search, trials: Mapping[str, bool]) -> None:
         raise DataError(f"the trial of the run's own configuration failed; see {folder}")
     best = best_of(able)
     own, other = (runs[o.config.name] for o in (default, best))
-    bar = task_accuracies(own)
+    bar = task_accuracies(base, own)
     scale = Scale(
-        selection=float(task_accuracies(own, untrained=True).mean()),
+        selection=float(task_accuracies(base, own, untrained=True).mean()),
         pmodels=float(base.read_zoo("zoo").only("val").accuracy.mean()),
         tasks=len(bar),
     )
-    gains = task_accuracies(other) - bar
+    gains = task_accuracies(base, other) - bar
     said = verdict(able, gains, scale, default=default, best=best)
     write_outcomes(outcomes, scale, folder / "trials.parquet")
     title = f"{base.config.name}: {len(outcomes)} trials of sweep {search.sweep.name}"
