@@ -54,7 +54,8 @@ class DeepSpeedEngine:
     """One rank of a DeepSpeed engine.
 
     Args:
-        resume: Folder that `save` wrote; may come from another number of ranks or another stage.
+        resume: Folder that `save` wrote, of the same ZeRO stage; it may come from another number
+            of ranks.
     """
 
     def __init__(self, denoiser: nn.Module, config: JobConfig, *, resume: Path | None) -> None:
@@ -66,10 +67,9 @@ class DeepSpeedEngine:
             "world_size": distributed.get_world_size(),
             "zero_stage": config.cluster.zero_stage,
         }
-        saved = json.loads((resume / WORLD).read_text()) if resume else self.facts
+        saved = read_world(resume) if resume else self.facts
         # without ZeRO every rank saved everything, and any number of ranks may read it
-        plain = saved["zero_stage"] == self.facts["zero_stage"] == 0
-        universal = saved != self.facts and not plain
+        universal = saved != self.facts and self.facts["zero_stage"] > 0
         self.inner, *_ = deepspeed.initialize(
             model=denoiser,
             optimizer=build_optimiser(denoiser, config.train),
@@ -148,6 +148,11 @@ class DeepSpeedEngine:
         """
         self.inner.save_checkpoint(str(folder), tag=TAG)
         (folder / WORLD).write_text(json.dumps(self.facts))
+
+
+def read_world(folder: Path) -> dict[str, int]:
+    """What wrote a state: its `world_size` and `zero_stage`."""
+    return cast(dict[str, int], json.loads((folder / WORLD).read_text()))
 
 
 def convert(source: Path, target: Path) -> None:

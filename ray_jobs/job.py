@@ -24,7 +24,7 @@ MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for the entrypoint of `ray job submit`
 LESS_MEMORY = {
     "a pool worker": "lower cluster.zoo_block or cluster.zoo_workers",
-    "a training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
+    "training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
     "cluster.activation_checkpointing, or lower cluster.train_workers",
     "the job's own process": "run it on a machine with more memory",
 }
@@ -70,24 +70,32 @@ def _fail(error: Exception, job: str) -> int:
         lines = lines[-1:]  # all that Ray keeps of it is a traceback, and that ends in the error
     message = " ".join(" ".join(lines).split())
     code = 1
+    who, cure = _who(layers)
     if _out_of_memory(cause):
-        who = "the job's own process"
-        if any(map(_is_rays, layers)):
-            ranks = any(hasattr(layer, "worker_failures") for layer in layers)
-            who = "a training rank" if ranks else "a pool worker"
         # Ray's own account goes on for a page, with a list of the node's processes
         fact = re.search(r"Memory on the node .*? limit", message)
         message = fact[0] if fact else shorten(message, MOST_CHARACTERS)
-        message = f"{job}: {who} ran out of memory ({message}): {LESS_MEMORY[who]}"
+        message = f"{job}: {who} ran out of memory ({message}): {cure}"
     elif isinstance(cause, (TinaError, OSError)) and not _is_rays(cause):
         code = 2
     else:
         traceback.print_exception(error)
         message = shorten(f"{type(cause).__name__}: {message}", MOST_CHARACTERS)
+        if "SIGKILL" in words:  # as the kernel does, which leaves no word of it
+            message += f" If memory ran out: {cure}"
     if "ray" in sys.modules:
         leave_ray()
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _who(layers: Sequence[BaseException]) -> tuple[str, str]:
+    """Which process failed, and how it would need less memory."""
+    for layer in layers:
+        if ranks := getattr(layer, "worker_failures", None):
+            return f"training rank {_culprit(ranks)}", LESS_MEMORY["training rank"]
+    who = "a pool worker" if any(map(_is_rays, layers)) else "the job's own process"
+    return who, LESS_MEMORY[who]
 
 
 def _is_rays(error: BaseException) -> bool:
@@ -103,19 +111,25 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _culprit(failures: Mapping[int, BaseException]) -> int:
+    """The rank to blame: it died or says what was wrong; the others only lost their peer."""
+
+    def vague(rank: int) -> bool:
+        root = list(_layers(failures[rank]))[-1]
+        return not (_out_of_memory(root) or _is_rays(root) or isinstance(root, TinaError))
+
+    return min(failures, key=vague)
+
+
 def _layers(error: BaseException) -> Iterator[BaseException]:
     """An error and what it wraps, down to what was raised in the worker."""
-
-    def vague(failure: BaseException) -> bool:
-        root = list(_layers(failure))[-1]
-        return not (_out_of_memory(root) or isinstance(root, TinaError))
-
     yield error
-    ranks = getattr(error, "worker_failures", None) or {}
+    ranks = getattr(error, "worker_failures", None)
     inner = (
         getattr(error, "cause", None)  # a task's or an actor's
         or getattr(error, "controller_failure", None)  # Ray Train's
-        or min(ranks.values(), key=vague, default=None)  # the others only lost their peer
+        or getattr(error, "health_check_failure", None)  # its, of a rank that is gone
+        or (ranks and ranks[_culprit(ranks)])
     )
     if isinstance(inner, BaseException):
         yield from _layers(inner)

@@ -13,7 +13,7 @@ import time
 from ray_jobs.build_zoo import build_zoo, ensure_generic
 from ray_jobs.evaluate import evaluate
 from ray_jobs.job import run_job, start_ray
-from ray_jobs.train import train_generator
+from ray_jobs.train import check_ready, train_generator
 from tina.report import print_report
 from tina.run import Run
 
@@ -22,8 +22,9 @@ def work(run: Run) -> None:
     """The whole job."""
     begin = time.monotonic()
     if not run.checkpoint.exists():
-        ensure_generic(run)
         start_ray()
+        check_ready(run)
+        ensure_generic(run)
         build_zoo(run, "zoo")
         train_generator(run)
         evaluate(run)

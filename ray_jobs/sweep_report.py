@@ -12,14 +12,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from ray_jobs.train import PROGRESS
+from ray_jobs.train import PROGRESS, last_state
 from ray_jobs.trial import read_history
 from tina.checkpoint import load_generator
 from tina.configio import config_to_dict
 from tina.errors import DataError
 from tina.files import write_text
 from tina.run import Run
-from tina.space import Search
+from tina.space import Search, config_values
 from tina.sweep import (
     Outcome,
     Scale,
@@ -34,16 +34,16 @@ from tina.training import Progress
 
 def last_progress(run: Run) -> Progress | None:
     """A training's last state."""
-    from ray.train import Result
-
-    try:
-        checkpoint = Result.from_path(str(run.folder / "train")).checkpoint
-    except RuntimeError:  # it ended before its first
+    state = last_state(run)
+    if state is None:
         return None
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
+    with state.as_directory() as folder:
         return Progress.load(Path(folder) / PROGRESS)
+
+
+def is_default(run: Run, search: Search) -> bool:
+    """Whether a trial is the run's own configuration, in all that the space varies."""
+    return config_values(run.config, search.space) == config_values(search.config, search.space)
 
 
 def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
@@ -52,7 +52,6 @@ def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
     if not history or not progress or not len(progress.top):
         return None
     state = "done" if progress.step == run.config.train.steps else "stopped"
-    own = replace(run.config, name=search.config.name, storage=search.config.storage)
     return Outcome(
         config=run.config,
         state="failed" if failed else state,
@@ -60,7 +59,7 @@ def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
         seconds=history[-1]["seconds"],
         steps=progress.step,
         parameters=sum(value.numel() for value in progress.best.values()),
-        default=own == search.config,
+        default=is_default(run, search),
     )
 
 
@@ -91,24 +90,28 @@ def lend(base: Run, folder: Path) -> None:
     shutil.copytree(base.base / "zoo", folder / "zoo", copy_function=link, dirs_exist_ok=True)
 
 
-def publish(base: Run, search: Search, trials: Mapping[str, bool]) -> None:
+def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -> None:
     """Write `trials.parquet`, `pareto.png` and `best.yaml`, and print what they say.
 
     Args:
-        trials: By trial id, whether it failed.
+        trials: By trial id, what it failed of.
 
     Raises:
-        DataError: The run's own configuration failed: there is nothing to compare with.
+        Exception: What the run's own configuration failed of: there is nothing to compare with.
     """
     folder = base.folder / "tune" / search.sweep.name
     claimed = [name for name in trials if (folder / name / "config.yaml").is_file()]
     runs = {name: Run(Run.open(folder / name).config, base.folder) for name in claimed}
-    read = [read_outcome(run, search, failed=trials[name]) for name, run in runs.items()]
+    failed = {name for name, error in trials.items() if error}
+    read = [read_outcome(run, search, failed=name in failed) for name, run in runs.items()]
     outcomes = [outcome for outcome in read if outcome]
     able = [outcome for outcome in outcomes if outcome.state != "failed"]
     default = next((outcome for outcome in able if outcome.default), None)
     if default is None:
-        raise DataError(f"the trial of the run's own configuration failed; see {folder}")
+        print(f"the trial of the run's own configuration failed; see {folder}")
+        mine = [trials[name] for name, run in runs.items() if is_default(run, search)]
+        reasons = [error for error in [*mine, *trials.values()] if error]
+        raise reasons[0] if reasons else DataError(f"{folder}: it reported nothing")
     best = best_of(able)
     own, other = (runs[o.config.name] for o in (default, best))
     bar = task_accuracies(base, own)

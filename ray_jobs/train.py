@@ -13,25 +13,25 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import torch
 
-from ray_jobs.engine import DeepSpeedEngine
+from ray_jobs.engine import DeepSpeedEngine, read_world
 from ray_jobs.job import on_gpu, require, run_job, start_ray
 from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
 from tina.checkpoint import load_generator, save_generator
 from tina.config import JobConfig
 from tina.engine import Weights
-from tina.errors import DataError
+from tina.errors import ConfigError, DataError
 from tina.generator import Generator
 from tina.run import Run
 from tina.training import Progress, Validate, train
-from tina.zoo import read_rows, zoo_of
+from tina.zoo import open_zoo, read_rows, zoo_of
 
 if TYPE_CHECKING:
-    from ray.train import UserCallback
+    from ray.train import Checkpoint, UserCallback
     from ray.train.torch import TorchTrainer
 
 PROGRESS = "progress.safetensors"
@@ -40,7 +40,10 @@ MOST_VALIDATED = 8  # trainings whose data a judge keeps
 
 
 class Judge:
-    """An actor that validates beside trainings: their ranks do not wait for it."""
+    """An actor that validates beside trainings: their ranks do not wait for it.
+
+    It keeps nothing that it cannot load again, so one that is lost starts anew and is asked again.
+    """
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -61,7 +64,7 @@ def start_judge() -> Any:
     """A judge that lives as long as its handle."""
     import ray
 
-    return ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=1)(Judge).remote()
 
 
 def train_on_rank(settings: dict[str, Any]) -> None:
@@ -158,6 +161,75 @@ def progress_bar(steps: int, done: int) -> Callable[[int], None]:
     return show
 
 
+def check_ready(run: Run) -> None:
+    """Make sure before anything starts that it can be trained.
+
+    Raises:
+        ConfigError: The cluster cannot hold the ranks, or a tracker is not installed.
+    """
+    if not run.trained.exists():
+        check_tracking(run)
+        require_ranks(run)
+
+
+def require_ranks(run: Run) -> dict[str, float]:
+    """Resources of a rank, of which the cluster holds enough.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    cluster = run.config.cluster
+    each = {"CPU": cluster.train_cpus} | ({"GPU": 1.0} if on_gpu() else {})
+    require(cluster.train_workers, each, key="cluster.train_workers", wait_s=cluster.wait_s)
+    return each
+
+
+def check_zoo(run: Run) -> None:
+    """Make sure that a run's zoo is there, whole and its own.
+
+    Raises:
+        DataError: It is not.
+    """
+    folder = run.base / "zoo"
+    if not (folder / "zoo.json").is_file():
+        raise DataError(f"{run.base} holds no zoo: run ray_jobs.build_zoo first")
+    done = open_zoo(folder, run.describe_zoo("zoo"))
+    tasks = [task.task_id for task in run.zoo_tasks("zoo")]
+    if missing := len(set(tasks) - done):
+        raise DataError(
+            f"{folder} lacks {missing} of {len(tasks)} p-models: run ray_jobs.build_zoo again"
+        )
+
+
+def last_state(run: Run) -> Checkpoint | None:
+    """The latest state of a training, if it has come to one."""
+    from ray.train import Result
+
+    try:
+        checkpoint = Result.from_path(str(run.folder / "train")).checkpoint
+    except RuntimeError:  # it ended before its first
+        return None
+    return cast("Checkpoint | None", checkpoint)
+
+
+def check_stage(run: Run) -> None:
+    """Make sure that a training goes on in the ZeRO stage that it began in.
+
+    Raises:
+        ConfigError: It would not.
+    """
+    state = last_state(run)
+    if state is None:
+        return
+    with state.as_directory() as folder:
+        began = read_world(Path(folder))["zero_stage"]
+    if began != run.config.cluster.zero_stage:
+        raise ConfigError(
+            f"{run.folder} holds a training begun with cluster.zero_stage {began}, and DeepSpeed "
+            f"reads its states in no other: go on with {began} or choose another name"
+        )
+
+
 def build_trainer(
     run: Run, *, callbacks: Sequence[UserCallback] = (), judge: Any = None
 ) -> TorchTrainer:
@@ -171,11 +243,9 @@ def build_trainer(
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    cluster, each = run.config.cluster, require_ranks(run)
     if not run.start.exists():
         save_generator(run.new_generator(), run.start, card="Untrained: classifier selection.\n")
-    cluster = run.config.cluster
-    each = {"CPU": cluster.train_cpus} | ({"GPU": 1.0} if on_gpu() else {})
-    require(cluster.train_workers, each, key="cluster.train_workers", wait_s=cluster.wait_s)
     streams: dict[str, Any] = {}
     if judge is None:
         streams["zoo"] = ray.data.from_arrow(read_rows(run.base / "zoo"))
@@ -203,14 +273,15 @@ def train_generator(run: Run) -> Generator:
     """Train, or continue; the generator with the averaged weights that validation chose.
 
     Raises:
-        DataError: There is no zoo to learn from.
-        ConfigError: The cluster cannot hold the ranks, or a tracker is not installed.
+        DataError: There is no zoo to learn from, or it is not whole.
+        ConfigError: The cluster cannot hold the ranks, a tracker is not installed, or a training
+            that is to go on began in another ZeRO stage.
     """
     if run.trained.exists():
         return load_generator(run.trained)
-    if not (run.base / "zoo").is_dir():
-        raise DataError(f"{run.base} holds no zoo: run ray_jobs.build_zoo first")
-    check_tracking(run)
+    check_zoo(run)
+    check_stage(run)
+    check_ready(run)
     result = build_trainer(run).fit()
     assert result.checkpoint, "training reported no state"
     with result.checkpoint.as_directory() as folder:

@@ -55,7 +55,9 @@ def run_trial(point: dict[str, Any], search: Search, base: Path, judge: Any) -> 
         tune.report(history[-1])
         return
     reports = Reports(run.folder, history)
-    build_trainer(run, callbacks=[reports], judge=judge).fit()
+    result = build_trainer(run, callbacks=[reports], judge=judge).fit()
+    if reports.last != run.config.train.steps:  # killed between its last state and the report of it
+        reports.after_report(None, [result.metrics], result.checkpoint)
     reports.drain()
 
 
@@ -70,11 +72,13 @@ class Reports(TuneReportCallback):
         super().__init__()
         self.file = folder / HISTORY
         self.begin = time.time() - (history[-1]["seconds"] if history else 0.0)
+        self.last = history[-1]["step"] if history else 0
 
     def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
         """As `UserCallback` says; rank 0 has validated."""
         row = {key: metrics[0][key] for key in ("step", TIME, METRIC, BEST)}
         row["seconds"] = time.time() - self.begin
+        self.last = row["step"]
         with self.file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         super().after_report(run_context, [row], checkpoint)

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import yaml
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
 from ray_jobs.job import capacity, leave_ray, on_gpu, require, run_job, start_ray
+from ray_jobs.tracking import check_tracking
 from tina.config import JobConfig
 from tina.configio import parse_config
 from tina.errors import ConfigError, TinaError
@@ -130,8 +132,8 @@ def trial_id(trial: Any) -> str:
     return str(trial.trial_id)
 
 
-def ended(results: ResultGrid, search: Search) -> dict[str, bool]:
-    """By trial id, whether it failed.
+def ended(results: ResultGrid, search: Search) -> dict[str, Exception | None]:
+    """By trial id, what it failed of.
 
     Raises:
         TinaError: The sweep was interrupted.
@@ -139,18 +141,22 @@ def ended(results: ResultGrid, search: Search) -> dict[str, bool]:
     if results.num_terminated + results.num_errors < search.sweep.trials:
         raise TinaError("the sweep was interrupted; the same command goes on with it")
     every = [results[i] for i in range(len(results))]
-    return {Path(result.path).name: result.error is not None for result in every}
+    return {Path(result.path).name: result.error for result in every}
 
 
 def work(run: Run, search: Search) -> None:
     """The whole job."""
+    # what the run has settled, with a trial's own resources
+    search = replace(search, config=replace(run.config, cluster=search.config.cluster))
     claim(run.folder / "tune" / search.sweep.name, search)
     # how much of a sweep Tune has forgotten after a crash
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
     # one process less per trial: what is taken away goes on from its last state all the same
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ensure_generic(run)
     start_ray()
+    check_tracking(run)
+    at_once(search)
+    ensure_generic(run)
     build_zoo(run, "zoo")
     results = build_tuner(run, search).fit()
     from ray_jobs.sweep_report import publish

@@ -122,7 +122,7 @@ def test_what_a_user_can_mend_ends_with_2_and_one_line(make, config_file, capsys
         (lambda: in_a_task(killed()), ["a pool worker"]),
         (
             lambda: on_ranks(RuntimeError("Connection closed by peer"), killed()),
-            ["a training rank", "23.0GB", "train.accumulation", "cluster.zero_stage"],
+            ["training rank 1 ran", "23.0GB", "train.accumulation", "cluster.zero_stage"],
         ),
         (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["own process"]),
     ],
@@ -143,6 +143,16 @@ def died_while_made():
 
     text = "Traceback (most recent call last):\n  File ...\nModuleNotFoundError: No module 'tina'"
     return ActorDiedError(RayTaskError("init()", text, ValueError(), "ray::x", 1, "1.2.3.4"))
+
+
+def sigkilled():
+    from ray.core.generated.common_pb2 import ActorDiedErrorContext
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    why = "Killed by SIGKILL, maybe by the OOM killer."
+    died = ActorDiedError(ActorDiedErrorContext(error_message=why, actor_id=bytes(16)))
+    return WorkerHealthCheckFailedError("A worker health check failed.", failure=died)
 
 
 def crashed():
@@ -175,6 +185,15 @@ def test_other_failures_end_with_1_and_their_reason_last(make, last, config_file
     assert lines[0].startswith("Traceback")
     assert lines[-1].startswith(f"error: {last}")
     assert len(lines[-1]) < 600
+
+
+def test_a_rank_that_was_killed_is_told_from_those_that_lost_it(config_file, capsys):
+    """The kernel says nothing when it kills for memory: what would help is said all the same."""
+    lost = RuntimeError("Connection closed by peer")
+    assert fail_with(on_ranks(lost, sigkilled()), config_file) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ActorDiedError: ")
+    assert "If memory ran out: raise train.accumulation or cluster.zero_stage" in last
 
 
 @pytest.mark.parametrize("storage", ["file/runs", "file"])

@@ -83,6 +83,8 @@ def test_each_job_of_the_readme_is_submitted_and_succeeds(tmp_path, tiny_file):
                 assert "succeeded" in done.stdout.lower(), done.stdout[-2000:]
         run = Run.open(tmp_path / "runs" / "tiny")
         check_manifest(run.checkpoint)
+        found = run.folder / "tune" / sweep["name"]
+        assert {"trials.parquet", "pareto.png", "best.yaml"} <= {f.name for f in found.iterdir()}
         report = json.loads(run.report_file.read_text())
         head = shell.run("git rev-parse --short=12 HEAD").stdout.strip()
         assert report["commit"].startswith(head), "the commit did not travel with the job"

@@ -1,5 +1,6 @@
 """Training on Ray Train with DeepSpeed: every ZeRO stage, any number of ranks, killed workers."""
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ray_jobs.engine import deepspeed_config
 from ray_jobs.job import start_ray
 from ray_jobs.tracking import check_tracking
-from ray_jobs.train import train_generator
+from ray_jobs.train import check_zoo, train_generator
 from tina import TinaPipeline
 from tina.checkpoint import load_generator
 from tina.config import ClusterConfig
@@ -48,6 +49,14 @@ def curve(run):
     return {name: {e.step: e.value for e in events.Scalars(name)} for name in names}
 
 
+def first_step(run):
+    """Step of the first loss that the last start of a training logged."""
+    last = max((run.folder / "tensorboard").glob("events.*"), key=lambda file: file.stat().st_mtime)
+    events = EventAccumulator(str(last))
+    events.Reload()
+    return events.Scalars("weight_loss_of_step")[0].step
+
+
 def weights(run):
     return load_generator(run.trained).denoiser.state_dict()
 
@@ -59,6 +68,7 @@ def test_autocast_is_deepspeeds_own(tiny_run, tmp_path):
     """An autocast around its engine would be switched off inside it, silently."""
     run = trial(tiny_run, tmp_path, train={"precision": "bf16", "accumulation": 2})
     found = deepspeed_config(run.config, 2)
+    assert found["zero_optimization"] == {"stage": 0}
     assert found["torch_autocast"]["enabled"] is True
     assert found["gradient_accumulation_steps"] == 2
     assert found["train_batch_size"] == 4
@@ -81,6 +91,29 @@ def test_without_a_zoo(tiny_run, tmp_path):
     run = Run(trial(tiny_run, tmp_path).config)
     with pytest.raises(DataError, match=r"run ray_jobs\.build_zoo first"):
         train_generator(run)
+
+
+def own_zoo(tiny_run, storage, **finetune):
+    """A run with a copy of the shared generic model and zoo in its own folder."""
+    config = trial(tiny_run, storage).config
+    recipe = replace(config.classifier.finetune, **finetune)
+    run = Run(replace(config, classifier=replace(config.classifier, finetune=recipe)))
+    shutil.copy(tiny_run.generic_file, run.generic_file)
+    shutil.copytree(tiny_run.folder / "zoo", run.folder / "zoo")
+    return run
+
+
+def test_a_zoo_that_is_not_whole(tiny_run, tmp_path):
+    run = own_zoo(tiny_run, tmp_path)
+    check_zoo(run)
+    next((run.folder / "zoo").glob("*.parquet")).unlink()
+    with pytest.raises(DataError, match=r"zoo lacks \d+ of \d+ p-models: run ray_jobs.build_zoo"):
+        train_generator(run)
+
+
+def test_a_zoo_of_another_recipe(tiny_run, tmp_path):
+    with pytest.raises(DataError, match="recipe"):
+        train_generator(own_zoo(tiny_run, tmp_path, steps=7))
 
 
 # --- with Ray -------------------------------------------------------------------------------------
@@ -184,6 +217,7 @@ def test_a_killed_rank_ends_as_an_undisturbed_one(tiny_run, undisturbed, killer,
     killed = killer(run)
     train_generator(run)
     assert killed, "no rank was killed"
+    assert first_step(run) > LONG["checkpoint_every"], "it began anew"
     for name in ("model.safetensors", "codec.safetensors"):
         want = (undisturbed(stage).trained / name).read_bytes()
         assert (run.trained / name).read_bytes() == want, name
@@ -201,8 +235,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny_run, undisturbed, kille
     with pytest.raises(TrainingFailedError):
         train_generator(run)
     assert killed
+    other = trial(tiny_run, tmp_path, train=LONG, zero_stage=2)
+    with pytest.raises(ConfigError, match=f"begun with cluster.zero_stage {stage}.*go on with"):
+        train_generator(other)
     alone = trial(tiny_run, tmp_path, train=LONG, zero_stage=stage, train_workers=1)
     train_generator(alone)
+    assert first_step(alone) > LONG["checkpoint_every"], "it began anew"
     want, found = curve(undisturbed(stage)), curve(alone)
     for name in ("weight_loss", "function_loss"):
         last = max(want[name])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 from ray_jobs import tune
+from ray_jobs.sweep_report import is_default
 from ray_jobs.trial import HISTORY, Asha, distribution, read_history
 from tina.config import JobConfig
 from tina.configio import parse_config
@@ -155,9 +157,12 @@ def test_an_interrupted_sweep_is_not_reported(search):
 
     with pytest.raises(TinaError, match="interrupted"):
         tune.ended(Results(), search)
-    results = Results([SimpleNamespace(path=f"/s/{i}", error=i == 2 or None) for i in range(4)])
+    error = ValueError("a bug")
+    results = Results(
+        [SimpleNamespace(path=f"/s/{i}", error=error if i == 2 else None) for i in range(4)]
+    )
     results.num_terminated = 3
-    assert tune.ended(results, search) == {"0": False, "1": False, "2": True, "3": False}
+    assert tune.ended(results, search) == {"0": None, "1": None, "2": error, "3": None}
 
 
 # --- which trials go on ---------------------------------------------------------------------------
@@ -232,6 +237,26 @@ def test_the_best_of_equal_ones_is_the_default_then_the_smallest(search):
     assert best_of([big, small]) is small
     assert best_of([big, small, own]) is own
     assert best_of([own, outcome(search, accuracy=0.91)]).accuracy == 0.91
+
+
+def test_a_trial_that_was_stopped_is_never_the_best(search):
+    """Its accuracy is that of an early state: an early maximum is often luck."""
+    own = outcome(search, default=True)
+    lucky = [outcome(search, state, 0.99, state=state) for state in ("stopped", "failed")]
+    assert best_of([own, *lucky]) is own
+
+
+def test_the_default_is_known_by_what_the_space_varies(search, tmp_path):
+    """Not by resources or evaluation, which a second start may change."""
+    other = replace(
+        search.config,
+        name="trial",
+        storage=str(tmp_path),
+        cluster=replace(search.config.cluster, max_failures=7),
+        evaluation=replace(search.config.evaluation, seeds=9),
+    )
+    assert is_default(Run(other), search)
+    assert not is_default(Run(replace(other, train=replace(other.train, lr=2e-3))), search)
 
 
 def test_the_verdict_says_what_is(search):
@@ -334,13 +359,18 @@ def started(job, log, *flags):
         assert not alive
 
 
-def finish(job, log, *flags, timeout=400):
-    """Run a job to its end; what it printed."""
+def end(job, log, *flags, timeout=400):
+    """Run a job to its end; its exit code."""
     with started(job, log, *flags) as (process, poll):
         limit = time.monotonic() + timeout
         while poll() is None:
             assert time.monotonic() < limit, log.read_text()[-3000:]
-    assert process.returncode == 0, log.read_text()[-3000:]
+    return process.returncode
+
+
+def finish(job, log, *flags, timeout=400):
+    """Run a job that succeeds; what it printed."""
+    assert end(job, log, *flags, timeout=timeout) == 0, log.read_text()[-3000:]
     return log.read_text()
 
 
@@ -359,9 +389,10 @@ def check(run, folder, printed):
     assert (folder / "pareto.png").stat().st_size > 10_000
     best = parse_config(JobConfig, ["--config", str(folder / "best.yaml")])
     assert best.name == f"{run.config.name}-s-best"
-    top = max(row["val_accuracy"] for row in table)
+    done = [row for row in table if row["state"] == "done"]
+    top = max(row["val_accuracy"] for row in done)
     # of equal ones the default is taken
-    winner = max(table, key=lambda row: (row["val_accuracy"], row["default"], -row["parameters"]))
+    winner = max(done, key=lambda row: (row["val_accuracy"], row["default"], -row["parameters"]))
     assert (winner["val_accuracy"], winner["train.lr"]) == (top, best.train.lr)
     said = printed.strip().splitlines()[-1]
     assert said.startswith("No trial of 4 beats" if winner["default"] else "Trial ")
@@ -403,7 +434,8 @@ def test_a_killed_sweep_goes_on(tiny_file, space_file, tmp_path):
         while "1 of 4 trials ended" not in log.read_text():
             assert poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < limit, log.read_text()[-3000:]
-        ended = [name for name, text in histories(folder).items() if '"step": 60' in text]
+        ended = re.findall(r"sweep: \d of 4 trials ended, (\w+) with", log.read_text())
+    assert ended
     assert process.returncode == -signal.SIGKILL
     before = histories(folder)
     assert not (folder / "best.yaml").exists()
@@ -418,3 +450,38 @@ def test_a_killed_sweep_goes_on(tiny_file, space_file, tmp_path):
     for text in after.values():  # nor is a step done twice
         steps = [json.loads(line)["step"] for line in text.splitlines()]
         assert steps == sorted(set(steps))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_whose_own_configuration_fails_says_why(tiny_file, tmp_path):
+    file, log = tmp_path / "space.yaml", tmp_path / "log"
+    sweep = SWEEP | {"trials": 1}
+    file.write_text(yaml.safe_dump({"sweep": sweep, "space": {"train.lr": {"choice": [1e30]}}}))
+    flags = ["--config", tiny_file, "--space", file, "--train.lr", "1e30"]
+    assert end("tune", log, *flags) == 2
+    assert log.read_text().splitlines()[-1].startswith("error: the loss is nan at step")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("job", ["tune", "quickstart"])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--tracking", "wandb"], "error: tracking is wandb, which is not installed"),
+        (["--cluster.train_workers", "99"], "error: cluster.train_workers needs 99 x"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_starts(
+    tiny_file, space_file, tmp_path, job, flags, reason
+):
+    if job == "tune":
+        sweep = SWEEP | ({"workers": 99} if "99" in flags else {})
+        space_file.write_text(yaml.safe_dump({"sweep": sweep, "space": SPACE}))
+        flags = [*flags, "--space", space_file]
+        reason = reason.replace("cluster.train_workers", "sweep.workers")
+    flags = ["--config", tiny_file, "--cluster.wait_s", 0, *flags]
+    log = tmp_path / "log"
+    assert end(job, log, *flags) == 2
+    assert log.read_text().splitlines()[-1].startswith(reason)
+    assert not list(Run(parse_config(JobConfig, ["--config", str(tiny_file)])).folder.glob("zoo"))

@@ -223,6 +223,8 @@ def _domain(key: Any, given: Any, config: JobConfig) -> Domain:
         if KEYS[key] is not RANGES[kind]:
             fitting = ["choice", *(name for name, of in RANGES.items() if KEYS[key] is of)]
             raise ConfigError(f"space.{key} takes {' or '.join(fitting)}, not {kind}")
+    if "auto" in values:
+        raise ConfigError(f"space.{key}: auto is settled once per run, so say what it stands for")
     domain = Domain(kind, tuple(_typed(key, value, config) for value in values))
     if kind in RANGES and not -math.inf < domain.values[0] < domain.values[1] < math.inf:
         raise ConfigError(f"space.{key}: the range {values} is empty: its first end must be lower")

@@ -168,9 +168,13 @@ def print_outcomes(outcomes: Sequence[Outcome], keys: Sequence[str], scale: Scal
 
 
 def best_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """The most accurate trial; of equal ones the default, then the smallest."""
+    """The most accurate of the trials that are done; of equal ones the default, then the smallest.
+
+    One that was stopped early is compared with others at that step alone.
+    """
     return max(
-        outcomes, key=lambda outcome: (outcome.accuracy, outcome.default, -outcome.parameters)
+        (outcome for outcome in outcomes if outcome.state == "done"),
+        key=lambda outcome: (outcome.accuracy, outcome.default, -outcome.parameters),
     )
 
 
