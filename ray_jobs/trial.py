@@ -39,6 +39,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_step(history: Sequence[dict[str, Any]]) -> int:
+    """The step of the latest report; 0 before the first."""
+    return int(history[-1]["step"]) if history else 0
+
+
 def trial_run(search: Search, base: Path, trial_id: str, point: dict[str, Any]) -> Run:
     """The run of a trial, on the generic model and the zoo of the base run."""
     storage = base / "tune" / search.sweep.name
@@ -50,13 +55,14 @@ def run_trial(point: dict[str, Any], search: Search, base: Path, judge: Any) -> 
     run = trial_run(search, base, tune.get_context().get_trial_id(), point)
     run.claim()
     history = read_history(run.folder)
-    if history and history[-1]["step"] == run.config.train.steps:
+    if last_step(history) == run.config.train.steps:
         # it ended after the last snapshot that Tune was restored from
         tune.report(history[-1])
         return
     reports = Reports(run.folder, history)
     result = build_trainer(run, callbacks=[reports], judge=judge).fit()
-    if reports.last != run.config.train.steps:  # killed between its last state and the report of it
+    if last_step(read_history(run.folder)) < run.config.train.steps:
+        # an earlier start was killed between its last state and the report of it
         reports.after_report(None, [result.metrics], result.checkpoint)
     reports.drain()
 
@@ -72,13 +78,11 @@ class Reports(TuneReportCallback):
         super().__init__()
         self.file = folder / HISTORY
         self.begin = time.time() - (history[-1]["seconds"] if history else 0.0)
-        self.last = history[-1]["step"] if history else 0
 
     def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
         """As `UserCallback` says; rank 0 has validated."""
         row = {key: metrics[0][key] for key in ("step", TIME, METRIC, BEST)}
         row["seconds"] = time.time() - self.begin
-        self.last = row["step"]
         with self.file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         super().after_report(run_context, [row], checkpoint)

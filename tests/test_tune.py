@@ -469,14 +469,14 @@ def test_a_sweep_whose_own_configuration_fails_says_why(tiny_file, tmp_path):
     ("flags", "reason"),
     [
         (["--tracking", "wandb"], "error: tracking is wandb, which is not installed"),
-        (["--cluster.train_workers", "99"], "error: cluster.train_workers needs 99 x"),
+        (["--cluster.train_cpus", "99"], "error: cluster.train_workers needs"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_anything_starts(
     tiny_file, space_file, tmp_path, job, flags, reason
 ):
     if job == "tune":
-        sweep = SWEEP | ({"workers": 99} if "99" in flags else {})
+        sweep = SWEEP | ({"cpus": 99} if "99" in flags else {})
         space_file.write_text(yaml.safe_dump({"sweep": sweep, "space": SPACE}))
         flags = [*flags, "--space", space_file]
         reason = reason.replace("cluster.train_workers", "sweep.workers")
