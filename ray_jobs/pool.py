@@ -13,6 +13,10 @@ from ray_jobs.job import capacity, require
 from tina.config import ClusterConfig
 
 CPU, GPU = {"CPU": 1.0}, {"GPU": 1.0}
+MANY = 8
+"""Items per actor from which on the next one already waits at it: else an actor stands still until
+the driver has seen its last item done (benchmarks/zoo_scaling.py). Of few it might be the one that
+another is free for."""
 
 
 def stream(
@@ -49,7 +53,7 @@ def stream(
     DataContext.get_current().enable_progress_bars = False  # one bar, in the job's unit, is ours
     most = min(cluster.zoo_workers, len(items))
     todo = ray.data.from_items(list(items), override_num_blocks=len(items))
-    # an actor is given its next item when it is done, and the pool grows while all are busy
+    # the pool grows while all are busy
     todo.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     done: Any = todo.map_batches(
         actor,
@@ -60,7 +64,7 @@ def stream(
             min_size=1,
             max_size=most,
             initial_size=max(1, min(most, capacity(each))),
-            max_tasks_in_flight_per_actor=1,
+            max_tasks_in_flight_per_actor=2 if len(items) >= MANY * most else 1,
         ),
         num_cpus=each.get("CPU", 0),
         num_gpus=each.get("GPU", 0),
