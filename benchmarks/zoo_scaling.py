@@ -22,7 +22,7 @@ from ray_jobs.job import start_ray
 from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig, TaskConfig
 from tina.run import Run, commit, hardware
 
-MODELS, STEPS, TURNS, BLOCK = 96, 300, 3, 2
+MODELS, STEPS, TURNS, BLOCK = 192, 300, 3, 4
 SMALL, LARGE = 24, 240
 RESULTS = Path(__file__).parent / "results" / "zoo_scaling.jsonl"
 
@@ -74,6 +74,7 @@ def main() -> None:
         "hardware": hardware(),
         "load_before": round(load, 2),
         "models": MODELS,
+        "block": BLOCK,
         "steps": STEPS,
         "models_per_s": {n: [round(rate, 2) for rate in found] for n, found in rates.items()},
         "median_models_per_s": {n: round(median(found), 2) for n, found in rates.items()},
