@@ -1,7 +1,8 @@
 """Copy a run's report and plots to docs/results/ and write its tables into README and results.md.
 
-    python docs/publish.py runs/cifar100_cnn5k     # copy, then rewrite the tables
-    python docs/publish.py                         # rewrite the tables alone
+    python docs/publish.py runs/cifar100_cnn5k             # copy, then rewrite the tables
+    python docs/publish.py runs/quickstart/tune/digits     # a sweep
+    python docs/publish.py                                 # rewrite the tables alone
 
 A table stands between `<!-- table NAME -->` (all axes) or `<!-- table NAME AXIS -->` and
 `<!-- end -->`; everything in between is written here, so that no number is ever typed.
@@ -15,6 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from tina.files import write_text
 from tina.report import markdown
 
 DOCS = Path(__file__).parent
@@ -46,6 +48,16 @@ def rewrite(text: str) -> str:
     return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
+def publish_sweep(sweep: Path) -> None:
+    """Copy what a sweep found, the best configuration without the place where it lies."""
+    folder = RESULTS / f"tune_{sweep.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("trials.parquet", "pareto.png"):
+        shutil.copy(sweep / name, folder)
+    best = (sweep / "best.yaml").read_text()
+    write_text(folder / "best.yaml", re.sub(r"^storage: .*\n", "", best, flags=re.MULTILINE))
+
+
 def publish(run: Path) -> None:
     """Copy what a run measured."""
     folder = RESULTS / run.name
@@ -58,7 +70,8 @@ def publish(run: Path) -> None:
 def main(argv: list[str]) -> None:
     """Publish the runs named, then rewrite."""
     for name in argv:
-        publish(Path(name))
+        folder = Path(name)
+        (publish_sweep if (folder / "best.yaml").exists() else publish)(folder)
     for file in (DOCS.parent / "README.md", DOCS / "results.md"):
         file.write_text(rewrite(file.read_text()))
 
