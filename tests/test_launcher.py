@@ -281,7 +281,7 @@ def test_sizes_are_what_the_sources_say():
     assert f"| {alone:.0f} s a model, alone on both cores; {823 * 2 / 14:.0f} s" in table
     size = report["generator"]["parameters"]
     assert f"generator of {size:,} parameters" in table
-    load = rows("serve_load")[-1]
+    load = [row for row in rows("serve_load") if "EPYC" in row["hardware"]][-1]  # machine B
     assert (load["ha_proxy"], load["throughput_optimized"]) == ("1", "1")
     assert (load["replicas"], load["threads"]) == (2, 1)
     rate, p99 = (load["clients_32"][key] for key in ("models_per_s", "p99_ms"))
@@ -289,8 +289,7 @@ def test_sizes_are_what_the_sources_say():
     busy = load["cpu_ms_per_model"]["Ingress"]
     assert f"| {busy:.1f} ms | B |" in table
     scaling = rows("zoo_scaling")
-    twice = sorted(row["two_over_one"] for row in scaling)
-    assert f"| {twice[0]} to {twice[-1]} times one |" in table
+    assert f"| {scaling[-1]['two_over_one']} times one | C |" in table
     peaks = sorted(peak for row in scaling for peak in row["peak_mib_of_a_worker"].values())
     assert f"| {peaks[0]} to {peaks[-1]} MiB, for 24 p-models as for 240 |" in table
     assert all(set(row["peak_mib_of_a_worker"]) == {"24", "240"} for row in scaling)
