@@ -53,6 +53,11 @@ demo: install ## Zoo, training, generation and report on the embedded digits; CO
 serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= for another.
 	$(BIN)/serve run serve.app:build_app checkpoint=$(abspath $(CHECKPOINT))
 
+.PHONY: bench
+bench: install ## Measure start-up and generation in their short forms; CHECKPOINT= for another.
+	$(BIN)/python -m benchmarks.startup --short --checkpoint $(CHECKPOINT)
+	$(BIN)/python -m benchmarks.generation --short --checkpoint $(CHECKPOINT)
+
 .PHONY: test
 test: install ## Run the default test suite.
 	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"

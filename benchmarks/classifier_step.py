@@ -8,25 +8,22 @@ the turns stand beside each other as ratios.
 
 from __future__ import annotations
 
-import json
 import time
-from datetime import date
-from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks.record import append, load
 from tina.classifiers import InputStore, build_family
 from tina.config import RecipeConfig
 from tina.finetune import Lesson, finetune, initial_theta
-from tina.run import commit, hardware
 
 MODELS, CLASSES, STEPS, TURNS = 4, 10, 20, 5
-RESULTS = Path(__file__).parent / "results" / "classifier_step.jsonl"
 
 
 def main() -> None:
     """Measure and append."""
+    before = load()
     torch.set_num_threads(1)
     family = build_family("cnn5k", channels=3, image_size=32)
     draw = torch.Generator().manual_seed(0)
@@ -50,17 +47,11 @@ def main() -> None:
                     spent
                 )
     plain = median(times["fp32 loop"])
-    row = {
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "hardware": hardware(),
+    figures = {
         "ms_per_model_step": {name: round(1000 * median(t), 2) for name, t in times.items()},
         "speed_up": {name: round(plain / median(t), 2) for name, t in times.items()},
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row, indent=1))
+    append("classifier_step", figures, load_before=before)
 
 
 if __name__ == "__main__":

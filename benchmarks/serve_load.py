@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import tempfile
@@ -19,16 +18,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from statistics import median
 
 import aiohttp
-import numpy as np
 import psutil
 
+from benchmarks.record import append, load, percentiles
+
 CLIENTS, OVERLOAD = 32, 5
-RESULTS = Path(__file__).parent / "results" / "serve_load.jsonl"
 PORT = 8123
 Answers = list[tuple[float, float, int]]
 """Start (s), latency (s), status; 0 for a broken connection."""
@@ -110,12 +108,6 @@ def rate_of(answers: Answers, seconds: float) -> float:
     return sum(begin + seconds / 4 < end <= begin + seconds for end in ends) / (0.75 * seconds)
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99 in ms."""
-    found = np.percentile(np.array(seconds) * 1000, [50, 90, 99])
-    return {f"p{p}_ms": round(float(v), 1) for p, v in zip((50, 90, 99), found, strict=True)}
-
-
 def processor_seconds() -> Counter[str]:
     """CPU time so far of every process that is there, by what it is; the load's own has ended."""
     kinds = ("Generator", "Ingress", "proxy", "raylet", "gcs_server")
@@ -173,9 +165,8 @@ def main() -> None:
     parser.add_argument("--overload-seconds", type=float, default=60)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args, load_before = parser.parse_args(), load()
     from tina.checkpoint import load_generator
-    from tina.run import commit, hardware
 
     checkpoint = args.checkpoint.resolve()
     generator = load_generator(checkpoint)
@@ -197,10 +188,7 @@ def main() -> None:
         flood = elsewhere(open_loop, classes, OVERLOAD * rate, args.overload_seconds)
         after = [t for _, t, _ in elsewhere(closed_loop, classes, 1, 5)]
     served = [t for _, t, status in flood if status == 201]
-    row = {
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "hardware": hardware(),
+    figures = {
         "dataset": generator.dataset,
         "steps": generator.config.diffusion.sampling_steps,
         "replicas": args.replicas,
@@ -223,10 +211,7 @@ def main() -> None:
         },
         "one_client_after_it": percentiles(after),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row, indent=1))
+    append("serve_load", figures, load_before=load_before)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,19 @@ the turns stand beside each other as a ratio. Then one worker builds a small and
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
-from datetime import date
 from pathlib import Path
 from statistics import median
 
+from benchmarks.record import append, load
 from ray_jobs.build_zoo import Build, build_zoo, ensure_generic
 from ray_jobs.job import start_ray
 from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig, TaskConfig
-from tina.run import Run, commit, hardware
+from tina.run import Run
 
 MODELS, STEPS, TURNS, BLOCK = 192, 300, 3, 4
 SMALL, LARGE = 24, 240
-RESULTS = Path(__file__).parent / "results" / "zoo_scaling.jsonl"
 
 
 def build(storage: Path, name: str, *, models: int, workers: int, steps: int = STEPS) -> Build:
@@ -51,8 +48,8 @@ def build(storage: Path, name: str, *, models: int, workers: int, steps: int = S
 
 def main() -> None:
     """Measure and append."""
+    before = load()
     start_ray()
-    load = os.getloadavg()[0]
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
@@ -68,11 +65,7 @@ def main() -> None:
             )
             for models in (SMALL, LARGE)
         }
-    row = {
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "hardware": hardware(),
-        "load_before": round(load, 2),
+    figures = {
         "models": MODELS,
         "block": BLOCK,
         "steps": STEPS,
@@ -81,10 +74,7 @@ def main() -> None:
         "two_over_one": round(median(rates[2]) / median(rates[1]), 2),
         "peak_mib_of_a_worker": {n: round(peak / 2**20) for n, peak in peaks.items()},
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row, indent=1))
+    append("zoo_scaling", figures, load_before=before)
 
 
 if __name__ == "__main__":

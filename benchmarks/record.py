@@ -1,0 +1,49 @@
+"""What the benchmarks share: a row says where it comes from, latencies are told as percentiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from tina.run import commit, hardware
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def append(name: str, figures: Mapping[str, object], *, load_before: float) -> None:
+    """Print a row and append it to results/NAME.jsonl.
+
+    Args:
+        load_before: The machine's load before the measurement, `os.getloadavg()[0]`: what else ran.
+    """
+    row = {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "numpy")},
+        "load_before": round(load_before, 2),
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99 in ms."""
+    found = np.percentile(np.array(seconds) * 1000, [50, 90, 99])
+    return {f"p{p}_ms": round(float(v), 1) for p, v in zip((50, 90, 99), found, strict=True)}
+
+
+def load() -> float:
+    """The machine's load over the last minute."""
+    return os.getloadavg()[0]

@@ -1,0 +1,138 @@
+"""The benchmarks compute what they say; how fast anything is no test can hold."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from benchmarks import generation, record, startup
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_row_says_where_it_comes_from(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for value in (1, 2):
+        record.append("name", {"value": value}, load_before=0.123)
+    rows = [json.loads(line) for line in (tmp_path / "name.jsonl").read_text().splitlines()]
+    assert [row["value"] for row in rows] == [1, 2]
+    assert {"date", "commit", "hardware", "versions"} < set(rows[0])
+    assert rows[0]["load_before"] == 0.12
+
+
+def test_percentiles_are_in_milliseconds():
+    found = record.percentiles([i / 1000 for i in range(101)])
+    assert found == {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_prompts_are_trained_names_each_once(tiny_generator):
+    vocabulary = tiny_generator.vocabulary
+    trained = {n for n, seen in zip(vocabulary.names, vocabulary.trained, strict=True) if seen}
+    tasks = generation.prompts(tiny_generator, 5)
+    assert len(tasks) == 5
+    for task in tasks:
+        assert len(set(task)) == len(task) == tiny_generator.max_classes
+        assert set(task) <= trained
+    assert tasks[0] != tasks[1]
+
+
+def test_the_papers_recipe(tiny_generator):
+    paper = generation.paper_generator(tiny_generator)
+    assert len(paper.denoiser.blocks) == 12
+    assert paper.config.denoiser.width == tiny_generator.config.denoiser.width
+    assert paper.config.diffusion.sampler == "ddpm"
+    assert paper.config.diffusion.sampling_steps == paper.config.diffusion.timesteps == 1000
+    assert generation.paper_steps(paper, generation.prompts(paper, 2), 1) > 0
+
+
+def test_fine_tuning_is_timed_and_leaves_the_threads(tiny_generator):
+    assert generation.direct_seconds(tiny_generator, 0.05, threads=1) > 0
+
+
+def test_ratios_by_hand():
+    times = {
+        "pipeline": {1: [0.1, 0.2, 0.3], 8: [0.4]},
+        "paper_step": {1: [0.01], 8: [0.04]},
+        "text": {1: [0.1], 8: [0.2]},
+        "direct": {1: [50.0], 2: [40.0]},
+    }
+    length = generation.Length(turns=1, calls={}, steps={1: 2, 8: 1}, share=1)
+    found = generation.compared(times, length)
+    assert found["pipeline"][1]["models_per_s"] == 5
+    assert found["pipeline"][1]["p50_ms"] == 200
+    assert found["pipeline"][8]["models_per_s"] == 20
+    assert found["paper"][8]["s_per_model"] == 30  # 1,000 x 0.24 s for eight
+    assert found["paper"][1]["scaled_from_steps"] == 2
+    assert found["times_paper"] == {1: 550, 8: 600}
+    assert found["times_paper_text_once"] == {1: 50.5, 8: 100.5}
+    # one model is soonest there with both threads; many are, two at a time with one each
+    assert found["times_direct"] == {1: 200, 8: 500}
+
+
+def test_the_flops_of_a_pass_by_hand(tiny_generator):
+    denoiser, codec = tiny_generator.denoiser, tiny_generator.codec
+    batch, k, s = generation.BATCHES[-1], tiny_generator.max_classes, codec.body_tokens
+    d, p, r = denoiser.position.shape[1], codec.width, codec.layout.row_size
+    tokens = s + 2 * k
+    # qkv 3 d, projection d, MLP 4 d in and out; scores and their use
+    block = 2 * tokens * d * (3 + 1 + 8) * d + 4 * tokens**2 * d
+    ends = 2 * (2 * s * p * d + 2 * k * r * d)
+    e = denoiser.null_cond.numel()
+    conditions = 2 * (2 * k + 1) * e * d  # of row and token of each class, and of the set
+    times = 2 * sum(w.numel() for w in denoiser.time.parameters() if w.ndim == 2)
+    modulations = 2 * (6 * len(denoiser.blocks) + 2) * d * d
+    flops = batch * (len(denoiser.blocks) * block + ends + conditions + times + modulations)
+    found = generation.roofline(tiny_generator, 1)
+    assert found["gflop_per_pass"] == pytest.approx(flops / 1e9, abs=1e-3)
+    achieved, attainable = (
+        found["float32"][f"{key}_gflop_per_s"] for key in ("achieved", "attainable")
+    )
+    assert found["float32"]["achieved_over_attainable"] == pytest.approx(
+        achieved / attainable, abs=1e-2
+    )
+
+
+def test_accuracy_is_asked_on_select_images(tiny_run, tiny_generator, monkeypatch):
+    tiny_run.claim()
+    monkeypatch.setattr(generation, "FINETUNE_STEPS", (1,))
+    monkeypatch.setattr(generation, "PAPER_STEPS", 3)
+    found = generation.accuracies(tiny_run.folder / "checkpoint", tiny_generator)
+    assert found["tasks"] == len(tiny_run.space.val)
+    assert 0 < found["selection"] <= 1
+    assert set(found["direct_after_steps"]) == {1}
+    assert found["direct_steps_to_pipeline"] in (None, 1)
+
+
+# --- start-up -------------------------------------------------------------------------------------
+
+
+def test_what_a_distribution_needs():
+    table = {
+        "root": ["A", "b; extra == 'more'", "never; python_version < '3'"],
+        "a": ["c_d[fast]"],
+        "b": ["root"],  # a circle
+        "c-d": ["e; extra == 'fast'", "f; extra == 'slow'", "absent"],
+        "e": [],
+        "f": [],
+    }
+    assert startup.needed("root", (), table.get) == {"root", "a", "c-d", "e"}
+    assert startup.needed("root", ("more",), table.get) == {"root", "a", "b", "c-d", "e"}
+
+
+def test_every_extra_has_a_size():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = startup.sizes()
+    assert set(found) == {"core", *project["optional-dependencies"]}
+    assert next(iter(found["core"]["largest_mib"].values())) > 1
+    assert startup.size("numpy") > 2**20
+
+
+def test_a_process_of_its_own_reports():
+    seconds, found = startup.fresh(sys.executable, "-c", startup.IMPORT)
+    assert set(found) == {"import_tina_s"}
+    assert seconds > found["import_tina_s"] > 0
