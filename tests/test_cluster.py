@@ -442,14 +442,17 @@ def test_an_error_in_an_actor_ends_the_job_at_once(
     environment, config_file, tmp_path, body, code, last
 ):
     tried = tmp_path / "tried"
-    script = broken(tmp_path, f"open({str(tried)!r}, 'a').write('x'); {body}")
+    note = f"print(blocks['task_ids'][0].as_py(), file=open({str(tried)!r}, 'a'), flush=True)"
+    script = broken(tmp_path, f"{note}; {body}")
     values = config_of(tmp_path / "runs", cluster={"zoo_workers": 1})
     config_file.write_text(yaml.safe_dump(values))
     found, printed = run_to_its_end(config_file, tmp_path / "log", script)
     assert found == code, printed[-3000:]
     assert printed.splitlines()[-1] == last
     assert ("Traceback" in printed) == (code == 1)
-    assert tried.read_text() == "x"  # and is not tried again
+    blocks = tried.read_text().splitlines()
+    # none is tried again; beside the first, the one that waited at its worker may have begun
+    assert 1 <= len(set(blocks)) == len(blocks) <= 2
 
 
 @pytest.mark.ray

@@ -355,9 +355,12 @@ def test_parts_hold_the_same_samples_however_many_there_are(tiny_run, base, shor
         assert len(batch.images) == len(batch.labels) == len(batch.rows) == 4 // parts
         assert len(batch.cond) == len(batch.mask) == len(batch.noise) == 12 // parts
         assert {len(x) for x in batch.images + batch.labels} == {config.images_per_task}
-    for name in ("tokens", "rows", "first", "pure"):
+    for name in ("tokens", "first", "pure"):
         together = torch.cat([getattr(batch, name) for batch in found])
         assert torch.equal(together, getattr(whole, name)), name
+    # no draw: products, which some processors round otherwise for another number of rows
+    rows = torch.cat([batch.rows for batch in found])
+    torch.testing.assert_close(rows, whole.rows, rtol=0, atol=1e-6)
     for name in ("cond", "mask", "noise", "t", "drop"):
         of_zoo = [getattr(batch, name)[: 8 // parts] for batch in found]
         fresh = [getattr(batch, name)[8 // parts :] for batch in found]
