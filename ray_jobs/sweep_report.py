@@ -102,8 +102,9 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     folder = base.folder / "tune" / search.sweep.name
     claimed = [name for name in trials if (folder / name / "config.yaml").is_file()]
     runs = {name: Run(Run.open(folder / name).config, base.folder) for name in claimed}
-    failed = {name for name, error in trials.items() if error}
-    read = [read_outcome(run, search, failed=name in failed) for name, run in runs.items()]
+    read = [
+        read_outcome(run, search, failed=trials[name] is not None) for name, run in runs.items()
+    ]
     outcomes = [outcome for outcome in read if outcome]
     able = [outcome for outcome in outcomes if outcome.state != "failed"]
     default = next((outcome for outcome in able if outcome.default), None)

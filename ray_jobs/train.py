@@ -281,7 +281,7 @@ def train_generator(run: Run) -> Generator:
         return load_generator(run.trained)
     check_zoo(run)
     check_stage(run)
-    check_ready(run)
+    check_tracking(run)
     result = build_trainer(run).fit()
     assert result.checkpoint, "training reported no state"
     with result.checkpoint.as_directory() as folder:
