@@ -234,11 +234,11 @@ def roofline(generator: Generator, turns: int) -> dict[str, object]:
     batch = BATCHES[-1]
     embeddings, mask = pad([generator.vocabulary.embeddings[: generator.max_classes]] * batch)
     walk = generator.begin(embeddings, mask, seeds=range(batch))
-    t = torch.zeros(batch, dtype=torch.long)
+    modulation = generator.denoiser.modulate(torch.zeros(batch))
 
     @torch.no_grad()
     def run() -> Tensor:
-        return generator.denoiser(walk.x, t, walk.cond, mask)
+        return generator.denoiser.predict(walk.x, modulation, walk.cond, mask)
 
     with FlopCounterMode(display=False) as counter:
         run()

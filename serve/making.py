@@ -43,6 +43,8 @@ class Making:
 
     def __init__(self, pipe: TinaPipeline, *, made: Callable[[int, float], None]) -> None:
         self._pipe, self._made = pipe, made
+        # prompts choose their number of steps, so that any timestep may come
+        self._denoise = pipe.generator.denoise_at(range(pipe.generator.config.diffusion.timesteps))
         self._tasks: list[Task] = []  # in the order of the walk's samples
         self._walk: Walk | None = None
 
@@ -59,7 +61,7 @@ class Making:
         self._keep([i for i, task in enumerate(self._tasks) if task.ticket in asked])
         found = self._join(asked)
         if self._walk:
-            self._walk = advance(self._pipe.generator.denoise, self._walk)
+            self._walk = advance(self._denoise, self._walk)
             found |= self._finish(self._walk)
         return found
 

@@ -117,7 +117,7 @@ def test_after_a_failure_the_next_prompts_start_anew(pipe, monkeypatch):
     making = new(pipe)
     making({0: recipe(steps=4), 1: recipe(steps=5)})
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.generator.denoiser, "forward", None)
+        patch.setattr(pipe.generator.denoiser, "predict", None)
         with pytest.raises(TypeError):
             making({0: recipe(steps=4), 1: recipe(steps=5), 2: recipe(4)})
     *_, found = [making({3: recipe(2, seed=9)}) for _ in range(4)]

@@ -1,5 +1,6 @@
 """The denoiser: starts at classifier selection, and knows classes by their conditions alone."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tina.config import DenoiserConfig
+from tina.config import DenoiserConfig, DiffusionConfig
+from tina.diffusion import as_x0, begin, sample
 from tina.transformer import Denoiser, timestep_embedding
 
 S, P, R, E = 3, 10, 7, 6  # body tokens, values per token, values of a row, embedding width
@@ -188,6 +190,70 @@ def test_the_timestep_matters(denoiser):
     x, _, cond, mask = draw(1, 3)
     early, late = (denoiser(x, torch.tensor([t]), cond, mask) for t in (10, 900))
     assert (early - late).abs().max() > 1e-2
+
+
+# --- what does not change from step to step -------------------------------------------------------
+
+
+def written_out(block, x, modulation, attend):
+    """Peebles & Xie 2023, 3.2, one operation after another."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)
+    h = block.norm1(x) * (1 + scale1) + shift1
+    q, k, v = (part.unflatten(-1, (block.heads, -1)) for part in block.qkv(h).chunk(3, -1))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~attend, -torch.inf).softmax(-1)
+    x = x + gate1 * block.proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
+    return x + gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
+
+
+def test_a_block_is_the_formula(denoiser):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 7, 16, generator=generator)
+    modulation = torch.randn(3, 6 * 16, generator=generator)
+    attend = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    attend[1, ..., 4:] = False
+    block = denoiser.blocks[0]
+    found = block(x, modulation, attend)
+    assert_close(found, written_out(block, x, modulation, attend), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
+def test_generation_computes_what_the_whole_denoiser_does(
+    tiny_generator, sampler, guidance, prediction
+):
+    denoiser = randomise(copy.deepcopy(tiny_generator.denoiser))
+    for parameter in denoiser.parameters():
+        parameter.mul_(0.2)
+    diffusion = DiffusionConfig(sampler=sampler, prediction=prediction)
+    config = dataclasses.replace(tiny_generator.config, diffusion=diffusion)
+    generator = dataclasses.replace(tiny_generator, denoiser=denoiser, config=config)
+    embeddings, mask = generator.vocabulary.of([(0, 1, 2, 3), (4, 5), (6, 7, 8)])
+    seeds, steps = (3, 4, 5), 6
+    found = generator.generate(embeddings, mask, seeds=seeds, steps=steps, guidance=guidance)
+    length = generator.codec.body_tokens + 4
+    walk = begin(
+        diffusion,
+        noise=generator.noise(seeds)[:, :length],
+        cond=generator.vocabulary.condition(embeddings),
+        mask=mask,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+    )
+    tokens = sample(as_x0(denoiser, diffusion), walk)
+    for part, plain in zip(found, generator.finish(tokens, embeddings, mask), strict=True):
+        assert_close(part, plain, tolerance=1e-5)
+    inherited = generator.inherit(embeddings)[0]
+    assert (found[0] - inherited).abs().max() > 1e-2  # there was something to compare
+
+
+def test_a_timestep_that_was_not_named_is_refused(tiny_generator):
+    embeddings, mask = tiny_generator.vocabulary.of([(0, 1)])
+    walk = tiny_generator.begin(embeddings, mask, seeds=[0], steps=4)
+    with pytest.raises(IndexError):
+        sample(tiny_generator.denoise_at([999, 749, 499]), walk)
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ class Walk:
     Args:
         x: x_t, (B, L, P); the last K tokens are the classes'.
         before: The last prediction of x_0, (B, L, P).
-        cond: (B, K, E).
+        cond: (B, K, ...), what the denoiser takes: embeddings, or what they bring to every step.
         mask: bool (B, K), false for padding, which comes last.
         ahead: Per sample the steps that are left.
         guidance: One per sample.
@@ -242,7 +242,7 @@ def begin(
 
     Args:
         noise: x_T, (B, L, P).
-        cond: (B, K, E).
+        cond: (B, K, ...), as the denoiser takes it.
         mask: bool (B, K).
         steps: Denoising steps, between 1 and T.
         guidance: 1 is the conditional model.

@@ -73,20 +73,40 @@ class Generator:
         diffusion = self.config.diffusion
         device = self.denoiser.position.device
         length = self.codec.body_tokens + embeddings.shape[1]
+        cond, mask = self.vocabulary.condition(embeddings).to(device), mask.to(device)
         return begin(
             diffusion,
             noise=self.noise(seeds)[:, :length].to(device),
-            cond=self.vocabulary.condition(embeddings).to(device),
-            mask=mask.to(device),
+            cond=self.denoiser.prepare(cond, mask),
+            mask=mask,
             steps=diffusion.sampling_steps if steps is None else steps,
             guidance=diffusion.guidance if guidance is None else guidance,
             seeds=seeds,
         )
 
-    @property
-    def denoise(self) -> Denoise:
-        """The denoiser's prediction of x0."""
-        return as_x0(self.denoiser, self.config.diffusion)
+    @torch.no_grad()
+    def denoise_at(self, times: Sequence[int]) -> Denoise:
+        """The denoiser's prediction of x0 at these timesteps, for walks that `begin` began.
+
+        What follows from a timestep alone is computed here, once; what follows from a prompt alone
+        is in the walk (`Denoiser.prepare`). The weights must not change while it is in use.
+        """
+        denoiser, device = self.denoiser, self.denoiser.position.device
+        at = torch.tensor(times, device=device)
+        table = denoiser.modulate(at)
+        # a timestep that is not among them has no place in the table, and fails
+        place = torch.full((self.config.diffusion.timesteps,), len(table), device=device)
+        place[at] = torch.arange(len(table), device=device)
+
+        def network(
+            x: Tensor, t: Tensor, prepared: Tensor, mask: Tensor, drop: Tensor | None = None
+        ) -> Tensor:
+            if drop is not None:
+                null = denoiser.prepare(denoiser.null_cond.expand(*mask.shape, -1), mask)
+                prepared = torch.where(drop[:, None, None], null, prepared)
+            return denoiser.predict(x, table[place[t]], prepared, mask)
+
+        return as_x0(network, self.config.diffusion)
 
     def finish(self, tokens: Tensor, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Body (B, n_body) and head rows (B, K, R) of denoised tokens (B, S + K, P).
@@ -133,7 +153,8 @@ class Generator:
         """
         seen = embeddings if conditions is None else conditions
         walk = self.begin(seen, mask, seeds=seeds, steps=steps, guidance=guidance)
-        return self.finish(sample(denoise or self.denoise, walk), embeddings, mask)
+        denoise = denoise or self.denoise_at([step.t for step in walk.ahead[0]])
+        return self.finish(sample(denoise, walk), embeddings, mask)
 
     def logits(self, body: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
         """Logits (N, K) of one classifier, from its body (n_body,) and rows (K, R)."""

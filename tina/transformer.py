@@ -54,16 +54,15 @@ class Block(nn.Module):
         with torch.no_grad():  # shift, scale, gate: the gates start open
             self.modulation.bias.copy_(torch.tensor([0.0, 0, 1, 0, 0, 1]).repeat_interleave(width))
 
-    def forward(self, x: Tensor, c: Tensor, attend: Tensor) -> Tensor:
-        """x (B, T, D), timestep c (B, D), attend bool (B, 1, 1, T) -> (B, T, D)."""
-        modulation = self.modulation(F.silu(c)).unsqueeze(1)  # (B, 1, 6D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
-        h = self.norm1(x) * (1 + scale1) + shift1
+    def forward(self, x: Tensor, modulation: Tensor, attend: Tensor) -> Tensor:
+        """x (B, T, D), what `modulation` says of the timestep (B, 6D), attend bool (B, 1, 1, T)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)
+        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)  # (B, T, D)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)  # (B, heads, T, D / heads)
-        x = x + gate1 * self.proj(h.transpose(1, 2).flatten(2))
-        h = self.norm2(x) * (1 + scale2) + shift2
-        return cast(Tensor, x + gate2 * self.mlp(h))
+        x = torch.addcmul(x, gate1, self.proj(h.transpose(1, 2).flatten(2)))
+        h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+        return torch.addcmul(x, gate2, self.mlp(h))
 
 
 class Denoiser(nn.Module):
@@ -127,26 +126,46 @@ class Denoiser(nn.Module):
         Returns:
             (B, S + K, P); rows of padding and columns beyond R are zero.
         """
-        s, k = self.body_tokens, cond.shape[1]
+        return self.predict(x, self.modulate(t), self.prepare(cond, mask, drop), mask)
+
+    def prepare(self, cond: Tensor, mask: Tensor, drop: Tensor | None = None) -> Tensor:
+        """All that the conditions (B, K, E) bring to any step, whatever x and t: (B, K, 3D).
+
+        Per class what its row token gets and its condition token, then what every token gets.
+        """
         if drop is not None:
             cond = torch.where(drop[:, None, None], self.null_cond.to(cond), cond)
         # the classes as a set, at unit scale: attention alone starts as a mean over all tokens, in
         # which they are a few hundredths of what the output layers read
         count = mask.sum(1, keepdim=True).clamp_min(1)
         of_set = self.set_cond((cond * mask.unsqueeze(-1)).sum(1) / count.sqrt()).unsqueeze(1)
-        body = torch.einsum("bsp,spd->bsd", x[:, :s], self.body_in) + self.position + of_set
-        rows = self.row_in(x[:, s:, : self.row_width]) + self.row_cond(cond) + of_set
-        h = torch.cat([body, rows, self.token_cond(cond)], 1)  # (B, S + 2K, D)
+        own = [self.row_cond(cond), self.token_cond(cond)]
+        return torch.cat([*own, of_set.expand_as(own[0])], -1)
+
+    def modulate(self, t: Tensor) -> Tensor:
+        """All that timesteps (B,) bring, whatever x and the conditions: (B, (6 depth + 2) D)."""
+        embedding = timestep_embedding(t, self.position.shape[1]).to(self.position)
+        c = F.silu(self.time(embedding))
+        layers = [*(cast(Block, block).modulation for block in self.blocks), self.modulation]
+        return torch.cat([layer(c) for layer in layers], -1)
+
+    def predict(self, x: Tensor, modulation: Tensor, prepared: Tensor, mask: Tensor) -> Tensor:
+        """Predict x0 as `forward` does, from what `modulate` and `prepare` return."""
+        s, k = self.body_tokens, mask.shape[1]
+        of_row, of_token, of_set = prepared.chunk(3, -1)
+        *modulations, last = modulation.split(6 * self.position.shape[1], -1)
+        body = torch.einsum("bsp,spd->bsd", x[:, :s], self.body_in) + self.position + of_set[:, :1]
+        rows = self.row_in(x[:, s:, : self.row_width]) + of_row + of_set
+        h = torch.cat([body, rows, of_token], 1)  # (B, S + 2K, D)
         attend = torch.cat([mask.new_ones(len(x), s), mask, mask], 1)[:, None, None]
-        c = self.time(timestep_embedding(t, self.position.shape[1]).to(h))
-        for block in self.blocks:
+        for block, values in zip(self.blocks, modulations, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 # reentrant: the other kind cannot recompute under ZeRO stage 3
-                h = checkpoint(block, h, c, attend, use_reentrant=True)
+                h = checkpoint(block, h, values, attend, use_reentrant=True)
             else:
-                h = block(h, c, attend)
-        shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, -1)
-        h = self.norm(h) * (1 + scale) + shift
+                h = block(h, values, attend)
+        shift, scale = last.unsqueeze(1).chunk(2, -1)
+        h = torch.addcmul(shift, self.norm(h[:, : s + k]), 1 + scale)
         body = torch.einsum("bsd,sdp->bsp", h[:, :s], self.body_out)
-        rows = self.row_out(h[:, s : s + k]) * mask.unsqueeze(-1)
+        rows = self.row_out(h[:, s:]) * mask.unsqueeze(-1)
         return torch.cat([body, F.pad(rows, (0, x.shape[-1] - self.row_width))], 1)
