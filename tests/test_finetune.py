@@ -251,6 +251,15 @@ def test_the_learning_rate_is_annealed(cnn, digits, stacked):
 
 
 @WAYS
+def test_the_learning_rate_is_warmed_up(cnn, digits, stacked):
+    # 1/2 and 1 of the peak, and down again: 1 and 1/2
+    before = initial_theta(cnn[0], 3, seed=0)
+    recipe = RecipeConfig(steps=4, batch_size=64, lr=1e-4, warmup=0.5)
+    after = train_one(cnn, digits, (7, 2, 5), recipe, stacked=stacked)
+    assert float((after - before).abs().max()) == pytest.approx(3e-4, rel=1e-2)
+
+
+@WAYS
 def test_divergence_is_an_error(cnn, digits, stacked):
     recipe = dataclasses.replace(SHORT, lr=1e20)
     with pytest.raises(NonFiniteError, match=r"diverged on classes \(7, 2, 5\)"):

@@ -16,7 +16,7 @@ STAGES = [
     *["errors", "config", "configio", "precision", "space", "files", "tensors", "images"],
     *["superclasses", "sources", "datasets", "tasks"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
-    *["encoders", "prompts", "codec", "transformer", "diffusion", "generator"],
+    *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],
     *["checkpoint", "engine", "batches", "training", "export", "pipeline"],
     *["metrics", "baselines", "comparison", "evaluation", "novelty", "report", "run", "sweep"],
     *["schemas", "client", "cli"],

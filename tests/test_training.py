@@ -536,12 +536,13 @@ def test_weight_loss_is_the_mean_square_over_what_is_there(tiny_run, base, short
     abar = signal_level(base.config.diffusion)
     found = losses(Answer(guess), base, batch, abar)
     assert found.keys() == {"weight_loss"}
-    body, rows = base.codec.decode(guess - batch.tokens)
+    layout, s = base.codec.layout, base.codec.body_tokens
     means = []
-    for of_body, of_rows, mask in zip(body, rows, batch.mask, strict=True):
-        present = of_rows[mask] / base.codec.row_scale
-        values = torch.cat([of_body / base.codec.body_scale, present.flatten()])
-        means.append(values.square().mean().item())
+    for error, mask in zip((guess - batch.tokens).square(), batch.mask, strict=True):
+        of_body = error[:s][base.codec.body_index >= 0]
+        of_rows = error[s:][mask][:, : layout.row_size]
+        assert of_body.numel() == layout.body_size
+        means.append(torch.cat([of_body, of_rows.flatten()]).mean().item())
     assert found["weight_loss"].item() == pytest.approx(sum(means) / len(means), rel=1e-5)
 
 

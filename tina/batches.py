@@ -21,9 +21,6 @@ from tina.classifiers import InputStore
 from tina.config import TrainConfig
 from tina.datasets import Dataset
 from tina.generator import Generator
-from tina.generic import GenericModel
-from tina.layout import ParamLayout
-from tina.prompts import Vocabulary
 from tina.tasks import TaskSpace
 from tina.zoo import Zoo
 
@@ -153,17 +150,9 @@ class Source:
 
 def encode_zoo(generator: Generator, zoo: Zoo) -> Tensor:
     """Tokens (Z, L, P) of the p-models' residuals on what their prompts inherit."""
-    body, rows, _ = residuals(
-        zoo, generator.codec.layout, generic=generator.generic, vocabulary=generator.vocabulary
-    )
-    return generator.codec.encode(body, rows)
-
-
-def residuals(
-    zoo: Zoo, layout: ParamLayout, *, generic: GenericModel, vocabulary: Vocabulary
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The p-models less what their prompts inherit: body (Z, n_body), rows (Z, K, R), mask."""
+    layout = generator.codec.layout
     body, rows = layout.split(zoo.theta)
-    embeddings, mask = vocabulary.of(zoo.class_ids, layout.num_classes)
-    inherited_body, inherited_rows = generic.inherit(vocabulary.attention(embeddings))
-    return body - inherited_body, (rows - inherited_rows) * mask.unsqueeze(-1), mask
+    embeddings, mask = generator.vocabulary.of(zoo.class_ids, layout.num_classes)
+    inherited_body, inherited_rows = generator.inherit(embeddings)
+    rows = (rows - inherited_rows) * mask.unsqueeze(-1)
+    return generator.codec.encode(body - inherited_body, rows)

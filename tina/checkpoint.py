@@ -2,7 +2,7 @@
 
     config.json           format version, configuration, family, layout, embedding space, names
     model.safetensors     the denoiser's averaged weights
-    codec.safetensors     scales, generic model, projection of picture features
+    codec.safetensors     directions, scales, generic model, projection of picture features
     prompts.safetensors   embeddings of the data set's class names
     trunk.safetensors     where the family has a trained trunk
     README.md             model card
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tina.classifiers import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
-from tina.codec import Codec
+from tina.codec import Codec, codec_shapes
 from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
@@ -38,10 +38,10 @@ from tina.generic import GenericModel
 from tina.prompts import Vocabulary
 from tina.tensors import write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}
 HEADER |= {"layout", "space", "class_names"}
-CODEC = {"body_scale", "row_scale", "generic_body", "generic_rows", "shot_projection"}
+BESIDE_CODEC = {"generic_body", "generic_rows", "shot_projection"}
 _MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
@@ -81,9 +81,7 @@ def _write(generator: Generator, folder: Path, card: str) -> None:
     }
     (folder / "config.json").write_text(json.dumps(header, indent=1))
     write_tensors(folder / "model.safetensors", generator.denoiser.state_dict())
-    codec = {
-        "body_scale": generator.codec.body_scale,
-        "row_scale": generator.codec.row_scale,
+    codec = generator.codec.tensors() | {
         "generic_body": generator.generic.body,
         "generic_rows": generator.generic.rows,
         "shot_projection": generator.shot_projection,
@@ -162,7 +160,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
             f"{directory} holds another layout of {family.name} than this version of Tina makes"
         )
     codec = load_file(directory / "codec.safetensors")
-    _exactly(codec, CODEC, file="codec.safetensors")
+    _exactly(codec, BESIDE_CODEC | codec_shapes(layout).keys(), file="codec.safetensors")
     prompts = load_file(directory / "prompts.safetensors")
     _exactly(prompts, {"embeddings", "trained"}, file="prompts.safetensors")
     vocabulary = Vocabulary(
@@ -171,12 +169,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         embeddings=prompts["embeddings"],
         trained=prompts["trained"],
     )
-    generator_codec = Codec(
-        layout=layout,
-        chunk=config.denoiser.chunk,
-        body_scale=codec["body_scale"],
-        row_scale=codec["row_scale"],
-    )
+    generator_codec = Codec.of(layout, chunk=config.denoiser.chunk, tensors=codec)
     denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
     denoiser.load_state_dict(load_file(directory / "model.safetensors"))
     attach_trunk(family, config, directory / "trunk.safetensors")

@@ -90,12 +90,13 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """How a classifier is trained: AdamW, learning rate annealed to zero by a cosine.
+    """How a classifier is trained: AdamW, its rate warmed up, then annealed by a cosine.
 
     Args:
         steps: Optimiser steps.
         batch_size: Images per step.
         lr: Peak learning rate.
+        warmup: Share of the steps over which the rate rises to it; without, ReLUs may die.
         weight_decay: Decoupled weight decay.
         precision: Arithmetic of the forward and backward pass; weights stay fp32.
     """
@@ -103,6 +104,7 @@ class RecipeConfig:
     steps: int = 400
     batch_size: int = 64
     lr: float = 3e-3
+    warmup: float = 0.05
     weight_decay: float = 0.0
     precision: Precision = "fp32"
 
@@ -288,10 +290,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _positive(self, direct_tasks=self.direct_tasks, seeds=self.seeds, bootstrap=self.bootstrap)
         if self.direct_tasks_elsewhere < 0:
-            raise ConfigError(
-                "evaluation.direct_tasks_elsewhere must not be negative, "
-                f"got {self.direct_tasks_elsewhere}"
-            )
+            got = self.direct_tasks_elsewhere
+            raise ConfigError(f"evaluation.direct_tasks_elsewhere must not be negative, got {got}")
         if self.images_per_class is not None:
             _positive(self, images_per_class=self.images_per_class)
         if not self.sampling_steps or min(self.sampling_steps) < 1:

@@ -122,6 +122,7 @@ class _AdamW:
     @torch.no_grad()
     def step(self, step: int, gradients: Sequence[Tensor]) -> None:
         """Take a step of the recipe's."""
+        recipe = self.recipe
         adamw(
             self.weights,
             list(gradients),
@@ -133,8 +134,8 @@ class _AdamW:
             amsgrad=False,
             beta1=0.9,
             beta2=0.999,
-            lr=self.recipe.lr * annealed(step, self.recipe.steps),
-            weight_decay=self.recipe.weight_decay,
+            lr=recipe.lr * annealed(step, recipe.steps, warmup=int(recipe.warmup * recipe.steps)),
+            weight_decay=recipe.weight_decay,
             eps=1e-8,
             maximize=False,
         )

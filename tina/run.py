@@ -23,17 +23,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from tina.batches import Source, residuals
+from tina.batches import Source
 from tina.checkpoint import attach_trunk, save_generator
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
+from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import build_encoder
 from tina.errors import ConfigError
@@ -50,6 +52,9 @@ from tina.report import markdown, plot_report
 from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
 from tina.zoo import Zoo, describe_zoo, read_zoo
+
+CURVATURE_TASKS = 100
+"""Tasks whose mean curvature the codec is made of."""
 
 
 class Run:
@@ -188,15 +193,19 @@ class Run:
         )
 
     def new_generator(self) -> Generator:
-        """The untrained generator, its codec fitted to the zoo's training p-models."""
-        config, train = self.config.generator, self.read_zoo("zoo").only("train")
-        vocabulary = self.vocabulary()
+        """The untrained generator, its codec fitted to the generic model's curvature."""
+        config, vocabulary = self.config.generator, self.vocabulary()
         layout = self.family.layout(self.config.tasks.max_classes)
-        body, rows, mask = residuals(train, layout, generic=self.generic, vocabulary=vocabulary)
-        codec = fit_codec(
-            layout, chunk=config.denoiser.chunk, body=body, rows=rows, class_mask=mask
-        )
         seed = self.config.train.seed
+        curvature = measure_curvature(
+            self.family,
+            self.generic,
+            self.dataset,
+            self.store,
+            self.space.sample_fresh(np.random.default_rng(seed), CURVATURE_TASKS),
+            seed=seed,
+        )
+        codec = fit_codec(layout, curvature, chunk=config.denoiser.chunk)
         shots = [
             self.store[self.dataset.indices("fit", (c,))[:100]] for c in self.generic.class_ids
         ]

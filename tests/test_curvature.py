@@ -1,0 +1,125 @@
+"""Curvature: orthogonal directions, and along each what a step costs."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tina.curvature import IMAGES, _gradients, matrix, measure_curvature, rotate
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_run):
+    """What is measured: the tiny run's generic model on forty tasks."""
+    tasks = tiny_run.space.sample_fresh(np.random.default_rng(0), 40)
+    return tiny_run.family, tiny_run.generic, tiny_run.dataset, tiny_run.store, tasks
+
+
+@pytest.fixture(scope="module")
+def curvature(asked):
+    return measure_curvature(*asked, seed=3)
+
+
+def sides(curvature):
+    return [*curvature.left, *curvature.right, curvature.row_right]
+
+
+def test_directions_are_orthogonal(curvature):
+    for m in sides(curvature):
+        torch.testing.assert_close(m.T @ m, torch.eye(len(m)), atol=1e-5, rtol=0)
+
+
+def test_turning_back_is_the_inverse(asked, curvature):
+    layout = asked[0].layout(4)
+    body = torch.randn(3, layout.body_size, generator=torch.Generator().manual_seed(0))
+    there = rotate(layout, body, curvature.left, curvature.right)
+    back = rotate(layout, there, [m.T for m in curvature.left], [m.T for m in curvature.right])
+    torch.testing.assert_close(back, body, atol=1e-5, rtol=0)
+
+
+def test_gradients_are_those_of_one_image_after_another(asked):
+    family, generic, dataset, _, tasks = asked
+    ((body, rows),) = _gradients(*asked[:4], tasks[:1], 3)
+    k = len(tasks[0])
+    assert rows.shape == (IMAGES, k, family.layout(k).row_size)
+    # a row's gradient is (answer - label) times (features, one): its bias says which image it was
+    layout = family.layout(k)
+    own = layout.join(generic.body, generic.select(tasks[0])).requires_grad_()
+    images = dataset.images[dataset.indices("fit", tasks[0])]
+    found = 0
+    for image in images:
+        logits = family.logits(own, family.embed(image[None]), num_classes=k)
+        answers = logits.softmax(1)[0].detach()
+        for label in range(k):
+            bias = answers - F.one_hot(torch.tensor(label), k)
+            same = (rows[..., -1] - bias).abs().amax(1) < 1e-6
+            if not same.any():
+                continue
+            loss = F.cross_entropy(logits, torch.tensor([label]))
+            (gradient,) = torch.autograd.grad(loss, own, retain_graph=True)
+            expected, _ = layout.split(gradient)
+            for other in body[same]:
+                torch.testing.assert_close(other.float(), expected, atol=1e-6, rtol=1e-4)
+            found += int(same.sum())
+    assert found >= IMAGES
+
+
+def test_factors_are_diagonal_in_their_directions(asked, curvature):
+    layout = asked[0].layout(2)
+    slot = layout.body[1]
+    g = torch.cat([matrix(body, slot) for body, _ in _gradients(*asked, 3)])
+    outer = torch.einsum("noi,npi->op", g, g)
+    turned = curvature.left[1].double().T @ outer @ curvature.left[1].double()
+    values = turned.diagonal()
+    assert (values.diff() <= 1e-5 * values[0]).all()  # the largest first
+    assert (turned - values.diag()).abs().max() < 1e-5 * values[0]
+
+
+def test_turning_leaves_the_sum_as_it_is(asked, curvature):
+    square, row_square, samples = 0.0, 0.0, 0
+    for body, rows in _gradients(*asked, 3):
+        square += body.square().sum().item()
+        row_square += rows.square().sum(2).mean(1).sum().item()
+        samples += len(body)
+    assert curvature.body.sum().item() == pytest.approx(square / samples, rel=1e-4)
+    assert curvature.row.sum().item() == pytest.approx(row_square / samples, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_step_costs_half_its_square_times_the_curvature(asked, curvature):
+    """In nats of the changed answer (KL divergence), on other images of the same tasks."""
+    family, generic, dataset, store, tasks = asked
+    layout, step = family.layout(2), 0.02
+    steepest = curvature.body.argsort(descending=True)[:8]
+    costs = torch.zeros(len(steepest))
+    for task in tasks:
+        k = len(task)
+        inputs = store[dataset.indices("fit", task)]
+        rows = generic.select(task)
+
+        def answers(body, rows=rows, inputs=inputs, k=k):
+            theta = family.layout(k).join(body, rows)
+            return family.logits(theta, inputs, num_classes=k).log_softmax(1)
+
+        plain = answers(generic.body)
+        for i, place in enumerate(steepest):
+            along = F.one_hot(place, layout.body_size).float()[None] * step
+            change = rotate(
+                layout, along, [m.T for m in curvature.left], [m.T for m in curvature.right]
+            )
+            moved = answers(generic.body + change[0])
+            kl = F.kl_div(moved, plain, log_target=True, reduction="batchmean")
+            costs[i] += kl / len(tasks)
+    expected = 0.5 * step**2 * curvature.body[steepest]
+    torch.testing.assert_close(costs, expected, rtol=0.25, atol=0)
+
+
+def test_the_same_again(asked, curvature):
+    again = measure_curvature(*asked, seed=3)
+    for field in fields(again):
+        one, other = getattr(again, field.name), getattr(curvature, field.name)
+        if isinstance(one, torch.Tensor):
+            one, other = (one,), (other,)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
