@@ -77,7 +77,12 @@ def tiny_config(storage: Path, **changes: object) -> JobConfig:
             checkpoint_every=4,
         ),
         "evaluation": EvaluationConfig(
-            direct_tasks=2, seeds=2, bootstrap=50, images_per_class=5, sampling_steps=(1, 4)
+            direct_tasks=2,
+            seeds=2,
+            bootstrap=50,
+            images_per_class=5,
+            sampling_steps=(1, 4),
+            mixer_steps=3,
         ),
     }
     return JobConfig(**values | changes)  # type: ignore[arg-type]

@@ -19,8 +19,10 @@ from tina.batches import Source
 from tina.classifiers import InputStore
 from tina.engine import LocalEngine
 from tina.evaluation import Evaluation
+from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Score
+from tina.mixer import Mixer, train_mixer
 from tina.novelty import novelty, timing, twin
 from tina.report import ORDER, markdown, plot_report, print_report
 from tina.run import Run
@@ -37,6 +39,7 @@ WITHOUT_IMAGES = {
     "nearest_pmodel",
     "class_mean",
     "ridge",
+    "taper",
     "tina_swapped_condition",
     "tina_shuffled_prompt",
 }
@@ -234,6 +237,30 @@ def test_an_axis_without_direct_finetuning_has_no_gap(evaluation):
 def test_accuracy_by_steps(report):
     assert [point["steps"] for point in report["accuracy_by_steps"]] == [1, 4]
     assert all(0 <= point["accuracy"] <= 1 for point in report["accuracy_by_steps"])
+
+
+def test_accuracy_by_the_number_of_unseen_classes(evaluation, axis, tiny_run):
+    tasks = tiny_run.space.held_out[AXIS]
+    wider = replace(evaluation, space=replace(tiny_run.space, unseen={2: tasks[:3], 1: tasks}))
+    found = wider.report(dict(wider.score_here()))["by_unseen_classes"]
+    assert [(row["unseen"], row["tasks"]) for row in found] == [(2, 3), (1, 4)]
+    for row in found:
+        assert row["methods"].keys() == {"tina", "untrained", "classifier_selection"}
+        assert row["gap_closed"] is None
+    for name, method in found[1]["methods"].items():
+        assert method["accuracy"] == axis["methods"][name]["accuracy"]
+    text = markdown(full_report(evaluation) | {"by_unseen_classes": found})
+    accuracy = 100 * found[0]["methods"]["tina"]["accuracy"]
+    assert f"| 2 | 3 | {accuracy:.1f} |" in text
+
+
+def test_tasks_below_are_counted_one_by_one(evaluation, axis, tiny_run):
+    tasks = tiny_run.space.held_out[AXIS]
+    mine = evaluation.score(tasks, evaluation.generate(tasks))
+    others = evaluation.score(tasks, evaluation.contenders["ridge"](tasks))
+    below = sum(a.accuracy < b.accuracy for a, b in zip(mine, others, strict=True))
+    assert axis["tina_minus"]["ridge"]["tasks_below"] == below / 4
+    assert axis["tina_minus"]["untrained"]["tasks_below"] <= 1
 
 
 def test_novelty_stands_beside_twins(report):
@@ -628,6 +655,55 @@ def test_ridge_is_the_textbook_solution(tiny_generator, linear_world):
     own = torch.cat([conditions[[4, 0]].mean(0).double(), torch.ones(1)])
     want = tiny_generator.generic.body + own @ primal
     torch.testing.assert_close(found.double(), want, rtol=0, atol=1e-4)
+
+
+# --- the mixer ------------------------------------------------------------------------------------
+
+
+def test_an_untrained_mixer_is_classifier_selection(tiny_generator, random_zoo, tiny_run):
+    _, zoo = random_zoo
+    mixer = Mixer(tiny_generator, zoo)
+    body, rows = mixer((6, 2, 4))
+    assert torch.equal(body, tiny_generator.generic.body)
+    assert torch.equal(rows, tiny_generator.generic.select((6, 2, 4)))
+
+
+def test_a_whole_share_of_one_p_model_is_that_p_model(tiny_generator, random_zoo):
+    models, zoo = random_zoo
+    mixer = Mixer(tiny_generator, zoo)
+    shares = torch.zeros(len(mixer.layout.body) + 1, len(models))
+    shares[:, 1] = 1
+    mixer.shares[-1].bias.data = shares.flatten()
+    class_ids, body, rows = models[1]
+    found_body, found_rows = mixer(class_ids)
+    torch.testing.assert_close(found_body, body)
+    torch.testing.assert_close(found_rows, rows)
+    # a class that the p-model lacks keeps its inherited row
+    other = next(c for c in range(10) if c not in class_ids)
+    row = mixer((other, class_ids[0]))[1][0]
+    torch.testing.assert_close(row, tiny_generator.generic.select([other])[0])
+
+
+def test_training_a_mixer_helps_and_repeats(tiny_generator, tiny_run):
+    """On the images that it was trained on, of sets that are no task."""
+    zoo = tiny_run.read_zoo("zoo").only("train")
+    parts = (tiny_generator, zoo, tiny_run.space, tiny_run.dataset, tiny_run.store)
+    new = tiny_run.space.sample_fresh(np.random.default_rng(5), 8)
+
+    def loss(baseline):
+        values = []
+        for class_ids in new:
+            lesson = Lesson.of(tiny_run.dataset, class_ids, seed=0)
+            with torch.no_grad():
+                logits = tiny_generator.logits(
+                    *baseline(task(*class_ids)), tiny_run.store[lesson.index]
+                )
+            values.append(torch.nn.functional.cross_entropy(logits, lesson.labels).item())
+        return sum(values) / len(values)
+
+    trained, again = (train_mixer(*parts, steps=100, seed=0) for _ in range(2))
+    assert loss(trained) < 0.95 * loss(train_mixer(*parts, steps=0, seed=0))
+    assert loss(trained) == loss(again)
 
 
 # --- for people -----------------------------------------------------------------------------------

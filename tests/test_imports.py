@@ -18,7 +18,17 @@ STAGES = [
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],
     *["checkpoint", "engine", "batches", "training", "export", "pipeline"],
-    *["metrics", "baselines", "comparison", "evaluation", "novelty", "report", "run", "sweep"],
+    *[
+        "metrics",
+        "baselines",
+        "mixer",
+        "comparison",
+        "evaluation",
+        "novelty",
+        "report",
+        "run",
+        "sweep",
+    ],
     *["schemas", "client", "cli"],
 ]
 FORBIDDEN = {"ray", "deepspeed", "ray_jobs", "serve"}

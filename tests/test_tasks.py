@@ -46,6 +46,23 @@ def all_tasks(space):
     return [*space.train, *space.val, *chain.from_iterable(space.held_out.values())]
 
 
+def test_more_tasks_by_their_number_of_unseen_classes():
+    plain, space = cifar(min_classes=10), cifar(min_classes=10, unseen_counts=(1, 5, 10))
+    assert all_tasks(space) == all_tasks(plain)
+    assert list(space.unseen) == [1, 5, 10]
+    taken = {task.key for task in all_tasks(space)}
+    for count, tasks in space.unseen.items():
+        assert len(tasks) == 40
+        for task in tasks:
+            assert len(task.key & set(space.excluded)) == count
+            assert (task.split, task.axis) == ("held_out", UNSEEN)
+            assert not concentrated(task.class_ids)
+        keys = {task.key for task in tasks}
+        assert len(keys) == 40
+        assert not keys & taken
+        taken |= keys
+
+
 def concentrated(class_ids):
     """The definition, counted from the names: with 4 seen classes in each superclass."""
     homes = {
@@ -317,6 +334,8 @@ def test_no_set_left_for_fresh_tasks_is_an_error_not_a_hang():
         ({"max_classes": 9, **TWO_OUT}, "tasks.max_classes is 9, but digits has 8 classes"),
         ({"unseen_per_task": 3, **TWO_OUT}, r"unseen_per_task is 3, .* \(2\) .* classes \(2\)"),
         ({"unseen_per_task": 0, **TWO_OUT}, "unseen_per_task is 0"),
+        ({"unseen_counts": (1, 3), **TWO_OUT}, r"unseen_counts is 3, .* \(2\) .* classes \(2\)"),
+        ({"unseen_counts": (1,)}, "unseen_counts is 1"),
         ({"max_classes": 2, "held_out": 46}, r"46 held_out tasks .* class sets for 45"),
         ({"max_classes": 2, **TWO_OUT}, rf"20 held_out tasks .* {UNSEEN} .* class sets for 1$"),
     ],

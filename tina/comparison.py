@@ -71,9 +71,11 @@ def _gap(scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array]) -> di
 def _minus(
     scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array], name: str
 ) -> dict[str, Any]:
+    pairs = zip(scores[TINA], scores[name], strict=True)
     return {
         "diff": mean_accuracy(scores[TINA]) - mean_accuracy(scores[name]),
         "ci95": interval(boot[TINA] - boot[name]),
+        "tasks_below": mean(mine.accuracy < other.accuracy for mine, other in pairs),
     }
 
 

@@ -15,10 +15,11 @@ Precision = Literal["fp32", "bf16", "auto"]
 """Of arithmetic; auto is bf16 where the machine has it in hardware (`tina.precision`)."""
 
 
-def _positive(owner: object, **values: float) -> None:
-    for key, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {value}")
+def _positive(owner: object, *keys: str) -> None:
+    for key in keys:
+        if not getattr(owner, key) > 0:
+            got = getattr(owner, key)
+            raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class DataConfig:
             if not 0 < getattr(self, key) < 1:
                 raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(self, key)}")
         if self.image_size is not None:
-            _positive(self, image_size=self.image_size)
+            _positive(self, "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class TaskConfig:
         excluded_fraction: Share of the classes kept out of generic model and training for the
             unseen-class axis; 0 leaves the axis out.
         unseen_per_task: Classes of an unseen-class task that come from the excluded ones.
+        unseen_counts: Other such numbers, each with as many tasks, that the report compares.
         seed: Seed of all task draws.
     """
 
@@ -73,6 +75,7 @@ class TaskConfig:
     held_out: int = 120
     excluded_fraction: float = 0.0
     unseen_per_task: int = 2
+    unseen_counts: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class TaskConfig:
             raise ConfigError(
                 f"tasks.excluded_fraction must lie in [0, 1), got {self.excluded_fraction}"
             )
-        _positive(self, train=self.train, val=self.val, held_out=self.held_out)
+        _positive(self, "train", "val", "held_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ class RecipeConfig:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        _positive(self, steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+        _positive(self, "steps", "batch_size", "lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +173,7 @@ class DenoiserConfig:
     chunk: int = 576
 
     def __post_init__(self) -> None:
-        _positive(self, width=self.width, depth=self.depth, heads=self.heads, chunk=self.chunk)
+        _positive(self, "width", "depth", "heads", "chunk")
         if self.width % (2 * self.heads):
             raise ConfigError(
                 f"denoiser.width must be a multiple of 2 * heads, got {self.width} and {self.heads}"
@@ -250,14 +253,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(
             self,
-            steps=self.steps,
-            zoo_batch=self.zoo_batch,
-            lr=self.lr,
-            clip=self.clip,
-            ema=self.ema,
-            images_per_task=self.images_per_task,
-            accumulation=self.accumulation,
-            checkpoint_every=self.checkpoint_every,
+            "steps",
+            "zoo_batch",
+            "lr",
+            "clip",
+            "ema",
+            "images_per_task",
+            "accumulation",
+            "checkpoint_every",
         )
         if self.weight_loss <= 0 and self.function_loss <= 0:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
@@ -278,6 +281,7 @@ class EvaluationConfig:
         images_per_class: Report images per class at most; default: all.
         bootstrap: Resamples for the intervals.
         sampling_steps: Step counts of the accuracy-against-steps curve.
+        mixer_steps: Training steps of the mixer baseline (`tina.mixer`); 0 leaves its row out.
     """
 
     direct_tasks: int = 20
@@ -286,14 +290,15 @@ class EvaluationConfig:
     images_per_class: int | None = None
     bootstrap: int = 1000
     sampling_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    mixer_steps: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, direct_tasks=self.direct_tasks, seeds=self.seeds, bootstrap=self.bootstrap)
-        if self.direct_tasks_elsewhere < 0:
-            got = self.direct_tasks_elsewhere
-            raise ConfigError(f"evaluation.direct_tasks_elsewhere must not be negative, got {got}")
+        _positive(self, "direct_tasks", "seeds", "bootstrap")
+        for key in ("direct_tasks_elsewhere", "mixer_steps"):
+            if (got := getattr(self, key)) < 0:
+                raise ConfigError(f"evaluation.{key} must not be negative, got {got}")
         if self.images_per_class is not None:
-            _positive(self, images_per_class=self.images_per_class)
+            _positive(self, "images_per_class")
         if not self.sampling_steps or min(self.sampling_steps) < 1:
             raise ConfigError(
                 f"evaluation.sampling_steps must be positive, got {self.sampling_steps}"
@@ -338,13 +343,7 @@ class ClusterConfig:
     wait_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _positive(
-            self,
-            zoo_workers=self.zoo_workers,
-            zoo_block=self.zoo_block,
-            train_workers=self.train_workers,
-            train_cpus=self.train_cpus,
-        )
+        _positive(self, "zoo_workers", "zoo_block", "train_workers", "train_cpus")
         if self.offload and not self.zero_stage:
             raise ConfigError("cluster.offload needs cluster.zero_stage 1, 2 or 3")
 

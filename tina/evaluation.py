@@ -34,13 +34,26 @@ from tina.datasets import Dataset
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Score
+from tina.mixer import train_mixer
 from tina.tasks import Task, TaskSpace
 from tina.zoo import Zoo
 
-__all__ = ["DIRECT", "SELECTION", "SHUFFLED", "SWAPPED", "TINA", "Cell", "Evaluation", "Spread"]
+__all__ = [
+    "DIRECT",
+    "MIXER",
+    "SELECTION",
+    "SHUFFLED",
+    "SWAPPED",
+    "TINA",
+    "UNTRAINED",
+    "Cell",
+    "Evaluation",
+    "Spread",
+]
 
-GENERIC = "generic"
+GENERIC, UNTRAINED = "generic", "untrained"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
+MIXER = "taper"
 VALIDATION = "validation"
 CELL_TASKS = 16  # few enough to keep many workers busy, enough for one generated batch
 Thetas = Sequence[Sequence[Tensor]]
@@ -111,6 +124,10 @@ class Evaluation:
                 {"steps": steps, "accuracy": mean_accuracy(found[VALIDATION][_at(steps)])}
                 for steps in self.config.sampling_steps
             ],
+            "by_unseen_classes": [
+                {"unseen": count, **self._axis(tasks, found[_unseen(count)])}
+                for count, tasks in self.space.unseen.items()
+            ],
         }
 
     # -- cells -----------------------------------------------------------------------------------
@@ -124,6 +141,8 @@ class Evaluation:
         for axis, tasks in self.space.held_out.items():
             rows += [(axis, method, tasks) for method in (*self.contenders, GENERIC)]
             rows.append((axis, DIRECT, [t for t in tasks if t.task_id in self._direct]))
+        for count, tasks in self.space.unseen.items():
+            rows += [(_unseen(count), method, tasks) for method in (TINA, UNTRAINED, SELECTION)]
         return tuple(
             Cell(axis=axis, method=method, tasks=tuple(tasks[start : start + CELL_TASKS]))
             for axis, method, tasks in rows
@@ -187,11 +206,13 @@ class Evaluation:
 
         return {
             TINA: self.generate,
-            "untrained": partial(self.generate, untrained=True, seeds=1),
+            UNTRAINED: partial(self.generate, untrained=True, seeds=1),
             SELECTION: of(classifier_selection(self.generator)),
             "nearest_pmodel": of(nearest_pmodel(self.generator, train)),
             "class_mean": of(class_mean(self.generator, train)),
-            "ridge": of(lambda task: self._tuned_ridge(task)),  # tuned when it is first asked for
+            # these two are tuned or trained when they are first asked for
+            "ridge": of(lambda task: self._tuned_ridge(task)),
+            **({MIXER: of(lambda task: self._mixer(task))} if self.config.mixer_steps else {}),
             SWAPPED: lambda tasks: self.generate(
                 tasks, conditions=[self._others[task.task_id] for task in tasks]
             ),
@@ -232,6 +253,19 @@ class Evaluation:
 
         return max(
             (ridge(self.generator, train, penalty=penalty) for penalty in PENALTIES), key=value
+        )
+
+    @cached_property
+    def _mixer(self) -> Baseline:
+        """A mixer of the training p-models."""
+        return train_mixer(
+            self.generator,
+            self.zoo.only("train"),
+            self.space,
+            self.dataset,
+            self.store,
+            steps=self.config.mixer_steps,
+            seed=0,
         )
 
     @cached_property
@@ -286,7 +320,8 @@ class Evaluation:
         return scores
 
     def _axis(self, tasks: Sequence[Task], scores: Mapping[str, list[Score]]) -> dict[str, Any]:
-        subset = [i for i, task in enumerate(tasks) if task.task_id in self._direct]
+        direct = self._direct if DIRECT in scores else {}
+        subset = [i for i, task in enumerate(tasks) if task.task_id in direct]
         return {
             "tasks": len(tasks),
             "images_per_class": min(
@@ -323,6 +358,10 @@ def _shuffled_classes(task: Task) -> list[int]:
 
 def _at(steps: int) -> str:
     return f"{steps}_steps"
+
+
+def _unseen(count: int) -> str:
+    return f"{count}_unseen"
 
 
 Spread = Callable[[Evaluation], Iterable[tuple[Cell, list[Score]]]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tina.evaluation import DIRECT, SELECTION, SHUFFLED, SWAPPED, TINA
+from tina.evaluation import DIRECT, MIXER, SELECTION, SHUFFLED, SWAPPED, TINA, UNTRAINED
 from tina.files import write_whole
 
 ORDER = (
@@ -16,8 +16,9 @@ ORDER = (
     "ridge",
     "nearest_pmodel",
     "class_mean",
+    MIXER,
     SELECTION,
-    "untrained",
+    UNTRAINED,
     "generic",
     SWAPPED,
     SHUFFLED,
@@ -71,9 +72,11 @@ def _gap(axis: Mapping[str, Any]) -> str:
 
 
 def _caption(name: str, axis: Mapping[str, Any]) -> str:
+    below = axis["tina_minus"][SELECTION]["tasks_below"]
     return (
         f"{name.replace('_', ' ')}: {axis['tasks']} tasks, {axis['images_per_class']} report "
-        f"images per class, chance {_percent(axis['chance'])} %; {_gap(axis)}"
+        f"images per class, chance {_percent(axis['chance'])} %; {_gap(axis)}; "
+        f"below selection on {100 * below:.0f} % of the tasks"
     )
 
 
@@ -111,7 +114,23 @@ def markdown(report: Report, only: str | None = None) -> str:
         lines += ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in _rows(axis)]
         lines.append("")
+    if only is None and report["by_unseen_classes"]:
+        lines += _unseen_table(report["by_unseen_classes"])
     return "\n".join(lines)
+
+
+def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Accuracy by the number of a task's classes that nothing was trained on."""
+    header = ["unseen classes", "tasks", TINA, UNTRAINED, SELECTION, "Tina minus it, points"]
+    lines = ["| " + " | ".join(header) + " |", "|---:" * len(header) + "|"]
+    for found in counts:
+        diff = found["tina_minus"][SELECTION]
+        low, high = (100 * x for x in diff["ci95"])
+        row = [str(found["unseen"]), str(found["tasks"])]
+        row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, UNTRAINED, SELECTION)]
+        row.append(f"{100 * diff['diff']:+.1f} ({low:+.1f} to {high:+.1f})")
+        lines.append("| " + " | ".join(row) + " |")
+    return [*lines, ""]
 
 
 def plot_report(report: Report, folder: Path) -> list[Path]:

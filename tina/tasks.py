@@ -90,6 +90,7 @@ class TaskSpace:
         train: Training tasks.
         val: Validation tasks.
         held_out: Held-out tasks by axis.
+        unseen: Held-out tasks beside those, by their number of excluded classes.
         missing: Axes that the data set cannot have, with the reason.
     """
 
@@ -102,6 +103,7 @@ class TaskSpace:
     train: tuple[Task, ...]
     val: tuple[Task, ...]
     held_out: Mapping[Axis, tuple[Task, ...]]
+    unseen: Mapping[int, tuple[Task, ...]]
     missing: Mapping[Axis, str]
 
     @cached_property
@@ -189,15 +191,22 @@ def build_task_space(
         train=(),
         val=(),
         held_out={},
+        unseen={},
         missing=_missing(groups, seen, excluded),
     )
     _check_counts(space)
     for axis in AXES:
         if axis not in space.missing:
-            tasks = _collect(space, "held_out", axis)
+            tasks = _collect(space, "held_out", axis, _rng(config, axis))
             space = replace(space, held_out={**space.held_out, axis: tasks})
-    space = replace(space, val=_collect(space, "val", "unseen_combination"))
-    space = replace(space, train=_collect(space, "train", "unseen_combination"))
+    for count in config.unseen_counts:
+        rng = np.random.default_rng([config.seed, len(STREAMS), count])
+        tasks = _collect(space, "held_out", "unseen_class", rng, unseen=count)
+        space = replace(space, unseen={**space.unseen, count: tasks})
+    val = _collect(space, "val", "unseen_combination", _rng(config, "val"))
+    space = replace(space, val=val)
+    train = _collect(space, "train", "unseen_combination", _rng(config, "train"))
+    space = replace(space, train=train)
     check_disjoint(space)
     return space
 
@@ -210,10 +219,13 @@ def check_disjoint(space: TaskSpace) -> None:
             concentrated, where its axis forbids it, or is not where its axis demands it.
     """
     tasks = [*space.train, *space.val, *chain.from_iterable(space.held_out.values())]
+    expected = [space.config.unseen_per_task * (task.axis == "unseen_class") for task in tasks]
+    for count, more in space.unseen.items():
+        tasks += more
+        expected += [count] * len(more)
     assert len({task.key for task in tasks}) == len(tasks), "two tasks have the same class set"
-    for task in tasks:
+    for task, unseen in zip(tasks, expected, strict=True):
         assert len(task.key) == task.num_classes, f"task {task.task_id} has a class twice"
-        unseen = space.config.unseen_per_task if task.axis == "unseen_class" else 0
         found = len(task.key & set(space.excluded))
         assert found == unseen, f"task {task.task_id} has {found} excluded classes, not {unseen}"
         shifted = task.axis == "shifted_combination"
@@ -256,19 +268,32 @@ def _check_counts(space: TaskSpace) -> None:
             f"tasks.max_classes is {config.max_classes}, but {space.dataset} has "
             f"{len(space.seen)} classes to train on"
         )
-    if excluded and not 1 <= config.unseen_per_task <= min(config.min_classes, excluded):
-        raise ConfigError(
-            f"tasks.unseen_per_task is {config.unseen_per_task}, but must lie between 1 and both "
-            f"tasks.min_classes ({config.min_classes}) and the excluded classes ({excluded})"
-        )
+    counts = [("unseen_per_task", config.unseen_per_task)] if excluded else []
+    for key, unseen in counts + [("unseen_counts", count) for count in config.unseen_counts]:
+        if not 1 <= unseen <= min(config.min_classes, excluded):
+            raise ConfigError(
+                f"tasks.{key} is {unseen}, but must lie between 1 and both "
+                f"tasks.min_classes ({config.min_classes}) and the excluded classes ({excluded})"
+            )
 
 
-def _collect(space: TaskSpace, split: Split, axis: Axis) -> tuple[Task, ...]:
-    """Tasks on the candidates of an axis that are new and of its statistic."""
-    rng = _rng(space.config, axis if split == "held_out" else split)
-    candidates = _CANDIDATES[axis](rng, space)
+def _collect(
+    space: TaskSpace,
+    split: Split,
+    axis: Axis,
+    rng: np.random.Generator,
+    *,
+    unseen: int | None = None,
+) -> tuple[Task, ...]:
+    """Tasks on the candidates of an axis that are new and of its statistic.
+
+    Args:
+        unseen: Excluded classes of a task on the unseen-class axis; default: the configuration's.
+    """
+    candidates = _unseen_sets(rng, space, unseen) if unseen else _CANDIDATES[axis](rng, space)
     n: int = getattr(space.config, split)
-    taken = {t.key for t in chain(space.train, space.val, *space.held_out.values())}
+    others = chain(space.held_out.values(), space.unseen.values())
+    taken = {t.key for t in chain(space.train, space.val, *others)}
     tasks: list[Task] = []
     rejects = 0
     while len(tasks) < n:
@@ -341,9 +366,11 @@ def _concentrated_sets(rng: np.random.Generator, space: TaskSpace) -> Iterator[C
         yield tuple(rng.permutation(chosen).tolist())
 
 
-def _unseen_sets(rng: np.random.Generator, space: TaskSpace) -> Iterator[ClassIds]:
-    """`unseen_per_task` excluded classes, the rest seen."""
-    unseen = space.config.unseen_per_task
+def _unseen_sets(
+    rng: np.random.Generator, space: TaskSpace, unseen: int | None = None
+) -> Iterator[ClassIds]:
+    """So many excluded classes, by default `unseen_per_task`, the rest seen."""
+    unseen = unseen or space.config.unseen_per_task
     while True:
         (size,) = _sizes(rng, space, 1)
         new = rng.choice(space.excluded, unseen, replace=False)
