@@ -58,6 +58,11 @@ bench: install ## Measure start-up and generation in their short forms; CHECKPOI
 	$(BIN)/python -m benchmarks.startup --short --checkpoint $(CHECKPOINT)
 	$(BIN)/python -m benchmarks.generation --short --checkpoint $(CHECKPOINT)
 
+.PHONY: reproduce
+reproduce: install ## All that is published on real data, with DATA= or TINA_DATA: an hour or two.
+	for preset in cifar100_cnn5k mini_imagenet_cnn5k; do $(MAKE) demo CONFIG=configs/$$preset.yaml; done
+	$(if $(DATA),TINA_DATA=$(abspath $(DATA))) $(BIN)/python -m benchmarks.objectives runs/cifar100_cnn5k
+
 .PHONY: test
 test: install ## Run the default test suite.
 	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"

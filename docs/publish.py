@@ -1,6 +1,7 @@
 """Copy a run's report and plots to docs/results/ and write its tables into README and results.md.
 
     python docs/publish.py runs/cifar100_cnn5k             # copy, then rewrite the tables
+    python docs/publish.py runs/cifar100_cnn5k --release   # its checkpoint too, into the package
     python docs/publish.py runs/quickstart/tune/digits     # a sweep
     python docs/publish.py                                 # rewrite the tables alone
 
@@ -16,6 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from tina.checkpoint import PRETRAINED
 from tina.files import write_text
 from tina.report import markdown
 
@@ -67,11 +69,19 @@ def publish(run: Path) -> None:
         shutil.copy(plot, folder)
 
 
+def release(run: Path) -> None:
+    """Copy a run's checkpoint into the package, in place of an earlier one."""
+    folder = PRETRAINED / f"tina-{run.name.replace('_', '-')}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run / "checkpoint", folder)
+
+
 def main(argv: list[str]) -> None:
     """Publish the runs named, then rewrite."""
-    for name in argv:
-        folder = Path(name)
+    for folder in [Path(name) for name in argv if name != "--release"]:
         (publish_sweep if (folder / "best.yaml").exists() else publish)(folder)
+        if "--release" in argv:
+            release(folder)
     for file in (DOCS.parent / "README.md", DOCS / "results.md"):
         file.write_text(rewrite(file.read_text()))
 

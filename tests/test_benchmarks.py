@@ -1,13 +1,19 @@
 """The benchmarks compute what they say; how fast anything is no test can hold."""
 
 import json
+import shutil
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks import generation, record, startup
+from benchmarks import generation, objectives, record, startup
+from tina.checkpoint import save_generator
+from tina.run import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,3 +138,49 @@ def test_a_process_of_its_own_reports():
     seconds, found = startup.fresh(sys.executable, "-c", startup.IMPORT)
     assert set(found) == {"import_tina_s"}
     assert seconds > found["import_tina_s"] > 0
+
+
+# --- objectives -----------------------------------------------------------------------------------
+
+
+def test_a_difference_is_paired_and_has_its_standard_error():
+    base = np.array([[50.0, 1.0], [70.0, 0.5]])
+    found = objectives.against(np.array([[51.0, 0.9], [73.0, 0.4]]), base)
+    assert found == {
+        "accuracy_points": 2,
+        "cross_entropy": -0.1,
+        "accuracy_points_se": 1,
+        "cross_entropy_se": 0,
+    }
+
+
+def test_silent_batches_are_the_same_without_noise(tiny_run, tiny_generator):
+    source = tiny_run.source(tiny_generator, tiny_run.config.train)
+    silent = objectives.Silent(**{k: v for k, v in vars(source).items() if not k.startswith("_")})
+    one, other = source.batch(3), silent.batch(3)
+    last = tiny_generator.config.diffusion.timesteps - 1
+    assert not other.noise.any()
+    assert not other.first.any()
+    assert other.pure.all()
+    assert (other.t == last).all()
+    for key in ("tokens", "cond", "mask", "rows"):
+        assert torch.equal(getattr(one, key), getattr(other, key))
+    assert all(torch.equal(a, b) for a, b in zip(one.images, other.images, strict=True))
+
+
+def test_every_objective_is_trained_and_measured(tiny_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(objectives, "SETS", 5)
+    run = Run(replace(tiny_run.config, storage=str(tmp_path / "runs")))
+    shutil.copytree(tiny_run.folder, run.folder, ignore=lambda *_: ["config.yaml"])
+    run.claim()
+    save_generator(run.new_generator(), run.start, card="x")
+    objectives.main([str(run.folder), "--steps", "3"])
+    lines = (tmp_path / "objectives.jsonl").read_text().splitlines()
+    rows = {row["objective"]: row for row in map(json.loads, lines)}
+    assert rows.keys() == objectives.OBJECTIVES.keys()
+    for name, row in rows.items():
+        assert (row["steps"], row["dataset"]) == (3, "digits")
+        assert ("theta_spread" in row) == (name != objectives.REGRESSOR)
+    # another objective is another generator
+    assert len({row["one_sample"]["cross_entropy"] for row in rows.values()}) == 4

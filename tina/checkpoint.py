@@ -39,6 +39,8 @@ from tina.prompts import Vocabulary
 from tina.tensors import write_tensors
 
 FORMAT_VERSION = 2
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""Folder of the checkpoints that come with the package, each under its name."""
 HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}
 HEADER |= {"layout", "space", "class_names"}
 BESIDE_CODEC = {"generic_body", "generic_rows", "shot_projection"}

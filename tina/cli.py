@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     default = f"(default: the variable TINA_CHECKPOINT, else {DEFAULT_CHECKPOINT})"
-    folder: Any = {"help": f"a checkpoint's folder or Hugging Face hub id {default}"}
+    folder: Any = {"help": f"a checkpoint's folder, tina-cifar100-cnn5k, or a hub id {default}"}
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
     onnx: Any = {"type": Path, "metavar": "FILE.onnx", "help": "write ONNX, opset 18, here"}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tina.checkpoint import check_manifest, load_generator, save_generator
+from tina.checkpoint import PRETRAINED, check_manifest, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
@@ -142,14 +142,19 @@ class TinaPipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> TinaPipeline:
-        """Load a checkpoint directory, or a repository of the Hugging Face hub (`owner/name`).
+        """Load a checkpoint.
+
+        Args:
+            name: A checkpoint's folder; the name of one that comes with Tina, as
+                `tina-cifar100-cnn5k`; or a repository of the Hugging Face hub, `owner/name`.
 
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
         """
         directory = Path(name)
         if not directory.is_dir():
-            directory = _download(str(name))
+            own = PRETRAINED / str(name)
+            directory = own if str(name) in pretrained() else _download(str(name))
         return cls(load_generator(directory), checkpoint=check_manifest(directory))
 
     def save_pretrained(self, directory: str | Path, *, card: str = "A Tina checkpoint.\n") -> None:
@@ -330,13 +335,21 @@ def _is_batch(prompt: Sequence[object]) -> bool:
     return kinds == {False}
 
 
+def pretrained() -> list[str]:
+    """Names of the checkpoints that come with Tina."""
+    return sorted(folder.name for folder in PRETRAINED.iterdir())
+
+
 def _download(name: str) -> Path:
     """A checkpoint of the Hugging Face hub, in its local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise CheckpointError(f"no checkpoint at {name}: train one with `make demo` first")
+        known = ", ".join(pretrained())
+        raise CheckpointError(
+            f"no checkpoint at {name}: train one with `make demo` first, or take one of {known}"
+        )
     try:
         return Path(snapshot_download(name))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

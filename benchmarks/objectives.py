@@ -1,0 +1,187 @@
+"""What does diffusion add: weight space alone, function space alone, both, one step without noise?
+
+    python -m benchmarks.objectives runs/cifar100_cnn5k --steps 1000
+    python -m benchmarks.objectives runs/cifar100_cnn5k --steps 1000 --only both regressor
+
+Each objective trains the run's generator anew for equally many steps on one thread. Its averaged
+weights are measured on `select` images of class sets that are no task of the run; differences to
+classifier selection are paired by set. Nothing here reads `report` images. A row per objective is
+appended to results/objectives.jsonl.
+
+The regressor is the same network, taught and asked at the last timestep alone with zeros for x_t:
+it has no noise to start from, so that it makes one classifier per prompt. The others are sampled
+with several seeds: their mean, the best of them by the (here unknowable) accuracy, and the mean of
+their weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.record import append, load
+from tina.batches import Batch, Source
+from tina.checkpoint import load_generator
+from tina.classifiers import predict
+from tina.config import TrainConfig
+from tina.engine import LocalEngine
+from tina.finetune import Lesson
+from tina.generator import Generator
+from tina.run import Run
+from tina.training import Progress, train
+
+SETS, SEEDS = 60, 4
+BOTH, REGRESSOR = "both", "regressor"
+OBJECTIVES: dict[str, dict[str, float]] = {
+    BOTH: {},
+    "weight": {"function_loss": 0.0, "weight_loss": 1.0, "zoo_batch": 32},
+    "function": {"weight_loss": 0.0},
+    REGRESSOR: {"weight_loss": 0.0},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Source):
+    """Batches without noise, all of them at the last timestep."""
+
+    def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
+        """As `Source.batch`."""
+        found = super().batch(step, part=part, parts=parts)
+        last = self.generator.config.diffusion.timesteps - 1
+        return replace(
+            found,
+            noise=torch.zeros_like(found.noise),
+            first=torch.zeros_like(found.first),
+            pure=torch.ones_like(found.pure),
+            t=torch.full_like(found.t, last),
+        )
+
+
+def measure(
+    generator: Generator, run: Run, lessons: Sequence[Lesson], thetas: Sequence[Tensor]
+) -> np.ndarray:
+    """Accuracy in percent and cross-entropy (T, 2) of classifiers on their lessons."""
+    rows = []
+    for theta, lesson in zip(thetas, lessons, strict=True):
+        k = len(lesson.class_ids)
+        logits = predict(generator.family, theta, run.store, lesson.index, num_classes=k)
+        hits = (logits.argmax(1) == lesson.labels).float().mean()
+        loss = torch.nn.functional.cross_entropy(logits, lesson.labels)
+        rows.append((100 * hits.item(), loss.item()))
+    return np.array(rows)
+
+
+def against(found: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Mean differences to selection with their standard errors, paired by set."""
+    diff, root = found - base, len(base) ** 0.5
+    error = diff.std(0, ddof=1) / root
+    names = ("accuracy_points", "cross_entropy")
+    values = {name: round(float(v), 4) for name, v in zip(names, diff.mean(0), strict=True)}
+    return values | {f"{n}_se": round(float(v), 4) for n, v in zip(names, error, strict=True)}
+
+
+@torch.no_grad()
+def generated(
+    generator: Generator, sets: Sequence[Sequence[int]], *, silent: bool, **options: int
+) -> list[list[Tensor]]:
+    """Per seed a theta for each set; the regressor has one seed, and zeros for its noise."""
+    embeddings, mask = generator.vocabulary.of(sets)
+    found = []
+    for seed in range(1 if silent else SEEDS):
+        if silent:
+            walk = generator.begin(embeddings, mask, seeds=[0] * len(sets), steps=1)
+            last = generator.config.diffusion.timesteps - 1
+            t = torch.full((len(sets),), last)
+            tokens = generator.denoise_at([last])(torch.zeros_like(walk.x), t, walk.cond, walk.mask)
+            body, rows = generator.finish(tokens, embeddings, mask)
+        else:
+            body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(sets), **options)
+        found.append([generator.theta(body[i], rows[i, : len(s)]) for i, s in enumerate(sets)])
+    return found
+
+
+def learn(run: Run, name: str, steps: int) -> Generator:
+    """The run's generator, trained by one objective."""
+    config: TrainConfig = replace(
+        run.config.train, **OBJECTIVES[name], steps=steps, checkpoint_every=steps, accumulation=1
+    )
+    generator = load_generator(run.start)
+    denoiser = generator.denoiser.train().requires_grad_(True)
+    source = run.source(generator, config)
+    if name == REGRESSOR:
+        source = Silent(**{k: v for k, v in vars(source).items() if not k.startswith("_")})
+    done = train(
+        config,
+        engine=LocalEngine(denoiser, config),
+        source=source,
+        start=Progress.start(denoiser),
+        report=lambda progress, figures: None,
+        validate=None,
+    )
+    denoiser.load_state_dict(dict(done.ema))
+    denoiser.eval().requires_grad_(False)
+    return generator
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, measure, append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run with its zoo and start/")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of each objective")
+    parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    args = parser.parse_args(argv)
+    before = load()
+    torch.set_num_threads(1)
+    run = Run.open(args.run)
+    sets = run.space.sample_fresh(np.random.default_rng(999), SETS)
+    lessons = [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
+    for name in args.only:
+        begin = time.perf_counter()
+        generator = learn(run, name, args.steps)
+        spent = time.perf_counter() - begin
+        inherited = [
+            generator.theta(generator.generic.body, generator.generic.select(s)) for s in sets
+        ]
+        base = measure(generator, run, lessons, inherited)
+        silent = name == REGRESSOR
+        seeds = generated(generator, sets, silent=silent)
+        scores = np.stack([measure(generator, run, lessons, thetas) for thetas in seeds])
+        figures: dict[str, object] = {
+            "objective": name,
+            "dataset": run.dataset.name,
+            "steps": args.steps,
+            "seconds": round(spent),
+            "selection": [round(float(v), 4) for v in base.mean(0)],
+            "one_sample": against(scores[0], base),
+        }
+        if not silent:
+            mixed = [torch.stack(thetas).mean(0) for thetas in zip(*seeds, strict=True)]
+            figures |= {
+                "best_of_seeds": against(scores.max(0), base)["accuracy_points"],
+                "mean_of_weights": against(measure(generator, run, lessons, mixed), base),
+                "theta_spread": mean(
+                    float((a - b).norm() / a.norm()) for a, b in zip(*seeds[:2], strict=True)
+                ),
+                "one_step": against(
+                    measure(
+                        generator,
+                        run,
+                        lessons,
+                        generated(generator, sets, silent=False, steps=1)[0],
+                    ),
+                    base,
+                ),
+            }
+        append("objectives", figures, load_before=before)
+
+
+if __name__ == "__main__":
+    main()
