@@ -188,6 +188,22 @@ def test_the_seed_alone_decides_the_partition():
     assert not torch.equal(one.partitions["report"], other.partitions["report"])
 
 
+def test_mirrored_pictures_are_added_to_fit_alone():
+    plain, both = load_dataset(DataConfig()), load_dataset(DataConfig(mirror=True))
+    n, fit = len(plain.images), plain.indices("fit")
+    assert torch.equal(both.images[:n], plain.images)
+    for key in ("select", "report"):
+        assert torch.equal(both.indices(key), plain.indices(key))
+    more = both.indices("fit")[len(fit) :]
+    assert torch.equal(both.indices("fit")[: len(fit)], fit)
+    assert len(more) == len(fit) == len(both.images) - n
+    assert torch.equal(both.images[more], plain.images[fit].flip(-1))
+    assert torch.equal(both.labels[more], plain.labels[fit])
+    assert both.fingerprint != plain.fingerprint
+    # of a class, its pictures and their mirror images
+    assert len(both.indices("fit", [3])) == 2 * len(plain.indices("fit", [3]))
+
+
 def test_select_fraction_does_not_move_the_report():
     one, other = (load_dataset(DataConfig(select_fraction=f)) for f in (0.1, 0.3))
     assert torch.equal(one.partitions["report"], other.partitions["report"])

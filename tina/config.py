@@ -17,8 +17,7 @@ Precision = Literal["fp32", "bf16", "auto"]
 
 def _positive(owner: object, *keys: str) -> None:
     for key in keys:
-        if not getattr(owner, key) > 0:
-            got = getattr(owner, key)
+        if not (got := getattr(owner, key)) > 0:
             raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
 
 
@@ -33,6 +32,7 @@ class DataConfig:
         image_size: Side in pixels that images are resized to once; default: the data set's own.
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
+        mirror: Add each fit image's mirror image, where left and right mean nothing.
         seed: Seed of the partition.
     """
 
@@ -41,6 +41,7 @@ class DataConfig:
     image_size: int | None = None
     report_fraction: float = 0.3
     select_fraction: float = 0.1
+    mirror: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

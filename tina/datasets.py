@@ -58,7 +58,8 @@ class Dataset:
         labels: int64 (N,), class ids.
         class_names: One human name per class id.
         groups: Superclass id per class id, or None where the data set has no superclasses.
-        partitions: fit, select and report, each a sorted int64 tensor of image indices.
+        partitions: fit, select and report, each a sorted int64 tensor of image indices; mirror
+            images, where there are any, come last.
         fingerprint: Hex digest of images, labels, class names and partitions.
     """
 
@@ -144,13 +145,19 @@ def load_dataset(config: DataConfig) -> Dataset:
         key: torch.from_numpy(index)
         for key, index in _partition(labels, decoded.test.numpy(), decoded.class_names, config)
     }
+    images, all_labels = decoded.images, decoded.labels
+    if config.mirror:
+        fit = partitions["fit"]
+        partitions["fit"] = torch.cat([fit, len(images) + torch.arange(len(fit))])
+        images = torch.cat([images, images[fit].flip(-1)])
+        all_labels = torch.cat([all_labels, all_labels[fit]])
     fingerprint = hashlib.sha256(decoded.digest.encode())
     for key in PARTITIONS:
         fingerprint.update(partitions[key].numpy().data)
     return Dataset(
         name=config.name,
-        images=decoded.images,
-        labels=decoded.labels,
+        images=images,
+        labels=all_labels,
         class_names=decoded.class_names,
         groups=_groups(decoded.class_names) if config.name == "cifar100" else None,
         partitions=partitions,
