@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tina.classifiers import InputStore, build_family
 from tina.curvature import IMAGES, _gradients, matrix, measure_curvature, rotate
+from tina.generic import GenericModel
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,34 @@ def test_a_step_costs_half_its_square_times_the_curvature(asked, curvature):
             costs[i] += kl / len(tasks)
     expected = 0.5 * step**2 * curvature.body[steepest]
     torch.testing.assert_close(costs, expected, rtol=0.25, atol=0)
+
+
+def test_a_head_alone_has_the_curvature_of_softmax_regression(tiny_run):
+    """Of a row: answer (1 - answer) times the features' second moment."""
+    family = build_family("resnet20_head", channels=1, image_size=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        family.attach_trunk(family.new_trunk())
+        rows = torch.randn(10, 65)
+    generic = GenericModel(class_ids=tuple(range(10)), body=torch.zeros(0), rows=rows)
+    dataset = tiny_run.dataset
+    store = InputStore(family, dataset.images)
+    tasks = tiny_run.space.sample_fresh(np.random.default_rng(0), 60, num_classes=3)
+    found = measure_curvature(family, generic, dataset, store, tasks, seed=0)
+    assert found.left == found.right == ()
+    assert found.body.shape == (0,)
+    expected, samples = torch.zeros(65, 65), 0
+    for task in tasks:
+        features = store[dataset.indices("fit", task)]
+        theta = family.layout(3).join(generic.body, generic.select(task))
+        answers = family.logits(theta, features, num_classes=3).softmax(1)
+        weight = (answers * (1 - answers)).mean(1)
+        features = torch.cat([features, torch.ones(len(features), 1)], 1)
+        expected += (features * weight[:, None]).T @ features / len(features)
+        samples += 1
+    along = found.row_right.T @ (expected / samples) @ found.row_right
+    assert found.row.sum().item() == pytest.approx(along.trace().item(), rel=0.1)
+    torch.testing.assert_close(found.row[:3], along.diagonal()[:3], rtol=0.2, atol=0)
 
 
 def test_the_same_again(asked, curvature):

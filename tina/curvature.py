@@ -72,12 +72,10 @@ def measure_curvature(
         seed: Draws the images, and the labels that the classifier gives them.
     """
     layout = family.layout(2)
-    size = layout.row_size
-    outer: list[Tensor] = [torch.zeros(s.shape[0], s.shape[0]).double() for s in layout.body]
-    inner = [
-        torch.zeros(s.numel // s.shape[0], s.numel // s.shape[0]).double() for s in layout.body
-    ]
-    of_rows = torch.zeros(size, size).double()
+    sides = [(slot.shape[0], slot.numel // slot.shape[0]) for slot in layout.body]
+    outer = [torch.zeros(o, o).double() for o, _ in sides]
+    inner = [torch.zeros(i, i).double() for _, i in sides]
+    of_rows = torch.zeros(layout.row_size, layout.row_size).double()
 
     def gradients() -> Iterator[tuple[Tensor, Tensor]]:
         return _gradients(family, generic, dataset, store, tasks, seed)
@@ -93,7 +91,7 @@ def measure_curvature(
 
     # gradients are computed twice rather than kept: those of a larger classifier are gigabytes
     along_body = torch.zeros(layout.body_size).double()
-    along_row, samples = torch.zeros(size).double(), 0
+    along_row, samples = torch.zeros(layout.row_size).double(), 0
     for body, rows in gradients():
         turned = rotate(layout, body.float(), left, right)
         along_body += turned.square().sum(0)
