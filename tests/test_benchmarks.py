@@ -7,11 +7,14 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 
-from benchmarks import generation, objectives, record, startup
+from benchmarks import generation, objectives, plain_server, record, serve_load, startup
+from tina import TinaPipeline
 from tina.checkpoint import save_generator
 from tina.run import Run
 
@@ -184,3 +187,18 @@ def test_every_objective_is_trained_and_measured(tiny_run, monkeypatch, tmp_path
         assert ("theta_spread" in row) == (name != objectives.REGRESSOR)
     # another objective is another generator
     assert len({row["one_sample"]["cross_entropy"] for row in rows.values()}) == 4
+
+
+# --- plain server ---------------------------------------------------------------------------------
+
+
+def test_the_plain_server_makes_the_pipelines_models(tiny_checkpoint):
+    words, url = ["two", "nine"], f"http://127.0.0.1:{serve_load.PORT}/v1/models"
+    headers = {"accept": "application/vnd.safetensors"}
+    with plain_server.plain(tiny_checkpoint, 1):
+        answer = httpx.post(url, json={"classes": words, "seed": 4}, headers=headers)
+        refused = httpx.post(url, json={"classes": ["two"]}, headers=headers)
+    assert (answer.status_code, refused.status_code) == (201, 422)
+    model = TinaPipeline.from_pretrained(tiny_checkpoint)(words, seed=4)
+    for name, value in load(answer.content).items():
+        torch.testing.assert_close(value, model.tensors[name], atol=1e-5, rtol=0)
