@@ -50,7 +50,7 @@ from tina.run import Run
 
 BATCHES = (1, 8, 64)
 PAPER_DEPTH, PAPER_STEPS = 12, 1000
-FINETUNE_STEPS = (5, 10, 20, 40, 80, 160, 320, 640)
+FINETUNE_STEPS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (2048, 512, 2048))
 PROFILE = Path(__file__).parent / "profiles" / "generation.txt"
 
