@@ -84,8 +84,7 @@ def timed(run: Callable[[], object]) -> float:
 
 def prompts(generator: Generator, batch: int) -> list[list[str]]:
     """Tasks of as many trained names as the generator takes, each task its own."""
-    vocabulary, draw = generator.vocabulary, random.Random(0)
-    names = [n for n, seen in zip(vocabulary.names, vocabulary.trained, strict=True) if seen]
+    names, draw = generator.vocabulary.trained_names, random.Random(0)
     return [draw.sample(names, min(len(names), generator.max_classes)) for _ in range(batch)]
 
 

@@ -105,9 +105,7 @@ def main() -> None:
     args, before = parser.parse_args(), load()
     checkpoint = args.checkpoint.resolve()
     generator = load_generator(checkpoint)
-    vocabulary = generator.vocabulary
-    pairs = zip(vocabulary.names, vocabulary.trained, strict=True)
-    classes = [name for name, seen in pairs if seen][: min(10, generator.max_classes)]
+    classes = generator.vocabulary.trained_names[: min(10, generator.max_classes)]
     found = {}
     for threads in (1, torch.get_num_threads()):
         with plain(checkpoint, threads):

@@ -170,9 +170,7 @@ def main() -> None:
 
     checkpoint = args.checkpoint.resolve()
     generator = load_generator(checkpoint)
-    names = generator.vocabulary.names
-    classes = [n for n, seen in zip(names, generator.vocabulary.trained, strict=True) if seen]
-    classes = classes[: min(10, generator.max_classes)]
+    classes = generator.vocabulary.trained_names[: min(10, generator.max_classes)]
     alone = bare(checkpoint, classes)
     best = max(alone["models_per_s"].values())
     options = {"threads": args.threads, "cpus": 1.5 / args.replicas}

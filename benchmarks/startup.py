@@ -156,9 +156,8 @@ def main() -> None:
     before, turns = load(), 3 if args.short else 11
     checkpoint = args.checkpoint.resolve()
     generator = load_generator(checkpoint)
-    names = generator.vocabulary.names
-    classes = [n for n, seen in zip(names, generator.vocabulary.trained, strict=True) if seen]
-    times = start_times(checkpoint, classes[: generator.max_classes], turns)
+    classes = generator.vocabulary.trained_names[: generator.max_classes]
+    times = start_times(checkpoint, classes, turns)
     figures = {
         "short": args.short,
         "dataset": generator.dataset,

@@ -161,13 +161,12 @@ class Replica:
         """What is served."""
         generator = self.pipe.generator
         vocabulary, diffusion = generator.vocabulary, generator.config.diffusion
-        trained = zip(vocabulary.names, vocabulary.trained.tolist(), strict=True)
         return Info(
             version=version("tina-text2model"),
             checkpoint=self.pipe.checkpoint,
             families=[generator.family.name],
             dataset=generator.dataset,
-            classes=[name for name, seen in trained if seen],
+            classes=vocabulary.trained_names,
             encoder=vocabulary.space.model,
             semantic=generator.config.prompt.encoder != "hash",
             steps=diffusion.sampling_steps,

@@ -102,6 +102,13 @@ class Codec:
         return index
 
     @cached_property
+    def _places(self) -> Tensor:
+        """int64 (n_body,): where in the body tokens' values, one after another, each lies."""
+        index = self.body_index.flatten()
+        filled = torch.nonzero(index >= 0).flatten()
+        return filled[index[filled].argsort()]
+
+    @cached_property
     def width(self) -> int:
         """P, values per token."""
         body = max((min(self.chunk, slot.numel) for slot in self.layout.body), default=0)
@@ -131,11 +138,10 @@ class Codec:
 
     def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Exact inverse of `encode`; differentiable. Values of padding are ignored."""
-        index = self.body_index.to(tokens.device)
         # an autocast would round the directions, and with them what is turned
         with torch.autocast(tokens.device.type, enabled=False):
-            body = tokens[:, : self.body_tokens][:, index >= 0]
-            body = body[:, index[index >= 0].argsort()] * self.body_scale.to(body)
+            body = tokens[:, : self.body_tokens].flatten(1)[:, self._places.to(tokens.device)]
+            body = body * self.body_scale.to(body)
             left, right = self._turned(body, back=True)
             rows = tokens[:, self.body_tokens :, : self.layout.row_size]
             rows = (rows * self.row_scale.to(rows)) @ self.row_right.T.to(rows)

@@ -113,6 +113,11 @@ class Vocabulary:
     def _centred(self, embeddings: Tensor) -> Tensor:
         return F.normalize(embeddings - self._centre, dim=-1)
 
+    @property
+    def trained_names(self) -> list[str]:
+        """The names of the trained classes, in their order."""
+        return [n for n, seen in zip(self.names, self.trained.tolist(), strict=True) if seen]
+
     def lookup(self, name: str) -> Tensor | None:
         """The embedding (E,) of a class of the data set, or None."""
         key = normalise_name(name)

@@ -35,6 +35,12 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def _points(diff: Mapping[str, Any]) -> str:
+    """A difference with its interval, in points."""
+    low, high = (100 * x for x in diff["ci95"])
+    return f"{100 * diff['diff']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def _rows(axis: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name in ORDER:
@@ -45,9 +51,7 @@ def _rows(axis: Mapping[str, Any]) -> list[list[str]]:
         row = [name, _percent(method["accuracy"]), f"{_percent(low)} to {_percent(high)}"]
         row += [_percent(method["p05"]), f"{method['ece']:.3f}"]
         if name in axis["tina_minus"]:
-            diff = axis["tina_minus"][name]
-            low, high = (100 * x for x in diff["ci95"])
-            row.append(f"{100 * diff['diff']:+.1f} ({low:+.1f} to {high:+.1f})")
+            row.append(_points(axis["tina_minus"][name]))
         else:
             row.append("")
         rows.append(row)
@@ -124,11 +128,9 @@ def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ["unseen classes", "tasks", TINA, UNTRAINED, SELECTION, "Tina minus it, points"]
     lines = ["| " + " | ".join(header) + " |", "|---:" * len(header) + "|"]
     for found in counts:
-        diff = found["tina_minus"][SELECTION]
-        low, high = (100 * x for x in diff["ci95"])
         row = [str(found["unseen"]), str(found["tasks"])]
         row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, UNTRAINED, SELECTION)]
-        row.append(f"{100 * diff['diff']:+.1f} ({low:+.1f} to {high:+.1f})")
+        row.append(_points(found["tina_minus"][SELECTION]))
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, ""]
 
