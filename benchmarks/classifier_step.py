@@ -17,6 +17,7 @@ from benchmarks.record import append, load
 from tina.classifiers import InputStore, build_family
 from tina.config import RecipeConfig
 from tina.finetune import Lesson, finetune, initial_theta
+from tina.views import Views
 
 MODELS, CLASSES, STEPS, TURNS = 4, 10, 20, 5
 
@@ -28,7 +29,7 @@ def main() -> None:
     family = build_family("cnn5k", channels=3, image_size=32)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2000, 3, 32, 32), dtype=torch.uint8, generator=draw)
-    store = InputStore(family, images)
+    store = InputStore(family, Views(images=images))
     labels = torch.arange(2000) % CLASSES
     lessons = [
         Lesson(class_ids=tuple(range(CLASSES)), index=torch.arange(2000), labels=labels, seed=i)

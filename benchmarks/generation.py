@@ -47,6 +47,7 @@ from tina.generator import Generator, new_denoiser
 from tina.precision import has_bf16
 from tina.prompts import pad
 from tina.run import Run
+from tina.views import Views
 
 BATCHES = (1, 8, 64)
 PAPER_DEPTH, PAPER_STEPS = 12, 1000
@@ -141,7 +142,8 @@ def direct_seconds(generator: Generator, share: float, *, threads: int) -> float
     family, classes = generator.family, generator.max_classes
     draw = torch.Generator().manual_seed(0)
     shape = (100 * classes, family.channels, family.image_size, family.image_size)
-    store = InputStore(family, torch.randint(256, shape, dtype=torch.uint8, generator=draw))
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=draw)
+    store = InputStore(family, Views(images=images))
     index = torch.arange(shape[0])
     lesson = Lesson(class_ids=tuple(range(classes)), index=index, labels=index % classes, seed=0)
     recipe = generator.config.classifier.direct

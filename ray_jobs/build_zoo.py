@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from tqdm import tqdm
 
 from ray_jobs.job import on_gpu, run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
+from ray_jobs.process import settle_in
 from tina.classifiers import InputStore
 from tina.config import JobConfig
 from tina.files import hash_bytes, write_whole
@@ -62,8 +62,7 @@ class Teacher:
         self.run, self.kind, self.device = Run(config, base), kind, device
         self.tasks: dict[str, Task] = {}
         self.tools: dict[str, Any] = {}  # what `build_rows` takes beside tasks
-        if device == "cpu":
-            torch.set_num_threads(1)
+        settle_in(threads=1 if device == "cpu" else None)
 
     def load(self) -> None:
         """All that a block needs, on the device."""
@@ -75,7 +74,7 @@ class Teacher:
         self.tools = {
             "family": run.family,
             "dataset": run.dataset,
-            "store": InputStore(run.family, run.dataset.images, device=device),
+            "store": InputStore(run.family, run.dataset.views, device=device),
             "generic": replace(generic, body=generic.body.to(device), rows=generic.rows.to(device)),
             "recipe": run.recipe(self.kind),
             "max_classes": run.config.tasks.max_classes,

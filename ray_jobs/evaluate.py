@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from tqdm import tqdm
 
 from ray_jobs.build_zoo import build_zoo
 from ray_jobs.job import run_job, start_ray
 from ray_jobs.pool import CPU, stream
+from ray_jobs.process import settle_in
 from tina.checkpoint import check_manifest, load_generator
 from tina.config import JobConfig
 from tina.errors import CheckpointError, ConfigError
@@ -76,7 +76,7 @@ class Examiner:
     """
 
     def __init__(self, config: JobConfig, base: Path) -> None:
-        torch.set_num_threads(1)
+        settle_in(threads=1)
         self.run = Run(config, base)
         self.evaluation: Evaluation | None = None
 

@@ -15,6 +15,7 @@ from textwrap import shorten
 import yaml
 from tqdm import tqdm
 
+from ray_jobs.process import settle_in
 from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config
 from tina.errors import ConfigError, TinaError
@@ -54,6 +55,7 @@ def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, abou
         os.environ.setdefault("TINA_COMMIT", commit())
         run = Run(config)
         run.claim()
+        settle_in()
         work(run)
     except Exception as error:
         return _fail(error, name)

@@ -20,6 +20,7 @@ import torch
 
 from ray_jobs.engine import DeepSpeedEngine, read_world
 from ray_jobs.job import on_gpu, require, run_job, start_ray
+from ray_jobs.process import settle_in
 from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
 from tina.checkpoint import load_generator, save_generator
 from tina.config import JobConfig
@@ -46,7 +47,7 @@ class Judge:
     """
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
+        settle_in(threads=1)
         self._validator = lru_cache(MOST_VALIDATED)(validator)
 
     def accuracies(self, config: JobConfig, base: Path, weights: Weights) -> list[float]:
@@ -75,8 +76,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     config, base = settings["config"], settings["base"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+    settle_in(threads=None if torch.cuda.is_available() else 1)
     for chatty in ("ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     run = Run(config, base)

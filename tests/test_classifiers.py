@@ -21,6 +21,7 @@ from tina.classifiers import (
 )
 from tina.config import ClassifierConfig, GeneratorConfig, PromptConfig
 from tina.errors import CheckpointError, ConfigError, NonFiniteError
+from tina.views import Views
 
 CNNS = ("cnn5k", "cnn15k", "cnn33k", "cnn70k")
 CLASSES = 5
@@ -167,7 +168,7 @@ def test_logits_are_differentiable_in_every_value_of_theta(family):
 
 def test_predict_in_batches_equals_one_pass():
     family = family_of("cnn5k")
-    theta, store = theta_of(family), InputStore(family, pictures(1100, 1, 8, 8))
+    theta, store = theta_of(family), InputStore(family, Views(images=pictures(1100, 1, 8, 8)))
     index = torch.randperm(1100, generator=torch.Generator().manual_seed(0))
     expected = family.logits(theta, store[index], num_classes=CLASSES)
     found = predict(family, theta, store, index, num_classes=CLASSES)
@@ -270,7 +271,13 @@ def test_resnet20_head_end_to_end():
     assert expected.std() > 0.01
     classifier = Classifier(family, theta, tuple("abcde"))
     torch.testing.assert_close(classifier(images / 255), expected, atol=1e-5, rtol=1e-4)
-    found = predict(family, theta, InputStore(family, images), torch.arange(4), num_classes=CLASSES)
+    found = predict(
+        family,
+        theta,
+        InputStore(family, Views(images=images)),
+        torch.arange(4),
+        num_classes=CLASSES,
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -344,7 +351,10 @@ def test_pixels_are_scaled_to_plus_and_minus_one():
 
 def test_a_store_gives_what_embed_gives(family):
     images = pictures(300, 1, 8, 8)  # more than one batch of the trunk
-    store, index = InputStore(family, images), torch.tensor([[299, 0, 7], [7, 255, 256]])
+    store, index = (
+        InputStore(family, Views(images=images)),
+        torch.tensor([[299, 0, 7], [7, 255, 256]]),
+    )
     expected = family.embed(images[index.flatten()]).unflatten(0, (2, 3))
     torch.testing.assert_close(store[index], expected, atol=1e-5, rtol=1e-4)
     assert store[index].dtype == torch.float32
@@ -359,7 +369,7 @@ def test_a_trunk_sees_every_image_once_and_never_again():
 
     family = build_family("vitb32_head", channels=1, image_size=8)
     family.attach_trunk(ClipImageTrunk(encode))
-    store = InputStore(family, pictures(300, 1, 8, 8))
+    store = InputStore(family, Views(images=pictures(300, 1, 8, 8)))
     assert sum(calls) == 300
     assert store[torch.arange(20)].shape == (20, 512)
     assert sum(calls) == 300

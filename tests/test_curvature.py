@@ -127,7 +127,7 @@ def test_a_head_alone_has_the_curvature_of_softmax_regression(tiny_run):
         rows = torch.randn(10, 65)
     generic = GenericModel(class_ids=tuple(range(10)), body=torch.zeros(0), rows=rows)
     dataset = tiny_run.dataset
-    store = InputStore(family, dataset.images)
+    store = InputStore(family, dataset.views)
     tasks = tiny_run.space.sample_fresh(np.random.default_rng(0), 60, num_classes=3)
     found = measure_curvature(family, generic, dataset, store, tasks, seed=0)
     assert found.left == found.right == ()

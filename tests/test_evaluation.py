@@ -476,7 +476,7 @@ def test_the_ridge_penalty_is_chosen_without_report_images(evaluation, tiny_run)
 
 def test_training_and_zoo_never_read_report_images(tiny_run):
     run = Run(tiny_run.config)  # the same folder, only read; its own store
-    store = Recording(run.family, run.dataset.images)
+    store = Recording(run.family, run.dataset.views)
     run.__dict__["store"] = store
     build_rows(
         run.zoo_tasks("zoo")[-1:],

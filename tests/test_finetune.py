@@ -37,7 +37,7 @@ def digits():
 @pytest.fixture(scope="module")
 def cnn(digits):
     family = build_family("cnn5k", channels=1, image_size=8)
-    return family, InputStore(family, digits.images)
+    return family, InputStore(family, digits.views)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def head(digits):
     family = build_family("vitb32_head", channels=1, image_size=8)
     matrix = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     family.attach_trunk(ClipImageTrunk(lambda x: x.flatten(1) @ matrix))
-    return family, InputStore(family, digits.images)
+    return family, InputStore(family, digits.views)
 
 
 def start(family, tasks):

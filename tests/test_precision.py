@@ -13,6 +13,7 @@ from tina.errors import ConfigError
 from tina.finetune import Lesson, finetune, initial_theta
 from tina.precision import in_bf16, settle
 from tina.run import Run
+from tina.views import Views
 
 
 def cpu_with(monkeypatch, *features):
@@ -83,7 +84,7 @@ def test_nothing_is_computed_in_an_unsettled_precision():
             family,
             [initial_theta(family, 2, seed=0)],
             [lesson],
-            InputStore(family, images),
+            InputStore(family, Views(images=images)),
             RecipeConfig(steps=1, batch_size=2, precision="auto"),
             stacked=False,
         )

@@ -24,6 +24,7 @@ from torch.func import functional_call, vmap
 from tina.errors import CheckpointError, ConfigError, NonFiniteError
 from tina.images import resize
 from tina.layout import ParamLayout
+from tina.views import Views
 
 
 class Family(ABC):
@@ -121,7 +122,8 @@ class ConvNet(nn.Module):
         """Logits."""
         for conv in self.convs:
             x = F.relu(conv(x))
-        return cast(Tensor, self.fc(x.mean((2, 3))))
+        # not mean(): its gradient is laid out anew for every pixel, half of a training step on CPU
+        return cast(Tensor, self.fc(x.sum((2, 3)) / (x.shape[2] * x.shape[3])))
 
 
 class ConvFamily(Family):
@@ -287,19 +289,21 @@ class InputStore:
     it once, here, and batches are rows of the feature table.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: With all their views.
     """
 
-    def __init__(self, family: Family, images: Tensor, *, device: torch.device | str = "cpu"):
+    def __init__(self, family: Family, images: Views, *, device: torch.device | str = "cpu"):
         self._embed = None if family.has_trunk else family.embed
-        self._table = images.to(device)
+        views = images.to(device)
+        self._table: Views | Tensor = views
         if family.has_trunk:
+            places = torch.arange(len(views)).split(256)
             with torch.no_grad():
-                self._table = torch.cat([family.embed(x) for x in self._table.split(256)])
+                self._table = torch.cat([family.embed(views[x]) for x in places])
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Inputs (..., C, H, W) or (..., F), float32, of the images at index (...)."""
-        rows = self._table[index.to(self._table.device)]
+        """Inputs (..., C, H, W) or (..., F), float32, of the views at places (...)."""
+        rows = self._table[index]
         return self._embed(rows) if self._embed else rows
 
 
@@ -310,10 +314,7 @@ def predict(
     """Logits (N, K) on the images at index (N,), in batches whose activations stay in cache."""
     parts = []
     for piece in index.split(256):
-        x = store[piece]
-        if x.ndim == 4:  # a third faster than the default on CPU
-            x = x.contiguous(memory_format=torch.channels_last)
-        parts.append(family.logits(theta, x, num_classes=num_classes))
+        parts.append(family.logits(theta, store[piece], num_classes=num_classes))
     return torch.cat(parts)
 
 

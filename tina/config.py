@@ -32,7 +32,8 @@ class DataConfig:
         image_size: Side in pixels that images are resized to once; default: the data set's own.
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
-        mirror: Add each fit image's mirror image, where left and right mean nothing.
+        mirror: Train on each image's mirror image too, where left and right mean nothing.
+        shift: Train on each image moved by up to so many pixels too.
         seed: Seed of the partition.
     """
 
@@ -42,12 +43,15 @@ class DataConfig:
     report_fraction: float = 0.3
     select_fraction: float = 0.1
     mirror: bool = False
+    shift: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for key in ("report_fraction", "select_fraction"):
             if not 0 < getattr(self, key) < 1:
                 raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(self, key)}")
+        if self.shift < 0:
+            raise ConfigError(f"data.shift must not be negative, got {self.shift}")
         if self.image_size is not None:
             _positive(self, "image_size")
 
@@ -252,17 +256,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(
-            self,
-            "steps",
-            "zoo_batch",
-            "lr",
-            "clip",
-            "ema",
-            "images_per_task",
-            "accumulation",
-            "checkpoint_every",
-        )
+        keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
+        _positive(self, *keys, "checkpoint_every")
         if self.weight_loss <= 0 and self.function_loss <= 0:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:

@@ -31,6 +31,7 @@ from tina.config import DataConfig
 from tina.errors import DataError
 from tina.sources import Item, Listing, Source, find_source, one_line, user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
+from tina.views import Views
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,16 +56,18 @@ class Dataset:
     Attributes:
         name: Name of the data set as in `DataConfig.name`.
         images: uint8 (N, C, H, W), values 0 to 255.
-        labels: int64 (N,), class ids.
+        views: The same with the views that training sees; V per image.
+        labels: int64 (V N,), class ids of all views.
         class_names: One human name per class id.
         groups: Superclass id per class id, or None where the data set has no superclasses.
-        partitions: fit, select and report, each a sorted int64 tensor of image indices; mirror
-            images, where there are any, come last.
+        partitions: fit, select and report, each a sorted int64 tensor of places in `views`; fit
+            has every view of its images, the others the images as they are.
         fingerprint: Hex digest of images, labels, class names and partitions.
     """
 
     name: str
     images: Tensor
+    views: Views
     labels: Tensor
     class_names: tuple[str, ...]
     groups: tuple[int, ...] | None
@@ -77,7 +80,7 @@ class Dataset:
         return len(self.class_names)
 
     def indices(self, partition: str, class_ids: Sequence[int] | None = None) -> Tensor:
-        """Sorted int64 indices of a partition's images, of all classes or of `class_ids`."""
+        """Sorted int64 places of a partition's images, of all classes or of `class_ids`."""
         index = self.partitions[partition]
         if class_ids is None:
             return index
@@ -92,7 +95,7 @@ class Dataset:
         index = self.indices(partition, class_ids)
         position = torch.full((self.num_classes,), -1)
         position[torch.as_tensor(class_ids)] = torch.arange(len(class_ids))
-        return self.images[index], position[self.labels[index]]
+        return self.views[index], position[self.labels[index]]
 
     def class_ids(self, names: Sequence[str]) -> tuple[int, ...]:
         """Class ids of `names`, in their order; underscores count as spaces.
@@ -145,19 +148,17 @@ def load_dataset(config: DataConfig) -> Dataset:
         key: torch.from_numpy(index)
         for key, index in _partition(labels, decoded.test.numpy(), decoded.class_names, config)
     }
-    images, all_labels = decoded.images, decoded.labels
-    if config.mirror:
-        fit = partitions["fit"]
-        partitions["fit"] = torch.cat([fit, len(images) + torch.arange(len(fit))])
-        images = torch.cat([images, images[fit].flip(-1)])
-        all_labels = torch.cat([all_labels, all_labels[fit]])
+    views = Views(images=decoded.images, mirror=config.mirror, shift=config.shift)
+    of_view = torch.arange(views.count) * len(decoded.images)
+    partitions["fit"] = (of_view[:, None] + partitions["fit"]).flatten()
     fingerprint = hashlib.sha256(decoded.digest.encode())
     for key in PARTITIONS:
         fingerprint.update(partitions[key].numpy().data)
     return Dataset(
         name=config.name,
-        images=images,
-        labels=all_labels,
+        images=decoded.images,
+        views=views,
+        labels=decoded.labels.repeat(views.count),
         class_names=decoded.class_names,
         groups=_groups(decoded.class_names) if config.name == "cifar100" else None,
         partitions=partitions,

@@ -250,7 +250,7 @@ def train_trunk(
     optimiser = _AdamW(parameters, recipe)
     order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=seed)
     for step, batch in enumerate(order):
-        x = family.scale(dataset.images[lesson.index[batch]])
+        x = family.scale(dataset.views[lesson.index[batch]])
         with _autocast(x, recipe):
             logits = network(x)
         loss = F.cross_entropy(logits.float(), lesson.labels[batch])

@@ -65,7 +65,7 @@ def train_generic(
     if isinstance(family, ResNet20Head):
         trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
         family.attach_trunk(trunk)
-    store = InputStore(family, dataset.images)
+    store = InputStore(family, dataset.views)
     theta = initial_theta(family, len(class_ids), seed=seed)
     lesson = Lesson.of(dataset, class_ids, seed=seed)
     (theta,) = finetune(family, [theta], [lesson], store, recipe, stacked=False, progress=progress)

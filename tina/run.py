@@ -96,7 +96,11 @@ class Run:
         """
         # a typo in a name must not claim the folder for ever
         find_source(self.config.data)
-        build_family(self.config.classifier.family, channels=1, image_size=8)
+        family = build_family(self.config.classifier.family, channels=1, image_size=8)
+        if family.has_trunk and self.config.data.shift:
+            raise ConfigError(
+                f"data.shift must be 0 for {family.name}: its trunk sees each view once, beforehand"
+            )
         file = self.folder / "config.yaml"
         found = _read_yaml(file) if file.is_file() else {}
         asked = config_to_dict(self.config)
@@ -143,7 +147,7 @@ class Run:
     def store(self) -> InputStore:
         """All images as the generated network takes them."""
         assert self.generic  # brings the trunk
-        return InputStore(self.family, self.dataset.images)
+        return InputStore(self.family, self.dataset.views)
 
     def zoo_tasks(self, kind: str) -> list[Task]:
         """Tasks of the `zoo` or the `direct` folder.
