@@ -83,8 +83,8 @@ class Family(ABC):
     @staticmethod
     def scale(images: Tensor) -> Tensor:
         """Images, uint8 or float in [0, 1], with mean .5 and standard deviation .5 taken out."""
-        x = images.float().div(255) if images.dtype == torch.uint8 else images
-        return (x - 0.5) / 0.5
+        x = images.float().div_(255) if images.dtype == torch.uint8 else images
+        return (x - 0.5).div_(0.5)
 
     def logits(self, theta: Tensor, inputs: Tensor, *, num_classes: int) -> Tensor:
         """Logits (N, K) of the classifier theta (n,) on what `embed` returned; differentiable."""
