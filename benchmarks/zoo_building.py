@@ -67,7 +67,7 @@ def train_plainly(
         inputs: Pictures for a DataLoader; or scaled images (N, C, H, W) and labels (N,).
     """
     resident = isinstance(inputs, tuple)
-    count = len(inputs[1]) if resident else len(inputs)  # type: ignore[arg-type]
+    count = len(inputs[1]) if resident else len(inputs)
     order = batch_order(count, recipe.batch_size, recipe.steps, seed=seed)
     batches = (
         ((inputs[0][index], inputs[1][index]) for index in order)
@@ -104,7 +104,7 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
     family = build_family(name, channels=3, image_size=32)
     trunk = None
     if family.has_trunk:
-        trunk = family.new_trunk().to(device)  # type: ignore[attr-defined]
+        trunk = family.new_trunk().to(device)
         family.attach_trunk(trunk)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=draw)
@@ -138,7 +138,7 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
             thetas,
             lessons,
             store,
-            RecipeConfig(steps=steps, precision=precision),  # type: ignore[arg-type]
+            RecipeConfig(steps=steps, precision=precision),
             stacked=stacked,
         )
 
