@@ -76,7 +76,8 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     config, base = settings["config"], settings["base"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    settle_in(threads=None if torch.cuda.is_available() else 1)
+    cpus = config.cluster.train_cpus
+    settle_in(threads=None if torch.cuda.is_available() else max(1, int(cpus)))
     for chatty in ("ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     run = Run(config, base)

@@ -320,7 +320,7 @@ class ClusterConfig:
             evaluate (each on a CPU); the pool grows up to it.
         zoo_block: Tasks that an actor fine-tunes at once and that are then written together.
         train_workers: Ranks of the generator's training.
-        train_cpus: CPUs of each rank.
+        train_cpus: CPUs of each rank; without a GPU also its threads.
         zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients, 3 and weights.
         offload: Keep the optimiser's state in CPU memory (stages 1 to 3).
         activation_checkpointing: Compute activations again in the backward pass, storing none.
