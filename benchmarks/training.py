@@ -38,7 +38,7 @@ from tina.transformer import Denoiser
 
 # what CNN-5K with ten classes and CLIP's text vectors make of the denoiser's shapes
 TOKENS, VALUES, ROW, CLASSES, EMBEDDING = 9, 576, 33, 10, 512
-SIZES = {"14M": (384, 4), "46M": (512, 9), "168M": (768, 15)}
+SIZES = {"14M": (320, 5), "46M": (512, 8), "168M": (768, 15)}
 BATCH, TURNS, RANKS, STAGE_STEPS = 64, 3, 2, 8
 PRODUCTS = ((1856, 768, 3072), (2048, 2048, 2048), (4096, 1024, 4096))
 

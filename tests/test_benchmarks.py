@@ -13,9 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from benchmarks import generation, objectives, plain_server, record, serve_load, startup
+from benchmarks import (
+    generation,
+    objectives,
+    plain_server,
+    prompts,
+    record,
+    serve_load,
+    startup,
+    training,
+    zoo_building,
+)
 from tina import TinaPipeline
 from tina.checkpoint import save_generator
+from tina.encoders import HashEncoder
 from tina.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -171,14 +182,20 @@ def test_silent_batches_are_the_same_without_noise(tiny_run, tiny_generator):
     assert all(torch.equal(a, b) for a, b in zip(one.images, other.images, strict=True))
 
 
-def test_every_objective_is_trained_and_measured(tiny_run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(objectives, "SETS", 5)
+@pytest.fixture
+def started_run(tiny_run, tmp_path):
+    """A copy of the tiny run with its untrained generator."""
     run = Run(replace(tiny_run.config, storage=str(tmp_path / "runs")))
     shutil.copytree(tiny_run.folder, run.folder, ignore=lambda *_: ["config.yaml"])
     run.claim()
     save_generator(run.new_generator(), run.start, card="x")
-    objectives.main([str(run.folder), "--steps", "3"])
+    return run
+
+
+def test_every_objective_is_trained_and_measured(started_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(objectives, "SETS", 5)
+    objectives.main([str(started_run.folder), "--steps", "3"])
     lines = (tmp_path / "objectives.jsonl").read_text().splitlines()
     rows = {row["objective"]: row for row in map(json.loads, lines)}
     assert rows.keys() == objectives.OBJECTIVES.keys()
@@ -202,3 +219,62 @@ def test_the_plain_server_makes_the_pipelines_models(tiny_checkpoint):
     model = TinaPipeline.from_pretrained(tiny_checkpoint)(words, seed=4)
     for name, value in load(answer.content).items():
         torch.testing.assert_close(value, model.tensors[name], atol=1e-5, rtol=0)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def test_every_class_has_a_german_word_and_a_hypernym():
+    words = prompts.GERMAN.split()
+    assert len(words) == len(set(words)) == len(prompts.CLASSES) == 100
+    assert words[prompts.CLASSES.index("maple tree")] == "Ahorn"
+    assert prompts.hypernym("maple tree") == "tree"
+    assert not set(prompts.FOREIGN) & set(prompts.CLASSES)
+
+
+@pytest.mark.parametrize("name", ["ox", "otter", "maple tree"])
+def test_a_typo_exchanges_two_neighbouring_letters(name):
+    for seed in range(20):
+        found = prompts.typo(name, np.random.default_rng(seed))
+        assert sorted(found) == sorted(name)
+        assert sum(a != b for a, b in zip(found, name, strict=True)) in (0, 2)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.25, 1), (0.5, 2)])
+def test_a_share_of_the_names_is_said_otherwise(tiny_generator, share, count):
+    speaker = prompts.Speaker(generator=tiny_generator, encoder=HashEncoder())
+    sets = [(0, 1, 2), (5, 3, 8)]
+    plain = tiny_generator.vocabulary.of(sets)[0]
+    for kind in ("typo", "wrong", "foreign"):
+        said, changed = prompts.said_otherwise(speaker, sets, kind, share)
+        assert changed.sum(1).tolist() == [count, count]
+        assert torch.equal(said[~changed], plain[~changed])
+        assert not torch.isclose(said[changed], plain[changed]).all(-1).any()
+    # a table alone knows other wordings
+    assert prompts.said_otherwise(speaker, sets, "wording", share) is None
+
+
+# --- zoo building and training --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [zoo_building.CNN, zoo_building.HEAD])
+def test_the_plain_loop_trains_the_same_p_models(name):
+    ways = zoo_building.ways(name, images=70, models=2, device="cpu")
+    thetas = ways["loop fp32"](3)
+    for way in ("plain", "resident"):
+        for network, theta in zip(ways[way](3), thetas, strict=True):
+            flat = torch.cat([p.detach().flatten() for p in network.parameters()])
+            torch.testing.assert_close(flat, theta, atol=1e-4, rtol=1e-3)
+
+
+def test_sizes_are_what_they_are_called():
+    for size in training.SIZES:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in training.new_denoiser(size).parameters())
+        assert count / 1e6 == pytest.approx(float(size[:-1]), rel=0.05)
+
+
+def test_the_share_of_drawing_a_batch(started_run):
+    found = training.input_share(started_run, steps=2)
+    assert found["drawn_ms"] > 0
+    assert found["share"] < 1
