@@ -15,11 +15,17 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tina.checkpoint import PRETRAINED
+import yaml
+
+from tina.checkpoint import PRETRAINED, load_generator, save_generator
+from tina.config import EvaluationConfig
+from tina.configio import config_from_dict, config_to_dict
 from tina.files import write_text
-from tina.report import markdown
+from tina.report import markdown, model_card
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
@@ -35,9 +41,21 @@ def table(name: str, axis: str | None = None) -> str:
         f"{timing['ms_per_model_batch1']:.0f} ms per model alone, "
         f"{timing['ms_per_model_batch64']:.1f} ms in a batch of 64; direct fine-tuning "
         f"{timing['finetune_s_per_model']:.0f} s. Measured on {report['hardware']}, commit "
-        f"`{report['commit']}`, by `make demo CONFIG=configs/{name}.yaml`."
+        f"`{report['commit']}`, by {_commands(name, report)}."
     )
     return f"{facts}\n\n{markdown(report, axis)}"
+
+
+def _commands(name: str, report: Mapping[str, Any]) -> str:
+    """What made a report: the demo, and where it measured more than its preset says, a job."""
+    preset = yaml.safe_load((DOCS.parent / f"configs/{name}.yaml").read_text())
+    usual = config_to_dict(config_from_dict(EvaluationConfig, preset["evaluation"]))
+    more = {k: v for k, v in report.get("evaluation", usual).items() if v != usual[k]}
+    demo = f"`make demo CONFIG=configs/{name}.yaml`"
+    if not more:
+        return demo
+    flags = " ".join(f"--evaluation.{key} {value}" for key, value in more.items())
+    return f"{demo}, then `python -m ray_jobs.evaluate --config configs/{name}.yaml {flags}`"
 
 
 def rewrite(text: str) -> str:
@@ -70,10 +88,13 @@ def publish(run: Path) -> None:
 
 
 def release(run: Path) -> None:
-    """Copy a run's checkpoint into the package, in place of an earlier one."""
+    """A run's checkpoint in half precision into the package, in place of an earlier one."""
     folder = PRETRAINED / f"tina-{run.name.replace('_', '-')}"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(run / "checkpoint", folder)
+    generator = load_generator(run / "checkpoint")
+    card = model_card(run.name, generator, json.loads((run / "report.json").read_text()))
+    note = "The denoiser's weights are rounded to half precision; measured were those before it.\n"
+    save_generator(generator, folder, card=f"{card}\n{note}", half=True)
 
 
 def main(argv: list[str]) -> None:

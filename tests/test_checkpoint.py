@@ -160,6 +160,21 @@ def test_saving_again_gives_the_same_bytes(tiny_checkpoint, tmp_path):
     assert check_manifest(tmp_path / "again") == check_manifest(tiny_checkpoint)
 
 
+def test_half_precision_is_half_the_size_and_nearly_the_same(tiny_generator, tmp_path):
+    save_generator(tiny_generator, tmp_path / "half", card="card", half=True)
+    model = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for value in model.values()} == {torch.float16}
+    again = load_generator(tmp_path / "half")
+    for value, full in zip(
+        again.denoiser.state_dict().values(),
+        tiny_generator.denoiser.state_dict().values(),
+        strict=True,
+    ):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, full.half().float())
+    torch.testing.assert_close(theta(again), theta(tiny_generator), atol=1e-3, rtol=1e-2)
+
+
 def test_files_are_json_safetensors_and_prose_only(tiny_checkpoint):
     assert sorted(f.name for f in tiny_checkpoint.iterdir()) == sorted(FILES)
     for file in tiny_checkpoint.iterdir():

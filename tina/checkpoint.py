@@ -47,11 +47,13 @@ BESIDE_CODEC = {"generic_body", "generic_rows", "shot_projection"}
 _MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
-def save_generator(generator: Generator, directory: Path, *, card: str) -> None:
+def save_generator(generator: Generator, directory: Path, *, card: str, half: bool = False) -> None:
     """Write a checkpoint directory, whole or not at all.
 
     Args:
         card: Text of the model card.
+        half: Round the denoiser's weights to half precision: half the size. They are read back into
+            full precision like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.
@@ -61,14 +63,14 @@ def save_generator(generator: Generator, directory: Path, *, card: str) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write(generator, temporary, card)
+        _write(generator, temporary, card, half)
         temporary.chmod(0o755)
         os.rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(generator: Generator, folder: Path, card: str) -> None:
+def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
     family, vocabulary = generator.family, generator.vocabulary
     header = {
         "format_version": FORMAT_VERSION,
@@ -82,7 +84,10 @@ def _write(generator: Generator, folder: Path, card: str) -> None:
         "class_names": list(vocabulary.names),
     }
     (folder / "config.json").write_text(json.dumps(header, indent=1))
-    write_tensors(folder / "model.safetensors", generator.denoiser.state_dict())
+    weights = generator.denoiser.state_dict()
+    if half:
+        weights = {name: value.half() for name, value in weights.items()}
+    write_tensors(folder / "model.safetensors", weights)
     codec = generator.codec.tensors() | {
         "generic_body": generator.generic.body,
         "generic_rows": generator.generic.rows,

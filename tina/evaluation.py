@@ -111,6 +111,7 @@ class Evaluation:
             "family": self.generator.family.name,
             **facts,
             "seeds": list(range(self.config.seeds)),
+            "evaluation": config_to_dict(self.config),
             "prompt_encoder": vars(self.generator.vocabulary.space),
             "generator": {
                 "parameters": sum(p.numel() for p in self.generator.denoiser.parameters()),

@@ -9,6 +9,7 @@ from typing import Any
 
 from tina.evaluation import DIRECT, MIXER, SELECTION, SHUFFLED, SWAPPED, TINA, UNTRAINED
 from tina.files import write_whole
+from tina.generator import Generator
 
 ORDER = (
     DIRECT,
@@ -133,6 +134,19 @@ def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
         row.append(_points(found["tina_minus"][SELECTION]))
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, ""]
+
+
+def model_card(name: str, generator: Generator, report: Report) -> str:
+    """What a checkpoint says of itself, its numbers the report's."""
+    space = generator.vocabulary.space
+    return (
+        f"# Tina: {name}\n\n"
+        f"Generates weights of `{generator.family.name}` classifiers for up to "
+        f"{generator.max_classes} classes of {generator.dataset}. "
+        f"Prompt encoder: {space.model} ({space.dim} values). "
+        f"Known classes: {', '.join(generator.vocabulary.names)}.\n\n"
+        f"Measured on {report['hardware']}, commit {report['commit']}:\n\n{markdown(report)}"
+    )
 
 
 def plot_report(report: Report, folder: Path) -> list[Path]:

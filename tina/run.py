@@ -48,7 +48,7 @@ from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
 from tina.precision import has_bf16, settle
 from tina.prompts import Vocabulary, normalise_name
-from tina.report import markdown, plot_report
+from tina.report import model_card, plot_report
 from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
 from tina.zoo import Zoo, describe_zoo, read_zoo
@@ -322,15 +322,7 @@ class Run:
 
     def release(self, generator: Generator, report: Mapping[str, Any]) -> None:
         """Write the checkpoint directory, its model card carrying the report's numbers."""
-        space = generator.vocabulary.space
-        card = (
-            f"# Tina: {self.config.name}\n\n"
-            f"Generates weights of `{generator.family.name}` classifiers for up to "
-            f"{generator.max_classes} classes of {self.dataset.name}. "
-            f"Prompt encoder: {space.model} ({space.dim} values). "
-            f"Known classes: {', '.join(self.dataset.class_names)}.\n\n"
-            f"Measured on {report['hardware']}, commit {report['commit']}:\n\n{markdown(report)}"
-        )
+        card = model_card(self.config.name, generator, report)
         save_generator(generator, self.checkpoint, card=card)
 
 
