@@ -59,9 +59,13 @@ bench: install ## Measure start-up and generation in their short forms; CHECKPOI
 	$(BIN)/python -m benchmarks.generation --short --checkpoint $(CHECKPOINT)
 
 .PHONY: reproduce
-reproduce: install ## All that is published on real data, with DATA= or TINA_DATA: an hour or two.
+reproduce: export TINA_DATA := $(or $(abspath $(DATA)),$(TINA_DATA))
+reproduce: install ## All that is published on real data, with DATA= or TINA_DATA: two hours.
 	for preset in cifar100_cnn5k mini_imagenet_cnn5k; do $(MAKE) demo CONFIG=configs/$$preset.yaml; done
-	$(if $(DATA),TINA_DATA=$(abspath $(DATA))) $(BIN)/python -m benchmarks.objectives runs/cifar100_cnn5k
+	$(BIN)/python -m ray_jobs.evaluate --config configs/cifar100_cnn5k.yaml --storage $(CURDIR)/runs \
+		--evaluation.direct_tasks 100 --evaluation.direct_tasks_elsewhere 20
+	$(BIN)/python -m benchmarks.objectives runs/cifar100_cnn5k --steps 600
+	$(BIN)/python -m benchmarks.prompts runs/cifar100_cnn5k
 
 .PHONY: test
 test: install ## Run the default test suite.

@@ -15,6 +15,7 @@ from safetensors.torch import load
 
 from benchmarks import (
     generation,
+    growth,
     objectives,
     plain_server,
     prompts,
@@ -278,3 +279,23 @@ def test_the_share_of_drawing_a_batch(started_run):
     found = training.input_share(started_run, steps=2)
     assert found["drawn_ms"] > 0
     assert found["share"] < 1
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+def test_a_power_law_is_found_and_prolonged():
+    points = [{"size": n, "seconds": 2e-3 * n**1.5, "peak_mib": 100 + 3 * n} for n in (10, 20, 80)]
+    found = growth.grown(points, 100, 160)
+    assert found["exponents"] == {"seconds": 1.5, "mib": 1.0}
+    assert found["extrapolated"]["seconds"] == pytest.approx(2e-3 * 160**1.5, rel=1e-2)
+    assert found["extrapolated"]["mib"] == 480
+
+
+@pytest.mark.parametrize("curve", growth.POINTS)
+def test_the_smallest_point_of_each_curve(curve, monkeypatch):
+    monkeypatch.setattr(growth, "settle_in", lambda **_: None)  # other tests keep their threads
+    found = growth.point(curve, 0)
+    assert found["size"] > 0
+    assert found["seconds"] > 0
+    assert found["peak_mib"] > 0
