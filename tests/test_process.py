@@ -30,8 +30,7 @@ def run(before):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_for_the_next_step():
     settled = "from ray_jobs.process import settle_in; settle_in(threads={})".format
-    plain, cores = run("")
-    kept, one = run(settled(1))
-    assert one == 1
-    assert run(settled(None))[1] == cores
-    assert 4 * kept < plain
+    # without, it depends on where the heap happens to lie: 0 or 780,000 faults
+    found = [run(settled(threads)) for threads in (1, 1, None)]
+    assert max(faults for faults, _ in found) < 1000
+    assert [threads for _, threads in found] == [1, 1, run("")[1]]
