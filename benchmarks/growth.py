@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.generation import timed
 from benchmarks.record import append, load
 from benchmarks.training import (
     CLASSES,
@@ -36,7 +37,6 @@ from benchmarks.training import (
     draw_inputs,
     new_denoiser,
     take_step,
-    timed,
 )
 from benchmarks.zoo_building import ways
 from ray_jobs.process import settle_in

@@ -159,8 +159,10 @@ def said_otherwise(
         rng = np.random.default_rng([i, round(100 * share)])
         wanted = int(np.ceil(share * len(classes)))
         for k in rng.permutation(len(classes)).tolist():
+            if not wanted:
+                break
             said = speaker.kinds[kind](speaker.vocabulary.names[classes[k]], rng)
-            if said is not None and wanted:
+            if said is not None:
                 embeddings[i, k], changed[i, k], wanted = said, True, wanted - 1
     return (embeddings, changed) if changed.any(1).float().mean() > 0.9 else None
 

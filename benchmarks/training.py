@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.generation import timed
 from benchmarks.record import append, load
 from ray_jobs.engine import DeepSpeedEngine
 from ray_jobs.process import settle_in
@@ -71,13 +70,6 @@ def take_step(engine: Engine, inputs: tuple[Tensor, ...]) -> None:
     """Forward, mean square error, backward, update."""
     engine.backward(engine(*inputs).float().square().mean())
     engine.step()
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def product_rate(kind: torch.dtype) -> float:

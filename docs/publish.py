@@ -90,10 +90,11 @@ def publish(run: Path) -> None:
 def release(run: Path) -> None:
     """A run's checkpoint in half precision into the package, in place of an earlier one."""
     folder = PRETRAINED / f"tina-{run.name.replace('_', '-')}"
-    shutil.rmtree(folder, ignore_errors=True)
     generator = load_generator(run / "checkpoint")
     card = model_card(run.name, generator, json.loads((run / "report.json").read_text()))
     note = "The denoiser's weights are rounded to half precision; measured were those before it.\n"
+    if folder.exists():  # only now that there is another to take its place
+        shutil.rmtree(folder)
     save_generator(generator, folder, card=f"{card}\n{note}", half=True)
 
 

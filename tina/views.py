@@ -5,7 +5,7 @@ Axes: N images, C channels, H W sides in pixels, V views of an image, B images o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -54,8 +54,9 @@ class Views:
         return found
 
     def to(self, device: torch.device | str) -> Views:
-        """The same on a device."""
-        return Views(images=self.images.to(device), mirror=self.mirror, shift=self.shift)
+        """The same on a device; this one, with its table of shifts, where it lies there already."""
+        images = self.images.to(device)
+        return self if images is self.images else replace(self, images=images)
 
     @property
     def _side(self) -> int:
