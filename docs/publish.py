@@ -92,7 +92,7 @@ def release(run: Path) -> None:
     folder = PRETRAINED / f"tina-{run.name.replace('_', '-')}"
     generator = load_generator(run / "checkpoint")
     card = model_card(run.name, generator, json.loads((run / "report.json").read_text()))
-    note = "The denoiser's weights are rounded to half precision; measured were those before it.\n"
+    note = "Weights and embeddings are rounded to half precision; measured were those before it.\n"
     if folder.exists():  # only now that there is another to take its place
         shutil.rmtree(folder)
     save_generator(generator, folder, card=f"{card}\n{note}", half=True)

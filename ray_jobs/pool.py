@@ -71,4 +71,5 @@ def stream(
         # an actor outlives lost nodes, but not for ever an item too large for its memory
         max_restarts=cluster.max_failures,
     )
-    return iter(done.iter_batches(batch_size=None, batch_format="pyarrow"))
+    # what is done is taken at once: nothing to fetch ahead, and no thread that would look for it
+    return iter(done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))

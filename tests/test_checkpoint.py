@@ -104,7 +104,7 @@ def resnet_generator():
         )
         shapes = codec_shapes(layout)
         parts = {name: torch.rand(shape) + 0.5 for name, shape in shapes.items()}
-        parts["row_right"] = torch.linalg.qr(parts["row_right"]).Q
+        parts["row_right"] = torch.linalg.qr(parts["row_right"]).Q.contiguous()
         codec = Codec.of(layout, chunk=64, tensors=parts)
         config = GeneratorConfig(
             classifier=ClassifierConfig(family="resnet20_head"),
@@ -164,6 +164,8 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(tiny_generator, tmp
     save_generator(tiny_generator, tmp_path / "half", card="card", half=True)
     model = load_file(tmp_path / "half" / "model.safetensors")
     assert {value.dtype for value in model.values()} == {torch.float16}
+    prompts = load_file(tmp_path / "half" / "prompts.safetensors")
+    assert prompts["embeddings"].dtype == torch.float16
     again = load_generator(tmp_path / "half")
     for value, full in zip(
         again.denoiser.state_dict().values(),
@@ -172,6 +174,7 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(tiny_generator, tmp
     ):
         assert value.dtype == torch.float32
         assert torch.equal(value, full.half().float())
+    assert again.vocabulary.embeddings.dtype == torch.float32
     torch.testing.assert_close(theta(again), theta(tiny_generator), atol=1e-3, rtol=1e-2)
 
 

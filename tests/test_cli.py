@@ -314,7 +314,8 @@ def test_info_of_a_checkpoint(words, tina, tiny_checkpoint, tiny_generator):
         "embedding space": "hash-ngram-v1, 256 values (no semantics: spelling alone)",
         "generator": f"{size:,} parameters",
         "sampler": "ddim, 4 steps",
-        "class names": "zero, one, two, three, four, five, six, seven, eight, nine",
+        "trained classes": "zero, one, two, three, four, five, six, seven, eight, nine",
+        "further words": "0",
         "sha256": TinaPipeline.from_pretrained(tiny_checkpoint).checkpoint,
     }
 

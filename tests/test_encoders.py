@@ -147,6 +147,13 @@ def test_table_knows_the_other_wordings_of_a_name(tmp_path):
     assert encoder.wordings("aquarium_fish").shape == (0, 6)
 
 
+def test_table_tells_all_its_words_its_own_first(tmp_path):
+    path, raw = write_table(tmp_path / "t.parquet")
+    names, vectors = TableEncoder(path, vocabulary="bare").words()
+    assert names == ["apple", "otter", "aquarium fish", "photo"]
+    assert_close(vectors, torch.nn.functional.normalize(raw[[4, 5, 0, 2]], dim=1))
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "template"), [("photo", "a photo of a {}"), ("bare", "a {}"), ("plain", "{}")]
 )

@@ -8,7 +8,7 @@ import torch
 
 from tina import TinaPipeline
 from tina.checkpoint import PRETRAINED
-from tina.errors import CheckpointError
+from tina.errors import CheckpointError, PromptError
 from tina.pipeline import pretrained
 from tina.report import markdown
 
@@ -36,6 +36,15 @@ def test_one_is_loaded_by_its_name_and_generates(name):
     family = pipe.generator.family
     images = torch.rand(4, family.channels, family.image_size, family.image_size)
     assert model.classifier(images).shape == (4, 3)
+
+
+def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
+    monkeypatch.setenv("TINA_DATA", str(tmp_path))  # no table there
+    pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
+    laptop, tiger, otter = pipe(["Laptop", "tiger cat", "otter"], seed=0).familiarity
+    assert laptop < tiger < otter == pytest.approx(1)
+    with pytest.raises(PromptError, match=r"does not know 'lap top'; the closest .* are laptop, "):
+        pipe(["otter", "lap top"])
 
 
 @pytest.mark.parametrize("name", pretrained())

@@ -170,6 +170,20 @@ def vocabulary(request):
     return vocabulary_of(build_encoder(config), classes, torch.arange(0, 100, 5))
 
 
+def test_further_words_can_be_said_and_change_nothing_else(vocabulary):
+    names = ["Maple_leaf ", vocabulary.names[1].upper(), "otter pup", "maple leaf"]
+    vectors = torch.nn.functional.normalize(torch.randn(4, vocabulary.space.dim), dim=1)
+    larger = vocabulary.with_words(names, vectors)
+    assert larger.names == (*vocabulary.names, "maple leaf", "otter pup")
+    assert torch.equal(larger.lookup("maple_leaf"), vectors[3])
+    assert torch.equal(larger.lookup(names[1]), vocabulary.embeddings[1])
+    assert larger.lookup("maple") is None
+    assert larger.trained_names == vocabulary.trained_names
+    for of in ("attention", "condition", "familiarity"):
+        assert torch.equal(getattr(larger, of)(vectors), getattr(vocabulary, of)(vectors)), of
+    assert larger.with_words(names, vectors).names == larger.names
+
+
 def test_a_trained_name_inherits_its_own_row_exactly(vocabulary):
     trained = vocabulary.trained
     attention = vocabulary.attention(vocabulary.embeddings[trained])

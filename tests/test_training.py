@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -344,6 +345,35 @@ def test_batches_are_functions_of_seed_step_and_slot(tiny_run, base, short):
             assert not torch.equal(found[name], want[name]), name
 
 
+def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):
+    source = tiny_run.source(base, short)
+    ahead = source.batches(range(3, 6), range(1, 3), parts=4)
+    wanted = [(step, part) for step in (3, 4, 5) for part in (1, 2)]
+    for (step, part), batch in zip(wanted, ahead, strict=True):
+        assert_equal(comparable(batch), comparable(source.batch(step, part=part, parts=4)))
+    assert not list(source.batches(range(3, 3), range(1, 3), parts=4))
+
+
+def test_a_thread_draws_the_next_batch_while_one_is_in_use(tiny_run, base, short):
+    drawn = {step: threading.Event() for step in range(4)}
+
+    class Noted(Source):
+        def batch(self, step, *, part=0, parts=1) -> Batch:
+            drawn[step].set()
+            if step == 2:
+                raise MemoryError("for a batch")
+            return super().batch(step, part=part, parts=parts)
+
+    source = Noted(**vars(tiny_run.source(base, short)))
+    batches = source.batches(range(4), range(1), parts=1)
+    next(batches)
+    assert drawn[1].wait(10)
+    assert not drawn[2].is_set(), "more than one is kept"
+    next(batches)
+    with pytest.raises(MemoryError, match="for a batch"):
+        next(batches)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_hold_the_same_samples_however_many_there_are(tiny_run, base, short, parts):
     config = replace(short, zoo_batch=8, fresh_tasks=4)
@@ -396,9 +426,10 @@ def test_accumulated_parts_train_as_the_whole_batch(tiny_run, fresh, short, part
         )
         results.append((weights(generator.denoiser), reports[-1]))
     (whole, figures), (in_parts, again) = results
+    start = weights(fresh().denoiser)
     for name, value in whole.items():
-        # Adam turns the rounding of a small gradient into a share of its step of 1e-3
-        torch.testing.assert_close(in_parts[name], value, rtol=0, atol=1e-4)
+        # Adam turns the rounding of a vanishing gradient into a whole step of that one weight
+        assert (in_parts[name] - value).norm() <= 1e-2 * (value - start[name]).norm(), name
     for name in ("weight_loss", "function_loss"):
         assert again[name] == pytest.approx(figures[name], rel=1e-4)
 

@@ -9,8 +9,11 @@ each accumulated pass; together the parts hold the same samples however many the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -96,6 +99,18 @@ class Source:
         pools = [self.dataset.indices("fit", (c,)).numpy() for c in classes]
         counts = np.array([len(pool) for pool in pools])
         return np.stack([np.pad(pool, (0, counts.max() - len(pool))) for pool in pools]), counts
+
+    def batches(self, steps: range, own: range, *, parts: int) -> Iterator[Batch]:
+        """Parts `own` of each step in turn; a thread draws the next one while one is in use."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            coming: Future[Batch] | None = None
+            for step, part in product(steps, own):
+                ready = coming
+                coming = thread.submit(self.batch, step, part=part, parts=parts)
+                if ready:
+                    yield ready.result()
+            if coming:
+                yield coming.result()
 
     def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
         """One of the equal parts of a step."""

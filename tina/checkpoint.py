@@ -3,7 +3,7 @@
     config.json           format version, configuration, family, layout, embedding space, names
     model.safetensors     the denoiser's averaged weights
     codec.safetensors     directions, scales, generic model, projection of picture features
-    prompts.safetensors   embeddings of the data set's class names
+    prompts.safetensors   embeddings of the data set's class names and of further words
     trunk.safetensors     where the family has a trained trunk
     README.md             model card
     manifest.json         sha256 of each file above
@@ -52,8 +52,8 @@ def save_generator(generator: Generator, directory: Path, *, card: str, half: bo
 
     Args:
         card: Text of the model card.
-        half: Round the denoiser's weights to half precision: half the size. They are read back into
-            full precision like any others.
+        half: Round the denoiser's weights and the embeddings to half precision: half the size. They
+            are read back into full precision like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.
@@ -94,7 +94,8 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
         "shot_projection": generator.shot_projection,
     }
     write_tensors(folder / "codec.safetensors", codec)
-    prompts = {"embeddings": vocabulary.embeddings, "trained": vocabulary.trained}
+    embeddings = vocabulary.embeddings.half() if half else vocabulary.embeddings
+    prompts = {"embeddings": embeddings, "trained": vocabulary.trained}
     write_tensors(folder / "prompts.safetensors", prompts)
     if isinstance(family, ResNet20Head):
         write_tensors(folder / "trunk.safetensors", family.trunk.state_dict())
@@ -173,7 +174,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     vocabulary = Vocabulary(
         space=EmbeddingSpace(**header["space"]),
         names=tuple(header["class_names"]),
-        embeddings=prompts["embeddings"],
+        embeddings=prompts["embeddings"].float(),
         trained=prompts["trained"],
     )
     generator_codec = Codec.of(layout, chunk=config.denoiser.chunk, tensors=codec)

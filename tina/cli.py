@@ -193,7 +193,8 @@ def _checkpoint_facts(pipe: TinaPipeline) -> dict[str, str]:
         "embedding space": f"{words.space.model}, {words.space.dim} values ({meaning})",
         "generator": f"{sum(p.numel() for p in generator.denoiser.parameters()):,} parameters",
         "sampler": f"{diffusion.sampler}, {diffusion.sampling_steps} steps",
-        "class names": ", ".join(words.names),
+        "trained classes": ", ".join(words.trained_names),
+        "further words": str(len(words.names) - len(words.trained_names)),
         "sha256": pipe.checkpoint,
     }
 

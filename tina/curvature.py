@@ -121,8 +121,12 @@ def rotate(
 
 
 def _directions(moment: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix, the largest eigenvalue's first."""
-    return torch.linalg.eigh(moment).eigenvectors.flip(1).float()
+    """Eigenvectors of a symmetric matrix, the largest eigenvalue's first.
+
+    Laid out as a file holds them: some processors round a product by its factors' strides, and a
+    codec that was read is to compute as the one that was written.
+    """
+    return torch.linalg.eigh(moment).eigenvectors.flip(1).float().contiguous()
 
 
 def _gradients(

@@ -171,6 +171,13 @@ class TableEncoder(_Encoder):
             )
         return self._vectors[[rows[name] for name in names]]
 
+    def words(self) -> tuple[list[str], Tensor]:
+        """All W names of the file, its own set's first, each with its first vector: (W, E)."""
+        own, found = self._rows[self._vocabulary], dict[str, int]()
+        for rows in (own, *self._rows.values()):
+            found = rows | found
+        return list(found), self._vectors[list(found.values())]
+
     def wordings(self, name: str) -> Tensor:
         """The name's vectors in the file's other sets, with other templates: (V, E), V may be 0."""
         key, own = _clean(name).lower(), self._rows[self._vocabulary]

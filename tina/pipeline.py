@@ -5,11 +5,13 @@ Axes: B prompts, K classes (padded), E embedding width, N images, C channels, H 
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,12 @@ from torch import Tensor
 from tina.checkpoint import PRETRAINED, check_manifest, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
-from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
+from tina.errors import CheckpointError, ConfigError, DataError, PromptError, TinaError
 from tina.export import OnnxGraph
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.images import resize
-from tina.prompts import check_task, pad, split_sentence
+from tina.prompts import check_task, normalise_name, pad, split_sentence
 from tina.tensors import pack_tensors
 
 
@@ -245,10 +247,22 @@ class TinaPipeline:
         return prompt  # type: ignore[return-value]
 
     def embed_names(self, names: Sequence[str]) -> Tensor:
-        """Unit embeddings (K, E): the checkpoint's own for its class names, else encoded."""
-        known = [self.generator.vocabulary.lookup(name) for name in names]
+        """Unit embeddings (K, E): the checkpoint's own for the names it knows, else encoded.
+
+        Raises:
+            PromptError: It does not know one, and the encoder's weights or table are not at hand.
+        """
+        vocabulary = self.generator.vocabulary
+        known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
-        encoded = iter(self.encoder.encode_text(new)) if new else iter(())
+        try:
+            encoded = iter(self.encoder.encode_text(new)) if new else iter(())
+        except DataError as error:
+            close = difflib.get_close_matches(normalise_name(new[0]), vocabulary.names, cutoff=0)
+            raise PromptError(
+                f"the checkpoint does not know {shorten(new[0], 60)!r}; the closest that it knows "
+                f"are {', '.join(close)}. To encode others: {error}"
+            ) from error
         return torch.stack([next(encoded) if vector is None else vector for vector in known])
 
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:

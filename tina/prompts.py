@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -90,9 +90,9 @@ class Vocabulary:
 
     Args:
         space: The embedding space; conditions from another one mean nothing here.
-        names: V class names, as `normalise_name` writes them.
+        names: V names, as `normalise_name` writes them: the data set's classes, then further words.
         embeddings: (V, E), unit norm.
-        trained: bool (V,), false for classes kept out of all training.
+        trained: bool (V,), false for classes kept out of all training and for further words.
     """
 
     space: EmbeddingSpace
@@ -118,10 +118,31 @@ class Vocabulary:
         """The names of the trained classes, in their order."""
         return [n for n, seen in zip(self.names, self.trained.tolist(), strict=True) if seen]
 
+    def with_words(self, names: Sequence[str], embeddings: Tensor) -> Vocabulary:
+        """With further words, so that prompts may say them where no encoder is at hand.
+
+        A name that is here already keeps its embedding.
+
+        Args:
+            embeddings: (W, E), of the W names.
+        """
+        keys = [normalise_name(name) for name in names]
+        new = {key: i for i, key in enumerate(keys) if key not in self._places}
+        return replace(
+            self,
+            names=self.names + tuple(new),
+            embeddings=torch.cat([self.embeddings, embeddings[list(new.values())]]),
+            trained=torch.cat([self.trained, torch.zeros(len(new), dtype=torch.bool)]),
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in reversed(list(enumerate(self.names)))}
+
     def lookup(self, name: str) -> Tensor | None:
-        """The embedding (E,) of a class of the data set, or None."""
-        key = normalise_name(name)
-        return self.embeddings[self.names.index(key)] if key in self.names else None
+        """The embedding (E,) of a name, or None."""
+        place = self._places.get(normalise_name(name))
+        return None if place is None else self.embeddings[place]
 
     def of(
         self, tasks: Sequence[Sequence[int]], length: int | None = None

@@ -138,13 +138,14 @@ def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def model_card(name: str, generator: Generator, report: Report) -> str:
     """What a checkpoint says of itself, its numbers the report's."""
-    space = generator.vocabulary.space
+    words, space = generator.vocabulary, generator.vocabulary.space
     return (
         f"# Tina: {name}\n\n"
         f"Generates weights of `{generator.family.name}` classifiers for up to "
         f"{generator.max_classes} classes of {generator.dataset}. "
         f"Prompt encoder: {space.model} ({space.dim} values). "
-        f"Known classes: {', '.join(generator.vocabulary.names)}.\n\n"
+        f"Trained classes: {', '.join(words.trained_names)}. It knows "
+        f"{len(words.names) - len(words.trained_names):,} further words by their embeddings.\n\n"
         f"Measured on {report['hardware']}, commit {report['commit']}:\n\n{markdown(report)}"
     )
 

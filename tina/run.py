@@ -37,7 +37,7 @@ from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
-from tina.encoders import build_encoder
+from tina.encoders import TableEncoder, build_encoder
 from tina.errors import ConfigError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
@@ -185,16 +185,22 @@ class Run:
         return read_zoo(self.base / kind)
 
     def vocabulary(self) -> Vocabulary:
-        """The data set's class names in the configured embedding space."""
+        """The data set's class names in the configured embedding space.
+
+        With all words of a table: where a checkpoint is used, the table need not be at hand.
+        """
         encoder = build_encoder(self.config.prompt)
         trained = torch.zeros(self.dataset.num_classes, dtype=torch.bool)
         trained[list(self.generic.class_ids)] = True
-        return Vocabulary(
+        vocabulary = Vocabulary(
             space=encoder.space,
             names=tuple(normalise_name(name) for name in self.dataset.class_names),
             embeddings=encoder.encode_text(self.dataset.class_names),
             trained=trained,
         )
+        if isinstance(encoder, TableEncoder):
+            vocabulary = vocabulary.with_words(*encoder.words())
+        return vocabulary
 
     def new_generator(self) -> Generator:
         """The untrained generator, its codec fitted to the generic model's curvature."""

@@ -196,14 +196,16 @@ def train(
             best_accuracy=now.best_accuracy,
         )
 
+    own = range(rank * config.accumulation, (rank + 1) * config.accumulation)
+    batches = source.batches(range(start.step, config.steps), own, parts=parts)
     reported = start.step
     for step in range(start.step, config.steps):
         rate = config.lr * annealed(step, config.steps, warmup=int(config.warmup * config.steps))
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         taken = dict.fromkeys(factors, 0.0)
-        for part in range(rank * config.accumulation, (rank + 1) * config.accumulation):
-            batch = source.batch(step, part=part, parts=parts).to(device)
+        for _ in own:
+            batch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 found = losses(engine, source.generator, batch, abar)
             loss = torch.stack([factors[name] * value for name, value in found.items()]).sum()
