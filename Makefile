@@ -50,8 +50,8 @@ demo: install ## Zoo, training, generation and report on the embedded digits; CO
 	$(if $(DATA),TINA_DATA=$(abspath $(DATA))) $(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs
 
 .PHONY: serve
-serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= for another.
-	$(BIN)/serve run serve.app:build_app checkpoint=$(abspath $(CHECKPOINT))
+serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= a folder or a packaged name.
+	$(BIN)/serve run serve.app:build_app checkpoint=$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT)) storage=$(CURDIR)/runs/serve
 
 .PHONY: bench
 bench: install ## Measure start-up and generation in their short forms; CHECKPOINT= for another.

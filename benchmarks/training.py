@@ -4,7 +4,8 @@
 
 sizes   Samples a second of the weight-space step at 14M, 46M and 168M parameters, and its FLOP/s
         over those of the best matrix product in the same turns (model FLOP utilisation).
-input   With RUN, the folder of a run: a step that draws its batch beside one on a batch at hand.
+input   With RUN, the folder of a run: a step whose batch is drawn before it, one whose batch a
+        thread drew during the step before, and one whose batch is at hand.
 zero    DeepSpeed's ZeRO stages on two ranks of one thread each, beside stage 0, at 14M parameters.
 """
 
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +29,7 @@ from benchmarks.generation import timed
 from benchmarks.record import append, load
 from ray_jobs.engine import DeepSpeedEngine
 from ray_jobs.process import settle_in
+from tina.batches import Batch
 from tina.checkpoint import load_generator
 from tina.config import ClusterConfig, DenoiserConfig, JobConfig, TrainConfig
 from tina.diffusion import signal_level
@@ -110,7 +114,11 @@ def utilisation(size: str) -> dict[str, Any]:
 
 
 def input_share(run: Run, *, steps: int = 20) -> dict[str, float]:
-    """Milliseconds of a training step whose batch is drawn, and of one whose batch is at hand."""
+    """Milliseconds of a training step by how its batch comes: what waiting for it takes of a step.
+
+    In line: drawn before the step. Ahead: drawn by a thread during the step before, as training
+    does. At hand: always the same one.
+    """
     generator = load_generator(run.start)
     denoiser = generator.denoiser.train().requires_grad_(True)
     config = run.config.train
@@ -118,17 +126,27 @@ def input_share(run: Run, *, steps: int = 20) -> dict[str, float]:
     abar, at_hand = signal_level(generator.config.diffusion), source.batch(0)
     half = config.precision == "bf16"
 
-    def step(number: int | None) -> None:
-        batch = at_hand if number is None else source.batch(number)
+    batches = source.batches(range(steps), range(1), parts=1)
+    ways: dict[str, Callable[[int], Batch]] = {
+        "in_line": source.batch,
+        "ahead": lambda n: next(batches),
+        "at_hand": lambda n: at_hand,
+    }
+
+    def step(way: str, number: int) -> None:
+        batch = ways[way](number)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             found = losses(engine, generator, batch, abar)
         engine.backward(found["function_loss"] + config.weight_loss * found["weight_loss"])
         engine.step()
 
-    step(None)
-    turns = [(timed(lambda n=n: step(n)), timed(lambda: step(None))) for n in range(steps)]
-    drawn, ready = (1000 * median(times) for times in zip(*turns, strict=True))
-    return {"drawn_ms": round(drawn, 1), "at_hand_ms": round(ready, 1), "share": 1 - ready / drawn}
+    step("at_hand", 0)
+    turns = [[timed(partial(step, way, n)) for way in ways] for n in range(steps)]
+    medians = [1000 * median(times) for times in zip(*turns, strict=True)]
+    found = dict(zip(ways, medians, strict=True))
+    return {f"{way}_ms": round(ms, 1) for way, ms in found.items()} | {
+        "share": round(1 - found["at_hand"] / found["ahead"], 3)
+    }
 
 
 def rank_of_stage(rank: int, stage: int, folder: str, config: JobConfig) -> None:

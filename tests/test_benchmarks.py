@@ -277,7 +277,8 @@ def test_sizes_are_what_they_are_called():
 
 def test_the_share_of_drawing_a_batch(started_run):
     found = training.input_share(started_run, steps=2)
-    assert found["drawn_ms"] > 0
+    assert set(found) == {"in_line_ms", "ahead_ms", "at_hand_ms", "share"}
+    assert min(found["in_line_ms"], found["ahead_ms"]) > 0
     assert found["share"] < 1
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.job import run_job
+from tina.checkpoint import PRETRAINED, load_generator
 from tina.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,15 @@ def test_command_lines_run(
             continue
         assert words[0] == ".venv/bin/tina"
         assert main(words[1:]) == 0, words
+
+
+def test_it_counts_the_words_of_the_packaged_generator() -> None:
+    vocabulary = load_generator(PRETRAINED / "tina-cifar100-cnn5k").vocabulary
+    trained = len(vocabulary.trained_names)
+    further = len(vocabulary.names) - trained
+    assert f"trained on {trained} classes of CIFAR-100 and knows {further:,} further" in README
+    for word in re.findall(r"further words \((.*?);", README)[0].split(", "):
+        assert vocabulary.lookup(word.strip('"')) is not None, word
 
 
 def test_job_lines_parse(
