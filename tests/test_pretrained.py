@@ -39,7 +39,7 @@ def test_one_is_loaded_by_its_name_and_generates(name):
 
 
 def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
-    monkeypatch.setenv("TINA_DATA", str(tmp_path))  # no table there
+    monkeypatch.setenv("TINA_DATA", str(tmp_path))  # the table is not needed
     pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
     laptop, tiger, otter = pipe(["Laptop", "tiger cat", "otter"], seed=0).familiarity
     assert laptop < tiger < otter == pytest.approx(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tina.checkpoint import PRETRAINED, check_manifest, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
-from tina.errors import CheckpointError, ConfigError, DataError, PromptError, TinaError
+from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph
 from tina.files import write_whole
 from tina.generator import Generator
@@ -250,19 +250,19 @@ class TinaPipeline:
         """Unit embeddings (K, E): the checkpoint's own for the names it knows, else encoded.
 
         Raises:
-            PromptError: It does not know one, and the encoder's weights or table are not at hand.
+            PromptError: It does not know one, and was trained on a table, which knows no more.
         """
         vocabulary = self.generator.vocabulary
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
-        try:
-            encoded = iter(self.encoder.encode_text(new)) if new else iter(())
-        except DataError as error:
+        if new and self.generator.config.prompt.encoder == "table":
             close = difflib.get_close_matches(normalise_name(new[0]), vocabulary.names, cutoff=0)
             raise PromptError(
                 f"the checkpoint does not know {shorten(new[0], 60)!r}; the closest that it knows "
-                f"are {', '.join(close)}. To encode others: {error}"
-            ) from error
+                f"are {', '.join(close)}; free text needs one trained with prompt.encoder "
+                "open_clip or sentence"
+            )
+        encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         return torch.stack([next(encoded) if vector is None else vector for vector in known])
 
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:
