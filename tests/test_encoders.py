@@ -152,6 +152,7 @@ def test_table_tells_all_its_words_its_own_first(tmp_path):
     names, vectors = TableEncoder(path, vocabulary="bare").words()
     assert names == ["apple", "otter", "aquarium fish", "photo"]
     assert_close(vectors, torch.nn.functional.normalize(raw[[4, 5, 0, 2]], dim=1))
+    assert TableEncoder(path, vocabulary="plain").words()[0] == ["apple", *names[2:], "otter"]
 
 
 @pytest.mark.parametrize(

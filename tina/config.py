@@ -223,6 +223,7 @@ class TrainConfig:
         steps: Optimiser steps.
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
+        near_tasks: Share of the fresh tasks whose classes lie near each other.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         function_loss: Factor of the function-space loss (cross-entropy through theta).
@@ -241,6 +242,7 @@ class TrainConfig:
     steps: int = 1000
     zoo_batch: int = 32
     fresh_tasks: int = 8
+    near_tasks: float = 0.0
     images_per_task: int = 64
     weight_loss: float = 1.0
     function_loss: float = 1.0

@@ -173,9 +173,9 @@ class TableEncoder(_Encoder):
 
     def words(self) -> tuple[list[str], Tensor]:
         """All W names of the file, its own set's first, each with its first vector: (W, E)."""
-        own, found = self._rows[self._vocabulary], dict[str, int]()
-        for rows in (own, *self._rows.values()):
-            found = rows | found
+        found = dict(self._rows[self._vocabulary])
+        for rows in self._rows.values():
+            found |= {name: row for name, row in rows.items() if name not in found}
         return list(found), self._vectors[list(found.values())]
 
     def wordings(self, name: str) -> Tensor:
