@@ -260,6 +260,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         _positive(self, *keys, "checkpoint_every")
+        for key in ("near_tasks", "condition_dropout", "warmup", "ema"):
+            if not 0 <= (got := getattr(self, key)) <= 1:
+                raise ConfigError(f"train.{key} is a share, from 0 to 1, got {got}")
         if self.weight_loss <= 0 and self.function_loss <= 0:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:
