@@ -644,7 +644,6 @@ def _no_work(run):
         (["--train.learning_rate", "1"], "valid keys: name, storage, tracking, data.name"),
         (["--train.lr", "fast"], "train.lr"),
         (["--train.lr", "-1"], "TrainConfig.lr must be above 0, got -1"),
-        (["--train.near_tasks", "1.5"], "train.near_tasks is a share, from 0 to 1, got 1.5"),
         (["--train.condition_dropout", "-0.1"], "train.condition_dropout is a share"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--name", "../other"], "name must be a plain folder name"),

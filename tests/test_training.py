@@ -345,22 +345,6 @@ def test_batches_are_functions_of_seed_step_and_slot(tiny_run, base, short):
             assert not torch.equal(found[name], want[name]), name
 
 
-def test_a_share_of_the_fresh_tasks_has_neighbouring_classes(tiny_run, base, short, monkeypatch):
-    drawn = []
-
-    def draw(rng, space, cosines, *, num_classes):
-        assert cosines.shape == (10, 10)
-        drawn.append(num_classes)
-        return tuple(range(num_classes))
-
-    monkeypatch.setattr("tina.batches.draw_near", draw)
-    config = replace(short, fresh_tasks=64)
-    for share, least, most in ((0.0, 0, 0), (0.5, 16, 48), (1.0, 64, 64)):
-        drawn.clear()
-        tiny_run.source(base, replace(config, near_tasks=share)).batch(0)
-        assert least <= len(drawn) <= most
-
-
 def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):
     source = tiny_run.source(base, short)
     ahead = source.batches(range(3, 6), range(1, 3), parts=4)

@@ -24,7 +24,6 @@ from tina.classifiers import InputStore
 from tina.config import TrainConfig
 from tina.datasets import Dataset
 from tina.generator import Generator
-from tina.neighbours import draw_near
 from tina.tasks import TaskSpace
 from tina.zoo import Zoo
 
@@ -101,11 +100,6 @@ class Source:
         counts = np.array([len(pool) for pool in pools])
         return np.stack([np.pad(pool, (0, counts.max() - len(pool))) for pool in pools]), counts
 
-    @cached_property
-    def _cosines(self) -> np.ndarray:
-        vectors = self.generator.vocabulary.embeddings[: self.dataset.num_classes]
-        return (vectors @ vectors.T).numpy()
-
     def batches(self, steps: range, own: range, *, parts: int) -> Iterator[Batch]:
         """Parts `own` of each step in turn; a thread draws the next one while one is in use."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
@@ -139,8 +133,6 @@ class Source:
         images, labels, first, pure = [], [], [], []
         for rng in slots(FRESH, config.fresh_tasks if config.function_loss > 0 else 0):
             (task,) = self.space.sample_fresh(rng, 1)
-            if config.near_tasks and rng.random() < config.near_tasks:
-                task = draw_near(rng, self.space, self._cosines, num_classes=len(task))
             rows = rng.integers(len(task), size=config.images_per_task)
             of_class = np.array(task)[rows]
             pools, counts = self._pools

@@ -223,7 +223,6 @@ class TrainConfig:
         steps: Optimiser steps.
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
-        near_tasks: Share of the fresh tasks whose classes lie near each other.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         function_loss: Factor of the function-space loss (cross-entropy through theta).
@@ -242,7 +241,6 @@ class TrainConfig:
     steps: int = 1000
     zoo_batch: int = 32
     fresh_tasks: int = 8
-    near_tasks: float = 0.0
     images_per_task: int = 64
     weight_loss: float = 1.0
     function_loss: float = 1.0
@@ -260,7 +258,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         _positive(self, *keys, "checkpoint_every")
-        for key in ("near_tasks", "condition_dropout", "warmup", "ema"):
+        for key in ("condition_dropout", "warmup", "ema"):
             if not 0 <= (got := getattr(self, key)) <= 1:
                 raise ConfigError(f"train.{key} is a share, from 0 to 1, got {got}")
         if self.weight_loss <= 0 and self.function_loss <= 0:
