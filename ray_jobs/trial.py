@@ -21,11 +21,12 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_jobs.train import build_trainer
+from tina.files import write_text
 from tina.run import Run
 from tina.space import Domain, Search
 
 METRIC, BEST, TIME = "val_accuracy", "best_accuracy", "val_step"
-HISTORY = "history.jsonl"
+HISTORY, STOPPED = "history.jsonl", "stopped"
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -55,7 +56,7 @@ def run_trial(point: dict[str, Any], search: Search, base: Path, judge: Any) -> 
     run = trial_run(search, base, tune.get_context().get_trial_id(), point)
     run.claim()
     history = read_history(run.folder)
-    if last_step(history) == run.config.train.steps:
+    if last_step(history) == run.config.train.steps or (run.folder / STOPPED).exists():
         # it ended after the last snapshot that Tune was restored from
         tune.report(history[-1])
         return
@@ -129,7 +130,8 @@ class Asha(ASHAScheduler):
     """ASHA that never stops the run's own configuration, the bar that the others are held to.
 
     Ray does not save a scheduler with its sweep: after a restart the rungs are filled again from
-    the trials' histories.
+    the trials' histories. Nor does its last snapshot know of every trial that was stopped: their
+    folders do.
 
     Args:
         folder: Of the sweep.
@@ -153,13 +155,16 @@ class Asha(ASHAScheduler):
         """Take up what a trial of an earlier start has reported."""
         super().on_trial_add(tune_controller, trial)
         for row in read_history(self.folder / trial.trial_id):
-            self.on_trial_result(tune_controller, trial, row)
+            super().on_trial_result(tune_controller, trial, row)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Go on or stop."""
         decision = super().on_trial_result(tune_controller, trial, result)
-        own = self.search.trial(trial.config) == self.search.config
-        return self.CONTINUE if own else decision
+        if self.search.trial(trial.config) == self.search.config:
+            return self.CONTINUE
+        if decision == self.STOP:
+            write_text(self.folder / trial.trial_id / STOPPED, "")
+        return decision
 
 
 class Counter(tune.Callback):

@@ -20,7 +20,15 @@ import yaml
 
 from ray_jobs import tune
 from ray_jobs.sweep_report import is_default
-from ray_jobs.trial import HISTORY, Asha, distribution, read_history
+from ray_jobs.trial import (
+    HISTORY,
+    STOPPED,
+    Asha,
+    distribution,
+    read_history,
+    run_trial,
+    trial_run,
+)
 from tina.config import JobConfig
 from tina.configio import parse_config
 from tina.errors import ConfigError, TinaError
@@ -190,6 +198,7 @@ def test_weak_trials_are_stopped_and_the_default_never(search, tmp_path):
     # before the first rung nobody is judged
     assert [asha.on_trial_result(None, weak, r) for r in rows(0.5, 0.8)] == ["CONTINUE", "STOP"]
     assert [asha.on_trial_result(None, own, r) for r in rows(0.5, 0.1, 0.1)] == ["CONTINUE"] * 3
+    assert [file.parent.name for file in tmp_path.glob(f"*/{STOPPED}")] == ["weak"]
 
 
 def test_rungs_are_filled_from_the_histories_of_an_earlier_start(search, tmp_path):
@@ -199,6 +208,32 @@ def test_rungs_are_filled_from_the_histories_of_an_earlier_start(search, tmp_pat
     for trial in (ended, weak):
         asha.on_trial_add(None, trial)
     assert asha.on_trial_result(None, weak, rows(0.5, 0.8)[1]) == "STOP"
+
+
+def test_a_history_that_is_read_again_stops_nobody(search, tmp_path):
+    asha = Asha(search, tmp_path)
+    for name, accuracy in (("strong", 0.9), ("weak", 0.8)):
+        trial = fake_trial(search, tmp_path, name, rows(0.5, accuracy), train_lr=2e-3)
+        asha.on_trial_add(None, trial)
+    assert not list(tmp_path.glob(f"*/{STOPPED}"))
+
+
+@pytest.mark.parametrize(("stopped", "last"), [(True, 8), (False, 12)])
+def test_a_trial_that_has_ended_trains_no_more(search, tmp_path, monkeypatch, stopped, last):
+    """Stopped or done, but Tune was restored from a snapshot that does not know."""
+    run = trial_run(search, tmp_path, "a", {})
+    assert run.config.train.steps == 12
+    run.folder.mkdir(parents=True)
+    (run.folder / HISTORY).write_text(json.dumps({"step": last}) + "\n")
+    if stopped:
+        (run.folder / STOPPED).touch()
+    reported = []
+    context = SimpleNamespace(get_trial_id=lambda: "a")
+    monkeypatch.setattr("ray_jobs.trial.tune.get_context", lambda: context)
+    monkeypatch.setattr("ray_jobs.trial.tune.report", reported.append)
+    monkeypatch.setattr("ray_jobs.trial.build_trainer", None)
+    run_trial({}, search, tmp_path, judge=None)
+    assert reported == [{"step": last}]
 
 
 def test_both_ends_of_whole_numbers_are_drawn():
