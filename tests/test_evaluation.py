@@ -254,6 +254,43 @@ def test_accuracy_by_the_number_of_unseen_classes(evaluation, axis, tiny_run):
     assert f"| 2 | 3 | {accuracy:.1f} |" in text
 
 
+def test_accuracy_by_the_number_of_classes(report, axis, tiny_run):
+    found = report["by_num_classes"]
+    sizes = [task.num_classes for task in tiny_run.space.held_out[AXIS]]
+    assert [(row["classes"], row["tasks"]) for row in found] == [
+        ([k, k], sizes.count(k)) for k in sorted(set(sizes))
+    ]
+    for method in ("tina", "classifier_selection", "direct_finetuning"):
+        rows = [
+            row["methods"][method] | {"of": row["tasks"]}
+            for row in found
+            if method in row["methods"]
+        ]
+        total = sum(row["accuracy"] * row.get("tasks", row["of"]) for row in rows)
+        whole = axis["methods"][method]
+        assert total == pytest.approx(whole["accuracy"] * whole.get("tasks", axis["tasks"])), method
+    accuracy = 100 * found[0]["methods"]["tina"]["accuracy"]
+    assert f"| {found[0]['classes'][0]} | {found[0]['tasks']} | {accuracy:.1f} |" in markdown(
+        report
+    )
+
+
+def test_many_numbers_of_classes_are_grouped(evaluation, tiny_run, monkeypatch):
+    monkeypatch.setattr(tina.evaluation, "CLASS_GROUPS", 2)
+    found = evaluation.report(dict(evaluation.score_here()))["by_num_classes"]
+    low, high = tiny_run.config.tasks.min_classes, tiny_run.config.tasks.max_classes
+    assert [row["classes"] for row in found] == [[2, 3], [4, 4]]
+    assert (low, high) == (2, 4)
+    assert sum(row["tasks"] for row in found) == 4
+
+
+def test_tasks_of_one_size_have_no_groups(evaluation, tiny_run):
+    config = replace(tiny_run.space.config, min_classes=4, max_classes=4)
+    same = replace(evaluation, space=replace(tiny_run.space, config=config))
+    report = same.report(dict(same.score_here()))
+    assert report["by_num_classes"] == []
+
+
 def test_tasks_below_are_counted_one_by_one(evaluation, axis, tiny_run):
     tasks = tiny_run.space.held_out[AXIS]
     mine = evaluation.score(tasks, evaluation.generate(tasks))
@@ -712,7 +749,8 @@ def test_training_a_mixer_helps_and_repeats(tiny_generator, tiny_run):
 def test_markdown_has_every_method_and_only_measured_axes(report):
     text = markdown(report)
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
-    assert rows == ["method", *ORDER]
+    groups = [str(found["classes"][0]) for found in report["by_num_classes"]]
+    assert rows == ["method", *ORDER, "classes", *groups]
     assert set(ORDER) == report["axes"][AXIS]["methods"].keys()
     assert "unseen combination: 4 tasks, 5 report images per class" in text
     assert "shifted" not in text
@@ -733,7 +771,8 @@ def test_plots(report, tmp_path, determined):
     axis = report["axes"][AXIS]
     axis["gap_closed"], axis["gap_closed_ci95"] = (0.4, [0.1, 0.6]) if determined else (0.4, None)
     files = plot_report(report, tmp_path / "plots")
-    assert [file.name for file in files] == ["accuracy.png", "gap_closed.png", "steps.png"]
+    names = ["accuracy.png", "gap_closed.png", "steps.png", "classes.png"]
+    assert [file.name for file in files] == names
     assert sorted(tmp_path.rglob("*.*")) == sorted(files)
     for file in files:
         content = file.read_bytes()

@@ -35,7 +35,7 @@ from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Score
 from tina.mixer import train_mixer
-from tina.tasks import Task, TaskSpace
+from tina.tasks import AXES, Task, TaskSpace
 from tina.zoo import Zoo
 
 __all__ = [
@@ -55,6 +55,7 @@ GENERIC, UNTRAINED = "generic", "untrained"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
 MIXER = "taper"
 VALIDATION = "validation"
+CLASS_GROUPS = 5  # at most, of neighbouring numbers of classes
 CELL_TASKS = 16  # few enough to keep many workers busy, enough for one generated batch
 Thetas = Sequence[Sequence[Tensor]]
 """Per task, per seed: theta (n,) for the task's K classes."""
@@ -129,6 +130,7 @@ class Evaluation:
                 {"unseen": count, **self._axis(tasks, found[_unseen(count)])}
                 for count, tasks in self.space.unseen.items()
             ],
+            "by_num_classes": self._by_num_classes(found[AXES[0]]),
         }
 
     # -- cells -----------------------------------------------------------------------------------
@@ -331,6 +333,24 @@ class Evaluation:
             "chance": mean(1 / task.num_classes for task in tasks),
             **compare(scores, subset, bootstrap=self.config.bootstrap),
         }
+
+    def _by_num_classes(self, scores: Mapping[str, list[Score]]) -> list[dict[str, Any]]:
+        """The first axis by how many classes a task has; empty where all have as many."""
+        tasks, found = self.space.held_out[AXES[0]], []
+        counts = range(self.space.config.min_classes, self.space.config.max_classes + 1)
+        direct = iter(scores.get(DIRECT, ()))
+        of_task = {
+            task.task_id: {TINA: tina, SELECTION: selection}
+            | ({DIRECT: next(direct)} if task.task_id in self._direct else {})
+            for task, tina, selection in zip(tasks, scores[TINA], scores[SELECTION], strict=True)
+        }
+        for part in np.array_split(counts, min(CLASS_GROUPS, len(counts))) if counts[1:] else ():
+            some = [task for task in tasks if part[0] <= task.num_classes <= part[-1]]
+            if some:
+                rows = [of_task[task.task_id] for task in some]
+                methods = {m: [r[m] for r in rows if m in r] for m in (TINA, SELECTION, DIRECT)}
+                found.append({"classes": part[[0, -1]].tolist(), **self._axis(some, methods)})
+        return found
 
     def _zoo_facts(self) -> dict[str, Any]:
         train = self.zoo.only("train")

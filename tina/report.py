@@ -119,21 +119,53 @@ def markdown(report: Report, only: str | None = None) -> str:
         lines += ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in _rows(axis)]
         lines.append("")
-    if only is None and report["by_unseen_classes"]:
+    if only is None:
         lines += _unseen_table(report["by_unseen_classes"])
+        lines += _counts_table(report.get("by_num_classes", []))  # older reports have none
     return "\n".join(lines)
 
 
 def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Accuracy by the number of a task's classes that nothing was trained on."""
     header = ["unseen classes", "tasks", TINA, UNTRAINED, SELECTION, "Tina minus it, points"]
-    lines = ["| " + " | ".join(header) + " |", "|---:" * len(header) + "|"]
+    rows = []
     for found in counts:
         row = [str(found["unseen"]), str(found["tasks"])]
         row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, UNTRAINED, SELECTION)]
+        rows.append([*row, _points(found["tina_minus"][SELECTION])])
+    return _table(header, rows)
+
+
+def _counts_table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Accuracy by a task's number of classes."""
+    header = ["classes", "tasks", TINA, SELECTION, "Tina minus it, points"]
+    header += [f"tasks with {DIRECT}", DIRECT, "Tina minus it, points"]
+    rows = []
+    for found in groups:
+        row = [_span(found), str(found["tasks"])]
+        row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, SELECTION)]
         row.append(_points(found["tina_minus"][SELECTION]))
-        lines.append("| " + " | ".join(row) + " |")
-    return [*lines, ""]
+        if direct := found["methods"].get(DIRECT):
+            row += [str(direct["tasks"]), _percent(direct["accuracy"])]
+            row.append(_points(found["tina_minus"][DIRECT]))
+        else:
+            row += ["0", "", ""]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _span(group: Mapping[str, Any]) -> str:
+    """A group's numbers of classes."""
+    low, high = group["classes"]
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table of numbers in Markdown, none without rows."""
+    if not rows:
+        return []
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return [lines[0], "|---:" * len(header) + "|", *lines[1:], ""]
 
 
 def model_card(name: str, generator: Generator, report: Report) -> str:
@@ -150,8 +182,17 @@ def model_card(name: str, generator: Generator, report: Report) -> str:
     )
 
 
+def _spread(value: float, ci95: Sequence[float]) -> list[list[float]]:
+    """An interval as matplotlib's error bars take it: lengths below and above."""
+    return [[max(0, value - ci95[0])], [max(0, ci95[1] - value)]]
+
+
 def plot_report(report: Report, folder: Path) -> list[Path]:
-    """Write `accuracy.png`, `gap_closed.png` and `steps.png`; returns their paths."""
+    """Write the plots and return their paths.
+
+    `accuracy.png`, `gap_closed.png`, `steps.png`; `classes.png` where tasks differ in their number
+    of classes.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -174,9 +215,8 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
         shown = [m for m in reversed(ORDER) if m in axis["methods"]]
         for y, method in enumerate(shown):
             found = axis["methods"][method]
-            value, (low, high) = found["accuracy"], found["ci95"]
+            value, spread = found["accuracy"], _spread(found["accuracy"], found["ci95"])
             color = "tab:red" if method == TINA else "tab:blue"
-            spread = [[max(0, value - low)], [max(0, high - value)]]
             panel.errorbar(value, y, xerr=spread, fmt="o", color=color, capsize=3)
         panel.axvline(axis["chance"], color="grey", linestyle=":", label="chance")
         panel.set_yticks(range(len(shown)), [m.replace("_", " ") for m in shown])
@@ -192,8 +232,7 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
             0.5, 0.5, "undetermined: no measurable gap", ha="center", transform=panel.transAxes
         )
     for x, axis in enumerate(gaps.values()):
-        value, (low, high) = axis["gap_closed"], axis["gap_closed_ci95"]
-        spread = [[max(0, value - low)], [max(0, high - value)]]
+        value, spread = axis["gap_closed"], _spread(axis["gap_closed"], axis["gap_closed_ci95"])
         panel.errorbar(x, value, yerr=spread, fmt="o", color="tab:red", capsize=4)
     panel.axhline(0, color="grey", label="classifier selection")
     panel.axhline(1, color="grey", linestyle="--", label="direct fine-tuning")
@@ -211,4 +250,21 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
     panel.set_xlabel("sampling steps")
     panel.set_ylabel("accuracy on validation tasks (select images)")
     save(figure, "steps.png")
+
+    if groups := report["by_num_classes"]:
+        figure, panel = plt.subplots(figsize=(5.5, 3.8))
+        for shift, (method, color) in enumerate(
+            ((SELECTION, "tab:blue"), (DIRECT, "tab:green"), (TINA, "tab:red"))
+        ):
+            for x, group in enumerate(groups):
+                if found := group["methods"].get(method):
+                    value, spread = found["accuracy"], _spread(found["accuracy"], found["ci95"])
+                    place = x + 0.12 * shift
+                    panel.errorbar(place, value, yerr=spread, fmt="o", color=color, capsize=3)
+            panel.plot([], [], "o", color=color, label=method.replace("_", " "))
+        panel.set_xticks(range(len(groups)), [_span(group) for group in groups])
+        panel.set_xlabel("classes of a task")
+        panel.set_ylabel("accuracy on report images, 95 % interval")
+        panel.legend()
+        save(figure, "classes.png")
     return written
