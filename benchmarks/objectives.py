@@ -8,10 +8,9 @@ weights are measured on `select` images of class sets that are no task of the ru
 classifier selection are paired by set. Nothing here reads `report` images. A row per objective is
 appended to results/objectives.jsonl.
 
-The regressor is the same network, taught and asked at the last timestep alone with zeros for x_t:
-it has no noise to start from, so that it makes one classifier per prompt. The others are sampled
-with several seeds: their mean, the best of them by the (here unknowable) accuracy, and the mean of
-their weights.
+The regressor is the same network with `diffusion.schedule` none: zeros in the place of noise and
+one step, so that it makes one classifier per prompt. The others are sampled with several seeds:
+their mean, the best of them by the (here unknowable) accuracy, and the mean of their weights.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -28,10 +27,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import append, load
-from tina.batches import Batch, Source
 from tina.checkpoint import load_generator
 from tina.classifiers import predict
-from tina.config import TrainConfig
+from tina.config import DiffusionConfig, TrainConfig
 from tina.engine import LocalEngine
 from tina.finetune import Lesson
 from tina.generator import Generator
@@ -46,23 +44,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "function": {"weight_loss": 0.0},
     REGRESSOR: {"weight_loss": 0.0},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Silent(Source):
-    """Batches without noise, all of them at the last timestep."""
-
-    def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
-        """As `Source.batch`."""
-        found = super().batch(step, part=part, parts=parts)
-        last = self.generator.config.diffusion.timesteps - 1
-        return replace(
-            found,
-            noise=torch.zeros_like(found.noise),
-            first=torch.zeros_like(found.first),
-            pure=torch.ones_like(found.pure),
-            t=torch.full_like(found.t, last),
-        )
+NOISELESS = DiffusionConfig(schedule="none", timesteps=1, sampling_steps=1)
 
 
 def measure(
@@ -90,20 +72,13 @@ def against(found: np.ndarray, base: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def generated(
-    generator: Generator, sets: Sequence[Sequence[int]], *, silent: bool, **options: int
+    generator: Generator, sets: Sequence[Sequence[int]], *, seeds: int, **options: int
 ) -> list[list[Tensor]]:
-    """Per seed a theta for each set; the regressor has one seed, and zeros for its noise."""
+    """Per seed a theta for each set."""
     embeddings, mask = generator.vocabulary.of(sets)
     found = []
-    for seed in range(1 if silent else SEEDS):
-        if silent:
-            walk = generator.begin(embeddings, mask, seeds=[0] * len(sets), steps=1)
-            last = generator.config.diffusion.timesteps - 1
-            t = torch.full((len(sets),), last)
-            tokens = generator.denoise_at([last])(torch.zeros_like(walk.x), t, walk.cond, walk.mask)
-            body, rows = generator.finish(tokens, embeddings, mask)
-        else:
-            body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(sets), **options)
+    for seed in range(seeds):
+        body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(sets), **options)
         found.append([generator.theta(body[i], rows[i, : len(s)]) for i, s in enumerate(sets)])
     return found
 
@@ -114,14 +89,13 @@ def learn(run: Run, name: str, steps: int) -> Generator:
         run.config.train, **OBJECTIVES[name], steps=steps, checkpoint_every=steps, accumulation=1
     )
     generator = load_generator(run.start)
-    denoiser = generator.denoiser.train().requires_grad_(True)
-    source = run.source(generator, config)
     if name == REGRESSOR:
-        source = Silent(**{k: v for k, v in vars(source).items() if not k.startswith("_")})
+        generator = replace(generator, config=replace(generator.config, diffusion=NOISELESS))
+    denoiser = generator.denoiser.train().requires_grad_(True)
     done = train(
         config,
         engine=LocalEngine(denoiser, config),
-        source=source,
+        source=run.source(generator, config),
         start=Progress.start(denoiser),
         report=lambda progress, figures: None,
         validate=None,
@@ -151,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             generator.theta(generator.generic.body, generator.generic.select(s)) for s in sets
         ]
         base = measure(generator, run, lessons, inherited)
-        silent = name == REGRESSOR
-        seeds = generated(generator, sets, silent=silent)
+        seeds = generated(generator, sets, seeds=1 if name == REGRESSOR else SEEDS)
         scores = np.stack([measure(generator, run, lessons, thetas) for thetas in seeds])
         figures: dict[str, object] = {
             "objective": name,
@@ -162,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "selection": [round(float(v), 4) for v in base.mean(0)],
             "one_sample": against(scores[0], base),
         }
-        if not silent:
+        if name != REGRESSOR:
             mixed = [torch.stack(thetas).mean(0) for thetas in zip(*seeds, strict=True)]
             figures |= {
                 "best_of_seeds": against(scores.max(0), base)["accuracy_points"],
@@ -175,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         generator,
                         run,
                         lessons,
-                        generated(generator, sets, silent=False, steps=1)[0],
+                        generated(generator, sets, seeds=1, steps=1)[0],
                     ),
                     base,
                 ),

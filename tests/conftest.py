@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def tiny_generator(tiny_run: Run) -> Generator:
     )
     generator.denoiser.eval().requires_grad_(False)
     return generator
+
+
+@pytest.fixture(scope="session")
+def tiny_regressor(tiny_generator: Generator) -> Generator:
+    """The same network, asked for one step from zeros."""
+    diffusion = DiffusionConfig(schedule="none", timesteps=1, sampling_steps=1)
+    return replace(tiny_generator, config=replace(tiny_generator.config, diffusion=diffusion))
 
 
 @pytest.fixture(scope="session")

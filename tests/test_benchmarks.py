@@ -169,20 +169,6 @@ def test_a_difference_is_paired_and_has_its_standard_error():
     }
 
 
-def test_silent_batches_are_the_same_without_noise(tiny_run, tiny_generator):
-    source = tiny_run.source(tiny_generator, tiny_run.config.train)
-    silent = objectives.Silent(**{k: v for k, v in vars(source).items() if not k.startswith("_")})
-    one, other = source.batch(3), silent.batch(3)
-    last = tiny_generator.config.diffusion.timesteps - 1
-    assert not other.noise.any()
-    assert not other.first.any()
-    assert other.pure.all()
-    assert (other.t == last).all()
-    for key in ("tokens", "cond", "mask", "rows"):
-        assert torch.equal(getattr(one, key), getattr(other, key))
-    assert all(torch.equal(a, b) for a, b in zip(one.images, other.images, strict=True))
-
-
 @pytest.fixture
 def started_run(tiny_run, tmp_path):
     """A copy of the tiny run with its untrained generator."""

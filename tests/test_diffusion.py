@@ -10,6 +10,7 @@ import torch
 
 from tina.config import DiffusionConfig
 from tina.diffusion import (
+    Step,
     add_noise,
     advance,
     as_x0,
@@ -17,6 +18,7 @@ from tina.diffusion import (
     guided,
     initial_noise,
     join,
+    noise_scale,
     plan,
     sample,
     signal_level,
@@ -501,6 +503,26 @@ def test_samples_that_join_and_leave_a_pass_are_what_they_are_alone(sampler):
     for i in range(len(asked)):
         alone = sample(attentive, start(i))
         torch.testing.assert_close(found[i], alone, atol=1e-5, rtol=1e-5)
+
+
+# --- no noise -------------------------------------------------------------------------------------
+
+
+def test_a_regressor_takes_one_step_from_zeros():
+    config = configure(schedule="none", timesteps=1, sampling_steps=1)
+    assert plan(config, 1) == (Step(t=0, keep=0.0, move=1.0),)
+    assert noise_scale(config) == 0
+    assert noise_scale(configure()) == 1
+    x0, eps = initial_noise(range(3), (4, 5)), torch.zeros(3, 4, 5)
+    level = signal_level(config)[torch.zeros(3, dtype=torch.int64)]
+    assert torch.equal(add_noise(x0, eps, level), eps)  # nothing of the answer is shown
+
+
+@pytest.mark.parametrize("options", [{"timesteps": 1000}, {"prediction": "v"}])
+def test_a_regressor_of_many_steps_is_refused(options):
+    values = {"schedule": "none", "timesteps": 1, "sampling_steps": 1} | options
+    with pytest.raises(ConfigError, match=r"schedule none needs diffusion\.timesteps 1"):
+        configure(**values)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,11 @@ import tina.evaluation
 import tina.novelty
 from tina.baselines import class_mean, classifier_selection, nearest_pmodel, ridge
 from tina.batches import Source
+from tina.checkpoint import save_generator
 from tina.classifiers import InputStore
+from tina.config import DenoiserConfig
 from tina.engine import LocalEngine
+from tina.errors import ConfigError
 from tina.evaluation import Evaluation
 from tina.finetune import Lesson
 from tina.generator import Generator
@@ -33,6 +37,7 @@ from tina.zoo import Zoo, build_rows
 AXIS = "unseen_combination"
 WITHOUT_IMAGES = {
     "tina",
+    "one_step_regressor",
     "untrained",
     "generic",
     "classifier_selection",
@@ -66,7 +71,7 @@ class Recording(InputStore):
 
 
 @pytest.fixture(scope="module")
-def evaluation(tiny_run, tiny_generator):
+def evaluation(tiny_run, tiny_generator, tiny_regressor):
     watched = Watched(**{k: v for k, v in vars(tiny_generator).items() if not k.startswith("_")})
     object.__setattr__(watched, "asked", [])
     return Evaluation(
@@ -77,6 +82,7 @@ def evaluation(tiny_run, tiny_generator):
         zoo=tiny_run.read_zoo("zoo"),
         direct=tiny_run.read_zoo("direct"),
         store=tiny_run.store,
+        regressor=tiny_regressor,
     )
 
 
@@ -289,6 +295,49 @@ def test_tasks_of_one_size_have_no_groups(evaluation, tiny_run):
     same = replace(evaluation, space=replace(tiny_run.space, config=config))
     report = same.report(dict(same.score_here()))
     assert report["by_num_classes"] == []
+
+
+def test_the_regressors_row_is_what_it_generates(evaluation, axis, tiny_run, tiny_regressor):
+    tasks = tiny_run.space.held_out[AXIS]
+    thetas = []
+    for task in tasks:
+        body, rows = tiny_regressor.generate(
+            *tiny_regressor.vocabulary.of([task.class_ids]), seeds=[7]
+        )
+        thetas.append([tiny_regressor.theta(body[0], rows[0])])
+    scores = evaluation.score(tasks, thetas)
+    accuracy = sum(score.accuracy for score in scores) / len(scores)
+    assert axis["methods"]["one_step_regressor"]["accuracy"] == pytest.approx(accuracy)
+    others = evaluation.score(tasks, evaluation.generate(tasks, seeds=1))
+    assert any((a.confidence != b.confidence).any() for a, b in zip(scores, others, strict=True))
+
+
+def test_a_run_names_its_regressor(tiny_run, tiny_regressor, tmp_path):
+    folder = tmp_path / "runs"
+    shutil.copytree(tiny_run.folder, folder / "tiny", ignore=lambda *_: ["config.yaml"])
+    other = replace(
+        tiny_run.config,
+        name="other",
+        storage=str(folder),
+        diffusion=tiny_regressor.config.diffusion,
+    )
+    asked = replace(tiny_run.config.evaluation, regressor="other")
+    run = Run(replace(tiny_run.config, storage=str(folder), evaluation=asked))
+    with pytest.raises(ConfigError, match="holds no run"):
+        run.regressor()
+    Run(other).claim()
+    with pytest.raises(ConfigError, match="regressor other is no trained run of schedule none"):
+        run.regressor()
+    save_generator(tiny_regressor, Run(other).trained, card="x")
+    found = run.evaluation(tiny_regressor).regressor
+    assert found.config.diffusion.schedule == "none"
+    Run(replace(other, name="noisy", diffusion=tiny_run.config.diffusion)).claim()
+    Run(replace(other, name="wide", denoiser=DenoiserConfig(width=64))).claim()
+    for name, words in (("noisy", "schedule none"), ("wide", "another denoiser than")):
+        config = replace(run.config, evaluation=replace(asked, regressor=name))
+        with pytest.raises(ConfigError, match=words):
+            Run(config).regressor()
+    assert tiny_run.regressor() is None
 
 
 def test_tasks_below_are_counted_one_by_one(evaluation, axis, tiny_run):

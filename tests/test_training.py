@@ -657,6 +657,15 @@ def test_fresh_tasks_start_from_pure_noise_or_the_own_prediction(tiny_run, base,
     assert (centre < 0.2).all()
 
 
+def test_a_regressor_is_taught_the_same_without_noise(tiny_run, base, tiny_regressor, short):
+    one = tiny_run.source(base, short).batch(3)
+    other = tiny_run.source(tiny_regressor, short).batch(3)
+    for noise in (other.noise, other.first, other.t):
+        assert not noise.any()
+    for key in ("tokens", "cond", "mask", "rows"):
+        assert torch.equal(getattr(one, key), getattr(other, key))
+
+
 def test_both_losses_carry_their_factors(tiny_run, fresh, short):
     """Doubling both factors doubles the gradient."""
     taken = []

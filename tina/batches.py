@@ -23,6 +23,7 @@ from torch import Tensor
 from tina.classifiers import InputStore
 from tina.config import TrainConfig
 from tina.datasets import Dataset
+from tina.diffusion import noise_scale
 from tina.generator import Generator
 from tina.tasks import TaskSpace
 from tina.zoo import Zoo
@@ -147,6 +148,7 @@ class Source:
             first.append(rng.standard_normal(shape, dtype=np.float32))
         embeddings, mask = generator.vocabulary.of(classes, generator.max_classes)
         _, inherited = generator.inherit(embeddings[len(picks) :])
+        scale = noise_scale(generator.config.diffusion)
         return Batch(
             tokens=self._tokens[picks],
             cond=generator.vocabulary.condition(embeddings),
@@ -155,10 +157,10 @@ class Source:
             rows=inherited,
             images=images,
             labels=labels,
-            noise=torch.from_numpy(np.stack(noise)),
+            noise=torch.from_numpy(np.stack(noise)) * scale,
             t=torch.tensor(t),
             drop=torch.tensor(drop),
-            first=torch.from_numpy(np.stack(first)) if first else torch.empty(0, *shape),
+            first=torch.from_numpy(np.stack(first)) * scale if first else torch.empty(0, *shape),
             pure=torch.tensor(pure, dtype=torch.bool),
         )
 

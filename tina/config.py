@@ -190,7 +190,7 @@ class DiffusionConfig:
     """Noise schedule, what the network predicts, and sampler.
 
     Args:
-        schedule: Betas: linear or cosine.
+        schedule: Betas: linear or cosine; none for a regressor: one step from zeros, no noise.
         beta_range: Ends of the linear betas at T = 1000; default: the paper's.
         timesteps: T, number of noise levels in training.
         prediction: x0, or v of Salimans & Ho 2022: then an untrained generator is not selection.
@@ -199,7 +199,7 @@ class DiffusionConfig:
         guidance: Default classifier-free guidance; 1 is the conditional model alone.
     """
 
-    schedule: Literal["linear", "cosine"] = "cosine"
+    schedule: Literal["linear", "cosine", "none"] = "cosine"
     beta_range: tuple[float, float] = (1e-4, 0.02)
     timesteps: int = 1000
     prediction: Literal["x0", "v"] = "x0"
@@ -213,6 +213,8 @@ class DiffusionConfig:
             raise ConfigError(f"diffusion.beta_range must rise in 0..T / 1000, got {low}, {high}")
         if not 1 <= steps <= most:
             raise ConfigError(f"diffusion.sampling_steps must lie in 1..{most}, got {steps}")
+        if self.schedule == "none" and (most, self.prediction) != (1, "x0"):
+            raise ConfigError("diffusion.schedule none needs diffusion.timesteps 1, prediction x0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +266,7 @@ class TrainConfig:
         if self.weight_loss <= 0 and self.function_loss <= 0:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:
-            raise ConfigError(
-                f"train.function_loss is {self.function_loss}: it needs train.fresh_tasks above 0"
-            )
+            raise ConfigError("train.function_loss above 0 needs train.fresh_tasks above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +281,8 @@ class EvaluationConfig:
         bootstrap: Resamples for the intervals.
         sampling_steps: Step counts of the accuracy-against-steps curve.
         mixer_steps: Training steps of the mixer baseline (`tina.mixer`); 0 leaves its row out.
+        regressor: Name of a trained run beside this one that differs in `diffusion` alone, whose
+            schedule is none: a row of the report.
     """
 
     direct_tasks: int = 20
@@ -290,6 +292,7 @@ class EvaluationConfig:
     bootstrap: int = 1000
     sampling_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     mixer_steps: int = 0
+    regressor: str = ""
 
     def __post_init__(self) -> None:
         _positive(self, "direct_tasks", "seeds", "bootstrap")
@@ -298,10 +301,8 @@ class EvaluationConfig:
                 raise ConfigError(f"evaluation.{key} must not be negative, got {got}")
         if self.images_per_class is not None:
             _positive(self, "images_per_class")
-        if not self.sampling_steps or min(self.sampling_steps) < 1:
-            raise ConfigError(
-                f"evaluation.sampling_steps must be positive, got {self.sampling_steps}"
-            )
+        if min(steps := self.sampling_steps, default=0) < 1:
+            raise ConfigError(f"evaluation.sampling_steps must be positive, got {steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ Denoise = Callable[..., Tensor]
 def _levels(config: DiffusionConfig) -> np.ndarray:
     """abar_t, (T,) float64: the product of 1 - beta up to t."""
     n = config.timesteps
+    if config.schedule == "none":
+        return np.zeros(n)
     if config.schedule == "linear":
         # ends given for T = 1000, scaled so that abar_T is the same at any T
         betas = np.linspace(*config.beta_range, n) * 1000 / n
@@ -130,6 +132,11 @@ def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
     """x_t from x_0 (B, L, P), eps (B, L, P) and abar_t (B,): Ho et al. 2020, eq. 4."""
     abar = abar.view(-1, 1, 1)
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def noise_scale(config: DiffusionConfig) -> float:
+    """Standard deviation of eps: a regressor sees zeros in the place of noise."""
+    return 0.0 if config.schedule == "none" else 1.0
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Tensor:

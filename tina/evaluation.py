@@ -41,6 +41,7 @@ from tina.zoo import Zoo
 __all__ = [
     "DIRECT",
     "MIXER",
+    "REGRESSOR",
     "SELECTION",
     "SHUFFLED",
     "SWAPPED",
@@ -53,7 +54,7 @@ __all__ = [
 
 GENERIC, UNTRAINED = "generic", "untrained"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
-MIXER = "taper"
+MIXER, REGRESSOR = "taper", "one_step_regressor"
 VALIDATION = "validation"
 CLASS_GROUPS = 5  # at most, of neighbouring numbers of classes
 CELL_TASKS = 16  # few enough to keep many workers busy, enough for one generated batch
@@ -83,6 +84,7 @@ class Evaluation:
         zoo: Training and validation p-models.
         direct: Direct fine-tuning on a subset of the held-out tasks, and the twins of some of them:
             the same task fine-tuned again with other batches.
+        regressor: The same transformer, trained without noise.
     """
 
     generator: Generator
@@ -92,6 +94,7 @@ class Evaluation:
     zoo: Zoo
     direct: Zoo
     store: InputStore
+    regressor: Generator | None = None
 
     def report(self, scores: Mapping[Cell, Sequence[Score]], **facts: Any) -> dict[str, Any]:
         """The report as plain values.
@@ -216,6 +219,7 @@ class Evaluation:
             # these two are tuned or trained when they are first asked for
             "ridge": of(lambda task: self._tuned_ridge(task)),
             **({MIXER: of(lambda task: self._mixer(task))} if self.config.mixer_steps else {}),
+            **({REGRESSOR: self._regress} if self.regressor else {}),
             SWAPPED: lambda tasks: self.generate(
                 tasks, conditions=[self._others[task.task_id] for task in tasks]
             ),
@@ -270,6 +274,11 @@ class Evaluation:
             steps=self.config.mixer_steps,
             seed=0,
         )
+
+    def _regress(self, tasks: Sequence[Task]) -> Thetas:
+        """What the regressor makes of the prompts; it has one classifier for each."""
+        assert self.regressor
+        return replace(self, generator=self.regressor).generate(tasks, seeds=1)
 
     @cached_property
     def _direct(self) -> dict[str, Tensor]:

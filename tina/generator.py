@@ -15,7 +15,7 @@ from torch import Tensor
 from tina.classifiers import Family
 from tina.codec import Codec
 from tina.config import GeneratorConfig
-from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, sample
+from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, noise_scale, sample
 from tina.errors import NonFiniteError
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
@@ -50,7 +50,8 @@ class Generator:
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """x_T (B, S + max_classes, P): always of full length, so that K does not change a draw."""
         length = self.codec.body_tokens + self.max_classes
-        return initial_noise(seeds, (length, self.codec.width))
+        noise = initial_noise(seeds, (length, self.codec.width))
+        return noise * noise_scale(self.config.diffusion)
 
     def begin(
         self,

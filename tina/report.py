@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tina.evaluation import DIRECT, MIXER, SELECTION, SHUFFLED, SWAPPED, TINA, UNTRAINED
+from tina.evaluation import DIRECT, MIXER, REGRESSOR, SELECTION, SHUFFLED, SWAPPED, TINA, UNTRAINED
 from tina.files import write_whole
 from tina.generator import Generator
 
 ORDER = (
     DIRECT,
     TINA,
+    REGRESSOR,
     "ridge",
     "nearest_pmodel",
     "class_mean",

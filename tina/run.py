@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tina.batches import Source
-from tina.checkpoint import attach_trunk, save_generator
+from tina.checkpoint import attach_trunk, load_generator, save_generator
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
@@ -292,7 +292,27 @@ class Run:
             zoo=self.read_zoo("zoo"),
             direct=self.read_zoo("direct"),
             store=self.store,
+            regressor=self.regressor(),
         )
+
+    def regressor(self) -> Generator | None:
+        """The generator of the run that `evaluation.regressor` names, if it names one.
+
+        Raises:
+            ConfigError: There is none, or it is not this run's in all but the noise.
+        """
+        if not (name := self.config.evaluation.regressor):
+            return None
+        other = Run.open(self.folder.parent / name)
+        mine, its = config_to_dict(self.config), config_to_dict(other.config)
+        keys = ("data", "tasks", "classifier", "prompt", "denoiser", "train")
+        if differing := [key for key in keys if mine[key] != its[key]]:
+            raise ConfigError(
+                f"evaluation.regressor {name} has another {', '.join(differing)} than {self.folder}"
+            )
+        if other.config.diffusion.schedule != "none" or not other.trained.is_dir():
+            raise ConfigError(f"evaluation.regressor {name} is no trained run of schedule none")
+        return load_generator(other.trained)
 
     def evaluate(
         self,
