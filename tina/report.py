@@ -263,9 +263,11 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
             panel.plot([], [], "o", color=color, label=method.replace("_", " "))
             for x, diff in enumerate(found):
                 if diff:
-                    value, spread = 100 * diff["diff"], [100 * end for end in diff["ci95"]]
-                    place, bar = x + 0.12 * shift, _spread(value, spread)
-                    panel.errorbar(place, value, yerr=bar, fmt="o", color=color, capsize=3)
+                    value, ci95 = 100 * diff["diff"], [100 * end for end in diff["ci95"]]
+                    bar = _spread(value, ci95)
+                    panel.errorbar(
+                        x + 0.12 * shift, value, yerr=bar, fmt="o", color=color, capsize=3
+                    )
         panel.set_xticks(range(len(groups)), [_span(group) for group in groups])
         panel.set_xlabel("classes of a task")
         panel.set_ylabel("points above selection, 95 % interval")
