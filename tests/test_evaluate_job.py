@@ -102,6 +102,7 @@ def test_the_checkpoint_is_released_with_its_numbers(run, without_ray):
         "accuracy.png",
         "gap_closed.png",
         "steps.png",
+        "classes.png",
     }
     check_manifest(run.checkpoint)
     released, trained = files(run.checkpoint), files(run.trained)
