@@ -343,6 +343,7 @@ def test_from_images_to_a_report(tmp_path):
         "accuracy.png",
         "gap_closed.png",
         "steps.png",
+        "classes.png",
     }
     zoo = run.read_zoo("zoo")
     assert set(zoo.task_ids) == {task.task_id for task in run.zoo_tasks("zoo")}
