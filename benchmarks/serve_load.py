@@ -29,7 +29,7 @@ from benchmarks.record import append, load, percentiles
 CLIENTS, OVERLOAD = 32, 5
 PORT = 8123
 Answers = list[tuple[float, float, int]]
-"""Start (s), latency (s), status; 0 for a broken connection."""
+"""Start (s), latency (s), status; 0 for a connection that broke or was never answered."""
 
 
 async def ask(session: aiohttp.ClientSession, body: dict[str, object], answers: Answers) -> None:
@@ -40,7 +40,7 @@ async def ask(session: aiohttp.ClientSession, body: dict[str, object], answers: 
         async with session.post("/v1/models", json=body, headers=headers) as response:
             await response.read()
             status = response.status
-    except aiohttp.ClientError:
+    except (aiohttp.ClientError, TimeoutError):
         status = 0
     answers.append((begin, time.perf_counter() - begin, status))
 
