@@ -93,6 +93,7 @@ def elsewhere(loop: object, *args: object) -> Answers:
     here, there = context.Pipe()
     process = context.Process(target=_run, args=(loop, args, there))
     process.start()
+    there.close()  # so that a process that fails ends the wait
     answers: Answers = here.recv()
     process.join()
     return answers
