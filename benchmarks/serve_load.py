@@ -3,8 +3,9 @@
     python -m benchmarks.serve_load --checkpoint runs/cifar100_cnn5k/checkpoint
 
 One run on one machine: the pipeline alone at several batch sizes, then the service under one client
-at a time, under 32, and at five times its capacity. The load comes from a process of its own, on
-the same cores. Appends a row to results/serve_load.jsonl.
+at a time, under 32, and at five times its capacity over at most 1,000 connections, which are kept
+open. The load comes from a process of its own, on the same cores. Appends a row to
+results/serve_load.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import psutil
 from benchmarks.record import append, load, percentiles
 
 CLIENTS, OVERLOAD = 32, 5
+CONNECTIONS = 1000  # one for each request would fill the kernel's queues, not the service
 PORT = 8123
 Answers = list[tuple[float, float, int]]
 """Start (s), latency (s), status; 0 for a connection that broke or was never answered."""
@@ -62,10 +64,13 @@ async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> A
 
 
 async def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
-    """Requests at a fixed rate, whatever becomes of them."""
+    """Requests at a fixed rate, whatever becomes of them.
+
+    The latency of one counts from when it is due, also while all connections are busy.
+    """
     answers: Answers = []
     begin, tasks = time.perf_counter(), []
-    async with session_of(0) as session:
+    async with session_of(CONNECTIONS) as session:
         for i in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, begin + i / rate - time.perf_counter()))
             body: dict[str, object] = {"classes": list(classes), "seed": 10**9 + i}
@@ -75,7 +80,7 @@ async def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answ
 
 
 def session_of(connections: int) -> aiohttp.ClientSession:
-    """A session; 0 connections are any number."""
+    """A session of at most so many connections."""
     return aiohttp.ClientSession(
         f"http://127.0.0.1:{PORT}",
         connector=aiohttp.TCPConnector(limit=connections),
