@@ -66,7 +66,7 @@ async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> A
 async def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
     """Requests at a fixed rate, whatever becomes of them.
 
-    The latency of one counts from when it is due, also while all connections are busy.
+    The latency of one includes its wait for a connection.
     """
     answers: Answers = []
     begin, tasks = time.perf_counter(), []
