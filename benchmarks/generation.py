@@ -38,8 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import append, load, percentiles
 from tina import TinaPipeline
 from tina.classifiers import InputStore
-from tina.config import JobConfig
-from tina.configio import config_from_dict, config_to_dict
 from tina.diffusion import advance, as_x0, begin
 from tina.files import write_text
 from tina.finetune import Lesson, accuracy, finetune, initial_theta
@@ -272,10 +270,7 @@ def roofline(generator: Generator, turns: int) -> dict[str, object]:
 
 def accuracies(checkpoint: Path, generator: Generator) -> dict[str, object]:
     """Of the run's validation tasks on `select` images: both samplers', and fine-tuning's."""
-    folder = checkpoint.parent
-    values = config_to_dict(Run.open(folder).config)  # the folder may have been moved
-    moved = values | {"name": folder.name, "storage": str(folder.parent)}
-    run = Run(config_from_dict(JobConfig, moved))
+    run = Run.open(checkpoint.parent)
     weights = generator.denoiser.state_dict()
     diffusion = replace(generator.config.diffusion, sampler="ddpm", sampling_steps=PAPER_STEPS)
     slow = replace(generator, config=replace(generator.config, diffusion=diffusion))

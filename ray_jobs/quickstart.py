@@ -14,6 +14,7 @@ from ray_jobs.build_zoo import build_zoo, ensure_generic
 from ray_jobs.evaluate import evaluate
 from ray_jobs.job import run_job, start_ray
 from ray_jobs.train import check_ready, train_generator
+from tina.configio import config_to_dict
 from tina.report import print_report
 from tina.run import Run
 
@@ -28,7 +29,10 @@ def work(run: Run) -> None:
         build_zoo(run, "zoo")
         train_generator(run)
         evaluate(run)
-    print_report(json.loads(run.report_file.read_text()))
+    report = json.loads(run.report_file.read_text())
+    print_report(report)
+    if report.get("evaluation") != config_to_dict(run.config.evaluation):
+        print("the report was made with other evaluation settings; ray_jobs.evaluate makes it anew")
     print(f"{run.folder}: report.json, plots/, checkpoint/ ({time.monotonic() - begin:.0f} s)")
 
 

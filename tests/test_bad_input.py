@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ray_jobs.job import run_job
 from tina import TinaPipeline, load_classifier
+from tina.checkpoint import check_manifest
 from tina.classifiers import build_family
 from tina.cli import main
 from tina.config import DataConfig, JobConfig
@@ -324,6 +325,13 @@ def test_a_missing_file(name, checkpoint, refuse_checkpoint):
 def test_an_additional_file(checkpoint, refuse_checkpoint):
     (checkpoint / "extra.pkl").write_bytes(b"")
     refuse_checkpoint(r"not in the manifest: extra\.pkl")
+
+
+def test_what_git_and_the_hub_add_is_no_part_of_a_checkpoint(checkpoint):
+    before = check_manifest(checkpoint)
+    (checkpoint / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (checkpoint / ".git").mkdir()
+    assert check_manifest(checkpoint) == before
 
 
 def test_another_layout(checkpoint, refuse_checkpoint):
@@ -644,8 +652,13 @@ def _no_work(run):
         (["--train.learning_rate", "1"], "valid keys: name, storage, tracking, data.name"),
         (["--train.lr", "fast"], "train.lr"),
         (["--train.lr", "-1"], "TrainConfig.lr must be above 0, got -1"),
-        (["--train.condition_dropout", "-0.1"], "train.condition_dropout is a share"),
+        (["--train.condition_dropout", "-0.1"], "TrainConfig.condition_dropout is a share"),
         (["--storage", "runs"], "storage must be an absolute path"),
+        (["--data.root", "images"], "data.root must be an absolute path"),
+        (["--prompt.encoder", "table", "--prompt.weights", "t.parquet"], "prompt.weights must be"),
+        (["--classifier.direct.warmup", "5"], "RecipeConfig.warmup is a share"),
+        (["--classifier.finetune.weight_decay", "-1"], "RecipeConfig.weight_decay must not be"),
+        (["--train.weight_loss", "-1"], "TrainConfig.weight_loss must not be negative"),
         (["--name", "../other"], "name must be a plain folder name"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--tasks.min_classes", "9"], "got 9 and 6"),

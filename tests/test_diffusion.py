@@ -518,6 +518,18 @@ def test_a_regressor_takes_one_step_from_zeros():
     assert torch.equal(add_noise(x0, eps, level), eps)  # nothing of the answer is shown
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
+@pytest.mark.parametrize("most", [1, 7, 50, 1000])
+def test_every_number_of_steps_has_that_many_within_range(sampler, most):
+    config = DiffusionConfig(timesteps=most, sampler=sampler, sampling_steps=1)
+    for steps in range(1, most + 1):
+        times = [step.t for step in plan(config, steps)]
+        assert len(times) == steps
+        assert times[0] == most - 1
+        assert times[-1] >= 0
+        assert all(a > b for a, b in itertools.pairwise(times))
+
+
 @pytest.mark.parametrize("options", [{"timesteps": 1000}, {"prediction": "v"}])
 def test_a_regressor_of_many_steps_is_refused(options):
     values = {"schedule": "none", "timesteps": 1, "sampling_steps": 1} | options

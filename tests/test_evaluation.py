@@ -20,6 +20,7 @@ from tina.batches import Source
 from tina.checkpoint import save_generator
 from tina.classifiers import InputStore
 from tina.config import DenoiserConfig
+from tina.controls import other_classes
 from tina.engine import LocalEngine
 from tina.errors import ConfigError
 from tina.evaluation import Evaluation
@@ -225,6 +226,17 @@ def test_gap_closed_is_a_ratio_on_the_same_tasks(evaluation, axis, tiny_run):
     assert axis["gap_closed"] == (
         pytest.approx((tina - base) / (top - base)) if top != base else None
     )
+
+
+def test_a_run_asked_for_less_direct_finetuning_reads_less(tiny_run):
+    fewer = replace(tiny_run.config.evaluation, direct_tasks=1, direct_tasks_elsewhere=0)
+    run = Run(replace(tiny_run.config, evaluation=fewer))
+    (first,) = {t.task_id for t in run.zoo_tasks("direct")} & {
+        t.task_id for tasks in run.space.held_out.values() for t in tasks
+    }
+    kept = run.evaluation(None).direct.task_ids
+    assert first in kept
+    assert len(kept) < len(tiny_run.evaluation(None).direct.task_ids)
 
 
 def test_an_axis_without_direct_finetuning_has_no_gap(evaluation):
@@ -445,6 +457,14 @@ def test_untrained_weights_are_classifier_selections(evaluation, tiny_run):
         torch.testing.assert_close(theta, want, rtol=0, atol=1e-5)
 
 
+def test_steps_beyond_the_levels_of_noise_are_left_out(evaluation):
+    most = evaluation.generator.config.diffusion.timesteps
+    config = replace(evaluation.config, sampling_steps=(1, most, most + 1))
+    cells = replace(evaluation, config=config).cells
+    compared = {cell.method for cell in cells if cell.axis == "validation"}
+    assert compared == {"1_steps", f"{most}_steps"}
+
+
 def test_the_new_denoiser_says_what_untrained_says(tiny_run, evaluation):
     """`untrained` replaces the denoiser by zeros; that is what a new one predicts."""
     start = tiny_run.new_generator()
@@ -477,10 +497,16 @@ def test_swapped_condition_keeps_the_rows_and_changes_the_classes(watched, tiny_
 def test_swapped_condition_never_shows_a_task_its_own(evaluation):
     """Even to the only task with that many classes."""
     tasks = [task(0, 1), task(2, 3), task(4, 5, 6, 7)]
-    others = tina.evaluation._other_classes(tasks)
+    others = other_classes(tasks)
     for own, other in zip(tasks, others, strict=True):
         assert len(other) == own.num_classes
         assert other != own.class_ids
+
+
+def test_swapped_condition_shows_other_classes_where_there_are_any():
+    tasks = [task(0, 1, 2), task(1, 2, 3), task(2, 3, 4, 5)]
+    assert other_classes(tasks) == [(3, 4, 5), (4, 5, 0), (0, 1, 2, 3)]
+    assert other_classes([task(0, 1, 2), task(2, 1, 0)]) == [(2, 1, 0), (0, 1, 2)]
 
 
 def test_shuffled_prompt_permutes_the_tasks_own_names(watched, tiny_run, evaluation):
@@ -834,7 +860,7 @@ def test_plots(report, tmp_path, determined):
     [
         (0.4, [0.1, 0.6], "gap closed 0.40 (0.10 to 0.60, 2 tasks)"),
         (0.4, None, "gap closed: undetermined"),
-        (None, None, "gap closed: not measured"),
+        (None, None, "gap closed: undetermined"),  # a gap of exactly nothing
     ],
 )
 def test_the_gap_in_words(report, gap_closed, interval, words):

@@ -13,7 +13,7 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "config", "configio", "precision", "space", "files", "tensors", "images"],
+    *["errors", "checks", "config", "configio", "precision", "space", "files", "tensors", "images"],
     *["superclasses", "sources", "views", "datasets", "tasks"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],
@@ -23,6 +23,7 @@ STAGES = [
         "baselines",
         "mixer",
         "comparison",
+        "controls",
         "evaluation",
         "novelty",
         "report",

@@ -16,6 +16,12 @@ def score(hit, confidence=None):
     return Score(hit=hit, confidence=np.broadcast_to(confidence, hit.shape).astype(float))
 
 
+def apart(scores):
+    """Images of their own for each task."""
+    ends = np.cumsum([one.hit.shape[1] for one in scores])
+    return np.split(np.arange(ends[-1]), ends[:-1])
+
+
 def test_score_of_logits():
     logits = torch.tensor([[[2.0, 0, 0], [0, 1, 0]], [[0.0, 3, 0], [0, 0, 1]]])
     found = Score.of(logits, torch.tensor([0, 1]))
@@ -78,7 +84,9 @@ def test_interval_is_the_central_95_percent():
 def test_resampling_repeats_with_its_seed():
     rng = np.random.default_rng(1)
     scores = [[score(rng.random((2, 9)) < 0.5) for _ in range(5)] for _ in range(2)]
-    one, again, other = (resample(scores, count=40, seed=seed) for seed in (3, 3, 4))
+    one, again, other = (
+        resample(scores, apart(scores[0]), count=40, seed=seed) for seed in (3, 3, 4)
+    )
     assert one.shape == (40, 2)
     assert (one == again).all()
     assert (one != other).any()
@@ -87,7 +95,7 @@ def test_resampling_repeats_with_its_seed():
 def test_resamples_centre_on_the_mean():
     rng = np.random.default_rng(1)
     scores = [score(rng.random((3, 40)) < rng.beta(2, 2)) for _ in range(30)]
-    found = resample([scores], count=1000, seed=0)[:, 0]
+    found = resample([scores], apart(scores), count=1000, seed=0)[:, 0]
     want = np.mean([s.accuracy for s in scores])
     assert abs(found.mean() - want) < 5 * found.std() / math.sqrt(1000)
 
@@ -103,7 +111,9 @@ def test_coverage_of_the_interval():
     for _ in range(trials):
         levels = rng.beta(6, 2, size=tasks)  # mean .75
         scores = [score(rng.random((1, images)) < level) for level in levels]
-        low, high = interval(resample([scores], count=100, seed=int(rng.integers(2**31)))[:, 0])
+        low, high = interval(
+            resample([scores], apart(scores), count=100, seed=int(rng.integers(2**31)))[:, 0]
+        )
         covered += low <= 0.75 <= high
         widths.append(high - low)
     assert 0.92 <= covered / trials <= 1
@@ -117,21 +127,54 @@ def test_coverage_of_the_interval():
 def test_tasks_are_resampled_and_not_images_alone():
     """Tasks that are all right or all wrong: only the draw of tasks varies."""
     scores = [score(np.full((1, 50), t % 2)) for t in range(40)]
-    found = resample([scores], count=2000, seed=0)[:, 0]
+    found = resample([scores], apart(scores), count=2000, seed=0)[:, 0]
     assert found.std() == pytest.approx(math.sqrt(0.25 / 40), rel=0.1)
 
 
 def test_images_are_resampled_within_a_task():
     rng = np.random.default_rng(0)
     scores = [score(rng.permutation(np.arange(64) % 2)) for _ in range(10)]
-    found = resample([scores], count=2000, seed=0)[:, 0]
+    found = resample([scores], apart(scores), count=2000, seed=0)[:, 0]
     # a task drawn twice brings the same draw of images twice: up to sqrt(2) more than 640 images
     assert 0.9 < found.std() / math.sqrt(0.25 / 640) < 1.5
 
 
+def test_an_image_is_drawn_once_for_all_its_tasks():
+    """Tasks on the same images: more of them say no more about those images."""
+    hit = np.arange(64) % 2
+    scores = [score(hit) for _ in range(10)]
+    numbers = np.random.default_rng(0).permutation(1000)[:64]
+    found = resample([scores], [numbers] * 10, count=4000, seed=0)[:, 0]
+    assert found.std() == pytest.approx(math.sqrt(0.25 / 64), rel=0.06)
+    # in each task's own order
+    order = np.random.default_rng(1).permutation(64)
+    mixed = [scores[0], score(hit[order])]
+    again = resample([mixed], [numbers, numbers[order]], count=4000, seed=0)[:, 0]
+    assert again == pytest.approx(resample([scores[:1]], [numbers], count=4000, seed=0)[:, 0])
+
+
+def test_coverage_where_tasks_share_images():
+    """Tasks of a few classes each over common images, of which some are hard in every task."""
+    rng = np.random.default_rng(0)
+    trials, tasks, classes, images = 200, 40, 8, 10
+    covered = {"shared": 0, "apart": 0}
+    for _ in range(trials):
+        ease = rng.beta(1, 0.5, size=(classes, images))  # mean 2/3
+        scores, numbers = [], []
+        for _ in range(tasks):
+            of = rng.choice(classes, 4, replace=False)
+            scores.append(score(rng.random((1, 4 * images)) < ease[of].ravel()))
+            numbers.append((of[:, None] * images + np.arange(images)).ravel())
+        for name, places in (("shared", numbers), ("apart", apart(scores))):
+            low, high = interval(resample([scores], places, count=200, seed=1)[:, 0])
+            covered[name] += low <= 2 / 3 <= high
+    assert covered["shared"] / trials >= 0.9
+    assert covered["apart"] / trials < 0.8  # what it was
+
+
 def test_seeds_are_resampled():
     scores = [score(np.repeat([[1], [0]], 30, axis=1))]
-    found = resample([scores], count=4000, seed=0)[:, 0]
+    found = resample([scores], apart(scores), count=4000, seed=0)[:, 0]
     # two draws of two seeds: both right, one, none
     assert [np.isclose(found, value).mean() for value in (0, 0.5, 1)] == pytest.approx(
         [0.25, 0.5, 0.25], abs=0.03
@@ -141,7 +184,7 @@ def test_seeds_are_resampled():
 def test_a_method_differs_from_itself_by_exactly_nothing():
     rng = np.random.default_rng(0)
     scores = [score(rng.random((1, 20)) < 0.7) for _ in range(12)]
-    found = resample([scores, list(scores)], count=200, seed=0)
+    found = resample([scores, list(scores)], apart(scores), count=200, seed=0)
     assert interval(found[:, 0] - found[:, 1]) == [0, 0]
     assert interval(found[:, 0])[1] > interval(found[:, 0])[0]
 
@@ -157,7 +200,7 @@ def test_differences_are_paired():
         better[0, 0] = True
         one.append(score(better))
         other.append(score(hit))
-    found = resample([one, other], count=1000, seed=0)
+    found = resample([one, other], apart(one), count=1000, seed=0)
     low, high = interval(found[:, 0] - found[:, 1])
     assert 0 < low < 1 / 40 < high
     assert high - low < 0.2 * (interval(found[:, 0])[1] - interval(found[:, 0])[0])
@@ -167,7 +210,7 @@ def test_methods_may_have_other_numbers_of_seeds():
     rng = np.random.default_rng(0)
     one = [score(rng.random((3, 10)) < 0.5) for _ in range(4)]
     other = [score(rng.random((1, 10)) < 0.5) for _ in range(4)]
-    assert resample([one, other], count=10, seed=0).shape == (10, 2)
+    assert resample([one, other], apart(one), count=10, seed=0).shape == (10, 2)
 
 
 # --- overlap --------------------------------------------------------------------------------------

@@ -74,5 +74,5 @@ def test_training_gets_every_view_and_nothing_else_does():
 
 
 def test_a_negative_shift_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.shift must not be negative, got -1"):
+    with pytest.raises(ConfigError, match=r"DataConfig\.shift must not be negative, got -1"):
         DataConfig(shift=-1)

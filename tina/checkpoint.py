@@ -117,7 +117,9 @@ def check_manifest(directory: Path) -> str:
     if not file.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: it has no manifest.json")
     manifest = read_table(file, CheckpointError)
-    found = {f.name for f in directory.iterdir()} - {"manifest.json"}
+    # a repository has .gitattributes and, cloned, .git: nothing of them is read
+    found = {f.name for f in directory.iterdir() if not f.name.startswith(".git")}
+    found -= {"manifest.json"}
     if found != set(manifest):
         odd = ", ".join(sorted(found ^ set(manifest)))
         raise CheckpointError(f"{directory}: files missing or not in the manifest: {odd}")

@@ -118,12 +118,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from tina.report import print_report
     from tina.run import Run
 
-    config, folder = Run.open(args.run).config, args.run.resolve()
+    config = Run.open(args.run).config
     keys = ("seeds", "images_per_class", "sampling_steps")
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
-    changed = replace(config.evaluation, **changes)
-    # the folder that was named is the one meant, even if it was moved since it was made
-    run = Run(replace(config, storage=str(folder.parent), name=folder.name, evaluation=changed))
+    run = Run(replace(config, evaluation=replace(config.evaluation, **changes)))
     generator = load_generator(run.checkpoint)
     total = 8 * sum(len(tasks) for tasks in run.space.held_out.values())
     with tqdm(total=total, desc="evaluation", unit="task", disable=None) as bar:

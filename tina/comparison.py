@@ -10,24 +10,31 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tina.metrics import Array, Score, calibration_error, interval, resample
 
+Images = Sequence[NDArray[np.int64]]
 TINA, SELECTION, DIRECT = "tina", "classifier_selection", "direct_finetuning"
 
 
 def compare(
-    scores: Mapping[str, Sequence[Score]], subset: Sequence[int], *, bootstrap: int
+    scores: Mapping[str, Sequence[Score]],
+    images: Images,
+    subset: Sequence[int],
+    *,
+    bootstrap: int,
 ) -> dict[str, Any]:
     """What one axis says of its methods; all differences are paired by task.
 
     Args:
         scores: Per method its scores on the T tasks; direct fine-tuning's, on the subset alone.
+        images: Per task which images it is scored on.
         subset: Places of the tasks that direct fine-tuning was run on; may be empty.
         bootstrap: B.
     """
     others = {name: found for name, found in scores.items() if name != DIRECT}
-    boot = _resampled(others, bootstrap)
+    boot = _resampled(others, images, bootstrap)
     methods = {name: _summary(others[name], boot[name]) for name in others}
     minus = {name: _minus(others, boot, name) for name in others if name != TINA}
     figures: dict[str, Any] = {
@@ -39,7 +46,7 @@ def compare(
     if subset:
         same = {name: [scores[name][i] for i in subset] for name in (TINA, SELECTION)}
         same[DIRECT] = list(scores[DIRECT])
-        boot = _resampled(same, bootstrap)
+        boot = _resampled(same, [images[i] for i in subset], bootstrap)
         methods[DIRECT] = _summary(same[DIRECT], boot[DIRECT]) | {"tasks": len(subset)}
         minus[DIRECT] = _minus(same, boot, DIRECT)
         figures |= _gap(same, boot)
@@ -79,8 +86,10 @@ def _minus(
     }
 
 
-def _resampled(scores: Mapping[str, Sequence[Score]], count: int) -> dict[str, Array]:
-    means = resample(list(scores.values()), count=count, seed=0)
+def _resampled(
+    scores: Mapping[str, Sequence[Score]], images: Images, count: int
+) -> dict[str, Array]:
+    means = resample(list(scores.values()), images, count=count, seed=0)
     return dict(zip(scores, means.T, strict=True))
 
 

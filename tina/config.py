@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tina.checks import not_negative, positive, shares
 from tina.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "auto"]
 """Of arithmetic; auto is bf16 where the machine has it in hardware (`tina.precision`)."""
-
-
-def _positive(owner: object, *keys: str) -> None:
-    for key in keys:
-        if not (got := getattr(owner, key)) > 0:
-            raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +45,9 @@ class DataConfig:
         for key in ("report_fraction", "select_fraction"):
             if not 0 < getattr(self, key) < 1:
                 raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(self, key)}")
-        if self.shift < 0:
-            raise ConfigError(f"data.shift must not be negative, got {self.shift}")
+        not_negative(self, "shift")
         if self.image_size is not None:
-            _positive(self, "image_size")
+            positive(self, "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +87,7 @@ class TaskConfig:
             raise ConfigError(
                 f"tasks.excluded_fraction must lie in [0, 1), got {self.excluded_fraction}"
             )
-        _positive(self, "train", "val", "held_out")
+        positive(self, "train", "val", "held_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +111,9 @@ class RecipeConfig:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch_size", "lr")
+        positive(self, "steps", "batch_size", "lr")
+        not_negative(self, "weight_decay")
+        shares(self, "warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +174,7 @@ class DenoiserConfig:
     chunk: int = 576
 
     def __post_init__(self) -> None:
-        _positive(self, "width", "depth", "heads", "chunk")
+        positive(self, "width", "depth", "heads", "chunk")
         if self.width % (2 * self.heads):
             raise ConfigError(
                 f"denoiser.width must be a multiple of 2 * heads, got {self.width} and {self.heads}"
@@ -259,11 +255,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
-        _positive(self, *keys, "checkpoint_every")
-        for key in ("condition_dropout", "warmup", "ema"):
-            if not 0 <= (got := getattr(self, key)) <= 1:
-                raise ConfigError(f"train.{key} is a share, from 0 to 1, got {got}")
-        if self.weight_loss <= 0 and self.function_loss <= 0:
+        positive(self, *keys, "checkpoint_every")
+        not_negative(self, "weight_loss", "function_loss", "weight_decay")
+        shares(self, "condition_dropout", "warmup", "ema")
+        if not self.weight_loss and not self.function_loss:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:
             raise ConfigError("train.function_loss above 0 needs train.fresh_tasks above 0")
@@ -279,7 +274,7 @@ class EvaluationConfig:
         seeds: Sampling seeds per task.
         images_per_class: Report images per class at most; default: all.
         bootstrap: Resamples for the intervals.
-        sampling_steps: Step counts of the accuracy-against-steps curve.
+        sampling_steps: Step counts of the accuracy-against-steps curve; those above T are left out.
         mixer_steps: Training steps of the mixer baseline (`tina.mixer`); 0 leaves its row out.
         regressor: Name of a trained run beside this one that differs in `diffusion` alone, whose
             schedule is none: a row of the report.
@@ -295,12 +290,10 @@ class EvaluationConfig:
     regressor: str = ""
 
     def __post_init__(self) -> None:
-        _positive(self, "direct_tasks", "seeds", "bootstrap")
-        for key in ("direct_tasks_elsewhere", "mixer_steps"):
-            if (got := getattr(self, key)) < 0:
-                raise ConfigError(f"evaluation.{key} must not be negative, got {got}")
+        positive(self, "direct_tasks", "seeds", "bootstrap")
+        not_negative(self, "direct_tasks_elsewhere", "mixer_steps")
         if self.images_per_class is not None:
-            _positive(self, "images_per_class")
+            positive(self, "images_per_class")
         if min(steps := self.sampling_steps, default=0) < 1:
             raise ConfigError(f"evaluation.sampling_steps must be positive, got {steps}")
 
@@ -343,7 +336,7 @@ class ClusterConfig:
     wait_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _positive(self, "zoo_workers", "zoo_block", "train_workers", "train_cpus")
+        positive(self, "zoo_workers", "zoo_block", "train_workers", "train_cpus")
         if self.offload and not self.zero_stage:
             raise ConfigError("cluster.offload needs cluster.zero_stage 1, 2 or 3")
 
@@ -373,11 +366,15 @@ class JobConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        if not Path(self.storage).is_absolute():
-            raise ConfigError(
-                f"storage must be an absolute path, got {self.storage!r}: "
-                "a job runs in another working directory than yours"
-            )
+        paths = {"storage": self.storage, "data.root": self.data.root}
+        if self.prompt.encoder == "table" and self.prompt.weights:
+            paths["prompt.weights"] = self.prompt.weights
+        for key, path in paths.items():
+            if path is not None and not Path(path).is_absolute():
+                raise ConfigError(
+                    f"{key} must be an absolute path, got {path!r}: "
+                    "a job runs in another working directory than yours"
+                )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name must be a plain folder name, got {self.name!r}")
         parts = self.cluster.train_workers * self.train.accumulation

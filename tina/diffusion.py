@@ -75,7 +75,8 @@ def plan(config: DiffusionConfig, steps: int) -> tuple[Step, ...]:
     - dpm++: its second-order multistep form, Lu et al. 2022, algorithm 2; first order at both ends.
     - ddpm: Ho et al. 2020, eq. 7, from t to the next of the timesteps.
     """
-    times = np.rint(np.arange(config.timesteps, 0, -config.timesteps / steps)).astype(int) - 1
+    most = config.timesteps
+    times = np.rint(most - np.arange(steps) * (most / steps)).astype(int) - 1
     now = _levels(config)[times]
     after = np.append(now[1:], 1.0)  # abar of where a step leads: to x_0 in the end
     rows = []

@@ -30,7 +30,9 @@ from tina.classifiers import InputStore, predict
 from tina.comparison import DIRECT, SELECTION, TINA, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
+from tina.controls import nothing, other_classes, shuffled_classes
 from tina.datasets import Dataset
+from tina.diffusion import as_x0
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Score
@@ -127,7 +129,7 @@ class Evaluation:
             "axes": axes,
             "accuracy_by_steps": [
                 {"steps": steps, "accuracy": mean_accuracy(found[VALIDATION][_at(steps)])}
-                for steps in self.config.sampling_steps
+                for steps in self._steps
             ],
             "by_unseen_classes": [
                 {"unseen": count, **self._axis(tasks, found[_unseen(count)])}
@@ -142,7 +144,7 @@ class Evaluation:
     def cells(self) -> tuple[Cell, ...]:
         """All that has to be scored: every method on each task of an axis, once."""
         rows: list[tuple[str, str, Sequence[Task]]] = [
-            (VALIDATION, _at(steps), self.space.val) for steps in self.config.sampling_steps
+            (VALIDATION, _at(steps), self.space.val) for steps in self._steps
         ]
         for axis, tasks in self.space.held_out.items():
             rows += [(axis, method, tasks) for method in (*self.contenders, GENERIC)]
@@ -183,9 +185,9 @@ class Evaluation:
         Args:
             names: Class ids whose prompts are used instead of the tasks' own.
             conditions: Class ids whose embeddings the denoiser sees, the inherited rows kept.
-            untrained: Replace the denoiser by its state at step 0, which predicts zero.
+            untrained: Replace the network by its state at step 0, whose output is zero.
         """
-        vocabulary = self.generator.vocabulary
+        vocabulary, diffusion = self.generator.vocabulary, self.generator.config.diffusion
         embeddings, mask = vocabulary.of(names or [task.class_ids for task in tasks])
         shown = vocabulary.of(conditions)[0] if conditions else None
         found: list[list[Tensor]] = [[] for _ in tasks]
@@ -196,7 +198,7 @@ class Evaluation:
                 seeds=[seed] * len(mask),
                 steps=steps,
                 conditions=shown,
-                denoise=(lambda x, *_: torch.zeros_like(x)) if untrained else None,
+                denoise=as_x0(nothing, diffusion) if untrained else None,
             )
             for i, task in enumerate(tasks):
                 found[i].append(self.generator.theta(body[i], rows[i, : task.num_classes]))
@@ -224,7 +226,7 @@ class Evaluation:
                 tasks, conditions=[self._others[task.task_id] for task in tasks]
             ),
             SHUFFLED: lambda tasks: self.generate(
-                tasks, names=[_shuffled_classes(task) for task in tasks]
+                tasks, names=[shuffled_classes(task) for task in tasks]
             ),
         }
 
@@ -234,11 +236,14 @@ class Evaluation:
         return {
             **self.contenders,
             DIRECT: lambda tasks: [[self.direct_theta(task)] for task in tasks],
-            **{
-                _at(steps): partial(self.generate, steps=steps, seeds=1)
-                for steps in self.config.sampling_steps
-            },
+            **{_at(steps): partial(self.generate, steps=steps, seeds=1) for steps in self._steps},
         }
+
+    @property
+    def _steps(self) -> list[int]:
+        """The numbers of steps that are compared: no more than there are levels of noise."""
+        most = self.generator.config.diffusion.timesteps
+        return [steps for steps in self.config.sampling_steps if steps <= most]
 
     @cached_property
     def _others(self) -> dict[str, tuple[int, ...]]:
@@ -246,7 +251,7 @@ class Evaluation:
         return {
             task.task_id: others
             for tasks in self.space.held_out.values()
-            for task, others in zip(tasks, _other_classes(tasks), strict=True)
+            for task, others in zip(tasks, other_classes(tasks), strict=True)
         }
 
     @cached_property
@@ -334,13 +339,14 @@ class Evaluation:
     def _axis(self, tasks: Sequence[Task], scores: Mapping[str, list[Score]]) -> dict[str, Any]:
         direct = self._direct if DIRECT in scores else {}
         subset = [i for i, task in enumerate(tasks) if task.task_id in direct]
+        lessons = [self._images(task) for task in tasks]
         return {
             "tasks": len(tasks),
-            "images_per_class": min(
-                int(torch.bincount(self._images(task).labels).min()) for task in tasks
-            ),
+            "images_per_class": min(int(torch.bincount(x.labels).min()) for x in lessons),
             "chance": mean(1 / task.num_classes for task in tasks),
-            **compare(scores, subset, bootstrap=self.config.bootstrap),
+            **compare(
+                scores, [x.index.numpy() for x in lessons], subset, bootstrap=self.config.bootstrap
+            ),
         }
 
     def _by_num_classes(self, scores: Mapping[str, list[Score]]) -> list[dict[str, Any]]:
@@ -368,22 +374,6 @@ class Evaluation:
             "steps": int(train.steps[0]),
             "select_accuracy": float(train.accuracy.mean()),
         }
-
-
-def _other_classes(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
-    """For each task as many classes of the tasks after it; its own only where there is no other."""
-    others = []
-    for i, task in enumerate(tasks):
-        after = [*tasks[i + 1 :], *tasks[: i + 1]]
-        classes = dict.fromkeys(c for other in after for c in other.class_ids)
-        others.append(tuple(classes)[: task.num_classes])
-    return others
-
-
-def _shuffled_classes(task: Task) -> list[int]:
-    """The task's own classes in an order of its own."""
-    found: list[int] = np.random.default_rng(task.seed).permutation(task.class_ids).tolist()
-    return found
 
 
 def _at(steps: int) -> str:

@@ -1,6 +1,6 @@
 """Accuracy, calibration and paired bootstrap intervals over tasks, seeds and images.
 
-Axes: M methods, T tasks, S seeds, N images of a task, B bootstrap resamples.
+Axes: M methods, T tasks, S seeds, N images of a task, I images of all tasks, B bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -48,24 +48,35 @@ def calibration_error(scores: Sequence[Score], *, bins: int = 15) -> float:
     return float(np.abs(gap).sum() / len(hit))
 
 
-def resample(scores: Sequence[Sequence[Score]], *, count: int, seed: int) -> Array:
+def resample(
+    scores: Sequence[Sequence[Score]],
+    images: Sequence[NDArray[np.int64]],
+    *,
+    count: int,
+    seed: int,
+) -> Array:
     """Bootstrap means (B, M) of M methods' scores on the same T tasks.
 
-    Each resample draws tasks with replacement and, within a drawn task, seeds and images with
-    replacement. All methods share the draws of tasks and images, so differences are paired. A task
-    drawn twice brings the same images twice, which errs towards wider intervals.
+    Tasks and images are crossed: one image is in many tasks, and what is hard about it is hard in
+    all of them. So each resample draws tasks with replacement and, once for all tasks, a weight of
+    each image (exponential: Rubin 1981's Bayesian bootstrap), beside each task's seeds. Crossed
+    draws err towards wider intervals (Owen 2007). All methods share the draws of tasks and images,
+    so differences are paired.
 
     Args:
         scores: M lists of T scores.
+        images: Of each task, which images its N are; equal numbers are the same image.
     """
     rng = np.random.default_rng(seed)
     tasks = len(scores[0])
     within = np.empty((count, tasks, len(scores)))
+    places = np.unique(np.concatenate(images))
+    drawn_images = rng.exponential(size=(count, len(places)))  # (B, I)
     for t in range(tasks):
-        n = scores[0][t].hit.shape[1]
-        images = rng.multinomial(n, np.full(n, 1 / n), size=count) / n  # (B, N)
+        weights = drawn_images[:, np.searchsorted(places, images[t])]  # (B, N)
+        weights /= weights.sum(1, keepdims=True)
         for m, method in enumerate(scores):
-            per_seed = images @ method[t].hit.T.astype(float)  # (B, S)
+            per_seed = weights @ method[t].hit.T.astype(float)  # (B, S)
             s = per_seed.shape[1]
             seeds = rng.multinomial(s, np.full(s, 1 / s), size=count) / s
             within[:, t, m] = (per_seed * seeds).sum(1)

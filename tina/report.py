@@ -64,7 +64,7 @@ HEADER = ["method", "accuracy %", "95 % interval", "worst 5 %", "ECE", "Tina min
 
 
 def _gap(axis: Mapping[str, Any]) -> str:
-    if axis["gap_closed"] is None:
+    if "gap" not in axis:
         return "gap closed: not measured (no direct fine-tuning)"
     if axis["gap_closed_ci95"] is None:
         low, high = (100 * x for x in axis["gap"]["ci95"])

@@ -35,6 +35,7 @@ from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
+from tina.controls import nothing
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import TableEncoder, build_encoder
@@ -84,7 +85,9 @@ class Run:
         file = folder / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"{folder} holds no run: it has no config.yaml")
-        return cls(config_from_dict(JobConfig, _read_yaml(file)))
+        config = config_from_dict(JobConfig, _read_yaml(file))
+        here = folder.resolve()  # it may have been moved since
+        return cls(replace(config, storage=str(here.parent), name=here.name))
 
     def claim(self) -> None:
         """Save the configuration, or make sure that the folder was made with the same one.
@@ -268,7 +271,7 @@ class Run:
                 embeddings,
                 mask,
                 seeds=[0] * len(tasks),
-                denoise=(lambda x, *_: torch.zeros_like(x)) if weights is None else None,
+                denoise=nothing if weights is None else None,
             )
             return [
                 accuracy(
@@ -284,13 +287,15 @@ class Run:
 
     def evaluation(self, generator: Generator) -> Evaluation:
         """What a generator is measured by."""
+        wanted = {task.task_id for task in self.zoo_tasks("direct")}
         return Evaluation(
             generator=generator,
             config=self.config.evaluation,
             dataset=self.dataset,
             space=self.space,
             zoo=self.read_zoo("zoo"),
-            direct=self.read_zoo("direct"),
+            # an earlier evaluation may have asked for more
+            direct=self.read_zoo("direct").of(wanted),
             store=self.store,
             regressor=self.regressor(),
         )

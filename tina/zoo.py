@@ -9,7 +9,7 @@ with another one is refused, so rows of two recipes never mix.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,11 +71,17 @@ class Zoo:
 
     def only(self, split: str) -> Zoo:
         """The rows of one split."""
-        keep = [i for i, s in enumerate(self.splits) if s == split]
+        return self._rows([i for i, s in enumerate(self.splits) if s == split])
+
+    def of(self, task_ids: Collection[str]) -> Zoo:
+        """The rows of these tasks, where there are any."""
+        return self._rows([i for i, name in enumerate(self.task_ids) if name in task_ids])
+
+    def _rows(self, keep: Sequence[int]) -> Zoo:
         return Zoo(
             task_ids=tuple(self.task_ids[i] for i in keep),
             class_ids=tuple(self.class_ids[i] for i in keep),
-            splits=(split,) * len(keep),
+            splits=tuple(self.splits[i] for i in keep),
             theta=self.theta[keep],
             accuracy=self.accuracy[keep],
             steps=self.steps[keep],
