@@ -38,6 +38,7 @@ from tina.schemas import (
 )
 
 READY_S = 5
+VARY = {"Vary": "Accept"}
 STATIC = Path(__file__).parent / "static"
 
 
@@ -96,7 +97,7 @@ def negotiate(request: Request, format: Format | None) -> Format:
     """
     if format:
         return format
-    accept = request.headers.get("accept") or "*/*"
+    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
     names: dict[str, Format] = {media: name for name, media in MEDIA_TYPES.items()}
     try:
         # the last of equals is taken
@@ -147,7 +148,7 @@ def build_api(backend: Backend, ids: Ids, access: Access) -> FastAPI:
             made = await backend.fetch(recipe, chosen)
             response = _answer(made, id, chosen)
         else:
-            response = Response(status_code=304)
+            response = Response(status_code=304, headers=VARY)
         kept = "private" if access.token else "public"
         response.headers["Cache-Control"] = f"{kept}, max-age=31536000, immutable"
         response.headers["ETag"] = tag
@@ -212,7 +213,7 @@ def _matches(header: str, tag: str) -> bool:
 
 
 def _answer(made: Made, name: str, format: Format) -> Response:
-    headers = {"Vary": "Accept"}
+    headers = dict(VARY)
     if format != "json":
         words = "-".join(re.findall(r"[a-z0-9]+", " ".join(made.recipe.classes).lower()))
         file = f"tina-{words[:60] or 'model'}.{format}"

@@ -104,9 +104,9 @@ class Ids:
             return name
         digest = hashlib.sha256(packed).hexdigest()
         file = self._storage / digest
-        if file.exists():
-            file.touch()
-        else:
+        try:
+            os.utime(file)
+        except FileNotFoundError:  # new, or swept just now
             write_whole(file, lambda temporary: temporary.write_bytes(packed))
         self._sweep()
         return self._sign(STORED + digest.encode())

@@ -52,12 +52,40 @@ class RequestId:
         await self.app(scope, receive, named)
 
 
+class Mistakes:
+    """Answers what nobody else has: as a handler it would stand outside all that is added here."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            request = Request(scope)
+            log.error("%s failed", request.state.request_id, exc_info=error)
+            problem = Problem("internal", "see the server's log for this request")
+            await respond(request, problem)(scope, receive, send)
+
+
 def respond(request: Request, problem: Problem) -> Response:
     """A problem as an answer."""
     name = request.state.request_id
     headers = {}
     if problem.status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)
+    if problem.status == 406:
+        headers["Vary"] = "Accept"
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = problem.document(name).model_dump_json()
@@ -81,11 +109,7 @@ def install(app: FastAPI, *, origins: Sequence[str]) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def on_mistake(request: Request, error: Exception) -> Response:
-        log.error("%s failed", request.state.request_id, exc_info=error)
-        return respond(request, Problem("internal", "see the server's log for this request"))
-
+    app.add_middleware(Mistakes)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(origins),

@@ -30,7 +30,7 @@ from serve.problems import Problem
 from tina.classifiers import predict_many
 from tina.errors import ConfigError, DataError, PromptError
 from tina.export import OnnxGraph
-from tina.images import read_image, resize, stack_images
+from tina.images import read_image, resize, shrink, stack_images
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import check_task
 from tina.schemas import MAX_PIXELS, Fault, Format, Info, Limits, ModelRequest
@@ -112,10 +112,10 @@ class Replica:
             if given is not None and len(given) != len(names):
                 raise Problem.of_field(field, f"must be {len(names)}, one per class")
         if request.descriptions is not None:
+            _refuse(check_task, request.descriptions, max_classes=most, field="descriptions")
             descriptions = tuple(request.descriptions)
         if request.images is not None:
-            shots = await self._decode(request.images)
-            embedded = await self._in_torch(partial(self.pipe.embed_images, shots))
+            embedded = await self._embed(request.images)
             embeddings = base64.b64encode(embedded.numpy().tobytes()).decode()
         diffusion = self.pipe.generator.config.diffusion
         recipe = Recipe(
@@ -147,14 +147,15 @@ class Replica:
     @answering
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """Class probabilities (N, K) of a model on picture files."""
-        family = self.pipe.generator.family
-        size = (family.image_size, family.image_size)
+        side = self.pipe.generator.family.image_size
+        fit = partial(resize, size=(side, side))
         pictures, model = await asyncio.gather(
-            asyncio.gather(*[self._picture(file, f"images[{i}]") for i, file in enumerate(images)]),
+            asyncio.gather(
+                *[self._picture(file, f"images[{i}]", fit) for i, file in enumerate(images)]
+            ),
             self._model(recipe),
         )
-        inputs = torch.cat([resize(picture, size) for picture in pictures])
-        logits = await self._predictions((model, inputs))
+        logits = await self._predictions((model, torch.cat(pictures)))
         return logits.softmax(-1).tolist()
 
     async def info(self) -> Info:
@@ -212,7 +213,10 @@ class Replica:
         self.metrics.lookup(hit=model is not None)
         if model is None:
             self.metrics.waiting.set(len(self._generations))
-            model = await self._generations(recipe)
+            try:
+                model = await self._generations(recipe)
+            finally:
+                self.metrics.waiting.set(len(self._generations))
             if model.theta.nbytes + OVERHEAD <= self._cache.maxsize:
                 self._cache[key] = model
         return model
@@ -241,26 +245,36 @@ class Replica:
             content=content,
         )
 
-    async def _picture(self, file: bytes, field: str) -> Tensor:
-        read = partial(
-            read_image,
-            io.BytesIO(file),
-            channels=self.pipe.generator.family.channels,
-            max_pixels=MAX_PIXELS,
-            formats=PICTURES,
-        )
+    async def _picture(self, file: bytes, field: str, fit: Callable[[Tensor], Tensor]) -> Tensor:
+        """A picture (1, C, H, W), made small at once: many large ones fit in no memory."""
+        channels = self.pipe.generator.family.channels
+
+        def read() -> Tensor:
+            return fit(
+                read_image(
+                    io.BytesIO(file), channels=channels, max_pixels=MAX_PIXELS, formats=PICTURES
+                )
+            )
+
         try:
             return await asyncio.get_running_loop().run_in_executor(self._decoders, read)
         except DataError as error:
             reason = " ".join(str(error).removeprefix("cannot read the image: ").split())
             raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
 
-    async def _decode(self, images: Sequence[Sequence[bytes]]) -> list[Tensor]:
-        """Pictures per class, (N, C, H, W) each."""
-        return [
-            stack_images([await self._picture(f, f"images[{i}][{j}]") for j, f in enumerate(files)])
-            for i, files in enumerate(images)
-        ]
+    async def _embed(self, images: Sequence[Sequence[bytes]]) -> Tensor:
+        """Embeddings (K, E) of pictures per class, of which one class at a time is in memory."""
+
+        def embed(shots: Sequence[Tensor]) -> Tensor:
+            return self.pipe.embed_images([stack_images(shots)])
+
+        rows = []
+        for i, files in enumerate(images):
+            shots = [
+                await self._picture(f, f"images[{i}][{j}]", shrink) for j, f in enumerate(files)
+            ]
+            rows.append(await self._in_torch(partial(embed, shots)))
+        return torch.cat(rows)
 
 
 def _refuse(check: Callable[..., T], *args: object, field: str, **options: object) -> T:

@@ -138,8 +138,50 @@ def test_a_broken_connection_is_retried_with_growing_delays(kind, waits):
 
 
 @kinds
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.UnsupportedProtocol("no scheme"),
+        httpx.LocalProtocolError("a header"),
+        httpx.DecodingError("gzip"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_another_attempt_would_not_mend_is_said_at_once(kind, error, waits):
+    with pytest.raises(ServiceError, match=str(error)):
+        ask(kind, Service(error), "model", "an-id")
+    assert waits == []
+
+
+@kinds
+def test_an_answer_of_another_kind(kind, monkeypatch):
+    service = Service()
+    monkeypatch.setattr(Service, "__call__", lambda *_: httpx.Response(200, text="<html>"))
+    with pytest.raises(ServiceError, match="no ModelReply") as raised:
+        ask(kind, service, "model", "an-id")
+    assert raised.value.status == 200
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("call", "args", "options"),
+    [
+        ("create", ["ab"], {}),
+        ("create", [["a", "b"]], {"images": []}),
+        ("create", [["a", "b"]], {"images": [[b"x"], []]}),
+        ("predict", ["an-id", []], {}),
+    ],
+)
+def test_prompts_that_are_refused_before_they_are_sent(kind, call, args, options):
+    service = Service()
+    with pytest.raises(PromptError):
+        ask(kind, service, call, *args, **options)
+    assert service.sent == []
+
+
+@kinds
 def test_it_gives_up_at_last(kind, waits):
-    with pytest.raises(ServiceError, match="cannot be reached") as error:
+    with pytest.raises(ServiceError, match="cannot be reached: x") as error:
         ask(kind, Service(*[httpx.ConnectError("x")] * 9), "model", "an-id", retries=2)
     assert error.value.status is None
     assert len(waits) == 2

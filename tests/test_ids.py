@@ -3,6 +3,8 @@
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -88,6 +90,17 @@ def test_a_truncated_id_and_one_under_another_key_are_refused(ids, tmp_path):
         with pytest.raises(Problem) as error:
             ids.read(wrong)
         assert error.value.kind == "unknown-model"
+
+
+def test_one_recipe_may_be_stored_by_many_at_once(tmp_path):
+    """A client that asks again after its time-out, or two replicas: each gets a whole recipe."""
+    for turn in range(20):
+        ids = Ids(b"key", storage=tmp_path / str(turn), keep_s=100)
+        recipe = replace(LARGE, seed=turn)
+        with ThreadPoolExecutor(8) as pool:
+            names = list(pool.map(ids.issue, [recipe] * 8))
+            assert all(found == recipe for found in pool.map(ids.read, names))
+        assert len(list((tmp_path / str(turn)).rglob("*.tmp"))) == 0
 
 
 def test_a_stored_recipe_expires_and_is_removed(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -147,6 +148,11 @@ def test_weights_that_are_not_finite_are_not_returned(tiny_checkpoint):
 def test_the_same_command_gives_the_same_bits(pipe, tiny_checkpoint):
     assert torch.equal(pipe(TASK, seed=11).theta, pipe(TASK, seed=11).theta)
     assert not torch.equal(pipe(TASK, seed=11).theta, pipe(TASK, seed=12).theta)
+    for seed in (np.int64(11), torch.tensor(11)):
+        assert torch.equal(pipe(TASK, seed=seed).theta, pipe(TASK, seed=11).theta)
+    for seed in (None, 1.5, "11", [0.5]):
+        with pytest.raises(PromptError, match="a seed is an integer"):
+            pipe(TASK, seed=seed)
     one, other = (TinaPipeline.from_pretrained(tiny_checkpoint)(TASK, seed=11) for _ in range(2))
     assert torch.equal(one.theta, other.theta)
     batches = [[model.theta for model in pipe([TASK] * 8, seed=range(8))] for _ in range(2)]

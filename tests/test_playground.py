@@ -126,3 +126,54 @@ def test_a_refusal_is_shown_and_can_be_mended(page):
     name.fill("three, five")
     left.get_by_role("button", name="Generate").click()
     left.locator(".status", has_text="parameters").wait_for()
+
+
+def test_bars_are_the_shown_pictures(page):
+    left = page.locator(".side").first
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="parameters").wait_for()
+    held = []
+    page.route("**/predict", lambda route: held.append(route))
+    page.locator("#samples button").nth(0).click()
+    page.locator('#shown[alt="zero.png"]').wait_for()
+    page.locator("#samples button").nth(1).click()
+    page.locator('#shown[alt="three.png"]').wait_for()
+    page.wait_for_timeout(300)
+    first, second = held
+    bars = left.locator(".bars li")
+    second.continue_()
+    bars.nth(1).wait_for()
+    shown = bars.all_inner_texts()
+    first.continue_()
+    page.wait_for_timeout(500)
+    assert bars.all_inner_texts() == shown
+    page.unroute("**/predict")
+
+
+def test_nothing_stays_of_a_picture_that_cannot_be_read(page):
+    left = page.locator(".side").first
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="parameters").wait_for()
+    bars, file = left.locator(".bars li"), page.locator("#file")
+    file.set_input_files(SAMPLE)
+    bars.nth(1).wait_for()
+    file.set_input_files({"name": "b.png", "mimeType": "image/png", "buffer": b"none"})
+    left.locator(".status.bad").wait_for()
+    assert bars.count() == 0
+    file.set_input_files(SAMPLE)
+    bars.nth(1).wait_for()
+    assert left.locator(".status.bad").count() == 0
+    clear(left)
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status.bad").wait_for()
+    assert bars.count() == 0
+    assert not left.locator(".links").is_visible()
+
+
+def test_a_service_that_does_not_answer_is_said(page, url):
+    document = {"title": "Busy", "detail": "try again in 1 s"}
+    other = page.context.browser.new_page()
+    other.route("**/v1/info", lambda route: route.fulfill(status=503, json=document))
+    other.goto(url)
+    other.locator("#served", has_text="Busy: try again in 1 s").wait_for()
+    other.close()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
+import serve.replica
 from serve.api import Access, build_api, entity_tag
 from serve.ids import Ids, Recipe
 from serve.problems import KINDS
@@ -463,6 +464,26 @@ def test_pictures_that_cannot_be_read(post, model, images, field):
     refused(post(f"/v1/models/{model.id}/predict", json={"images": images}), 422, field)
 
 
+def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, monkeypatch):
+    """Each is made small before the next is read, and none is scaled up to another's size."""
+    shapes, stack = [], serve.replica.stack_images
+
+    def watched(images):
+        found = stack(images)
+        shapes.append(tuple(found.shape[-2:]))
+        return found
+
+    monkeypatch.setattr(serve.replica, "stack_images", watched)
+    buffer = io.BytesIO()
+    Image.new("L", (3000, 2000)).save(buffer, "PNG")
+    large = b64(buffer.getvalue())
+    shots = [[large] + [b64(picture())] * 3] * 3
+    assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
+    assert shapes == [(341, 512)] * 3
+    predicted = post(f"/v1/models/{model.id}/predict", json={"images": [large, b64(picture())]})
+    assert predicted.status_code == 200
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -515,6 +536,9 @@ def test_a_mistake_of_the_server_is_a_problem_too(ids):
     assert response.status_code == 500
     assert response.json()["type"].endswith("internal")
     assert "secret" not in response.text
+    # it has all that other answers have
+    assert response.headers["x-request-id"] in response.json()["instance"]
+    assert response.headers["x-content-type-options"] == "nosniff"
 
 
 def test_texts_are_bounded_alike_everywhere():

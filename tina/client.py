@@ -5,8 +5,8 @@
         Path("mine.safetensors").write_bytes(tina.weights(model.id))
         print(tina.predict(model.id, [Path("photo.png")]).predictions[0].label)
 
-Every call may be repeated: an answer of 429, 502, 503 or 504 and a broken connection are retried,
-after the seconds that `Retry-After` names, or a delay that doubles.
+Every call may be repeated: an answer of 429, 502, 503 or 504, a time-out and a broken connection
+are retried, after the seconds that `Retry-After` names, or a delay that doubles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -32,6 +31,7 @@ from tina.schemas import (
 )
 
 RETRIED = {429, 502, 503, 504}
+PASSING = (httpx.TimeoutException, httpx.NetworkError, httpx.ProxyError, httpx.RemoteProtocolError)
 FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 30.0
 
@@ -39,7 +39,8 @@ Reply = TypeVar("Reply", bound=BaseModel)
 T = TypeVar("T")
 Weights = Literal["safetensors", "onnx"]
 Picture = bytes | str | Path
-Flow = Generator[httpx.Request | float, httpx.Response | None, T]
+Answer = httpx.Response | httpx.RequestError | None
+Flow = Generator[httpx.Request | float, Answer, T]
 """Yields requests to be sent and seconds to wait; both clients drive the same one."""
 
 
@@ -114,24 +115,37 @@ class _Calls:
         self._http: Any  # httpx.Client or httpx.AsyncClient: requests are built alike
 
     def _send(self, method: str, path: str, **options: Any) -> Flow[httpx.Response]:
-        delay = FIRST_DELAY_S
+        delay, wait = FIRST_DELAY_S, 0.0
         for attempt in range(self._retries + 1):
-            response = yield self._http.build_request(method, path, **options)
-            if response is not None and response.status_code not in RETRIED:
-                if response.is_success:
-                    return response
-                raise _error(response)
-            if attempt < self._retries:
-                named = _retry_after(response) if response is not None else None
-                yield delay if named is None else named
-                delay = min(2 * delay, LONGEST_DELAY_S)
-        if response is not None:
-            raise _error(response)
-        raise ServiceError("the service cannot be reached")
+            if attempt:
+                yield wait
+            answer = yield self._http.build_request(method, path, **options)
+            named = None
+            if isinstance(answer, httpx.Response):
+                if answer.is_success:
+                    return answer
+                failure = _error(answer)
+                passing = answer.status_code in RETRIED
+                named = _retry_after(answer)
+            else:
+                reason = str(answer) or type(answer).__name__
+                failure = ServiceError(f"the service cannot be reached: {reason}")
+                passing = isinstance(answer, PASSING)
+            if not passing:
+                raise failure
+            wait = delay if named is None else named
+            delay = min(2 * delay, LONGEST_DELAY_S)
+        raise failure
 
     def _read(self, schema: type[Reply], method: str, path: str, **options: Any) -> Flow[Reply]:
         response = yield from self._send(method, path, **options)
-        return schema.model_validate_json(response.content)
+        try:
+            return schema.model_validate_json(response.content)
+        except ValidationError as error:
+            raise ServiceError(
+                f"the service answered what is no {schema.__name__}: {error.errors()[0]['msg']}",
+                status=response.status_code,
+            ) from error
 
     def _info(self) -> Flow[Info]:
         return self._read(Info, "GET", "/v1/info")
@@ -141,6 +155,10 @@ class _Calls:
 
     def _create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         images = options.pop("images", None)
+        if isinstance(classes, str):
+            raise PromptError(f"classes are a list of names, got {classes!r}")
+        if images is not None and not (images and all(images)):
+            raise PromptError("each class needs a picture where some are given")
         try:
             request = ModelRequest.model_validate({"classes": list(classes), **options})
         except ValidationError as error:
@@ -162,6 +180,8 @@ class _Calls:
         return response.content
 
     def _predict(self, id: str, images: Sequence[Picture]) -> Flow[PredictReply]:
+        if not images:
+            raise PromptError("there is no picture to classify")
         files = [("images", ("image", _file(image))) for image in images]
         path = f"/v1/models/{id}/predict"
         return (yield from self._read(PredictReply, "POST", path, files=files))
@@ -181,7 +201,7 @@ class Client(_Calls):
         self._http.close()
 
     def _run(self, flow: Flow[T]) -> T:
-        answer = None
+        answer: Answer = None
         try:
             while True:
                 step = flow.send(answer)
@@ -189,8 +209,10 @@ class Client(_Calls):
                 if isinstance(step, float):
                     time.sleep(step)
                     continue
-                with suppress(httpx.TransportError):
+                try:
                     answer = self._http.send(step)
+                except httpx.RequestError as error:
+                    answer = error
         except StopIteration as end:
             found: T = end.value
             return found
@@ -235,7 +257,7 @@ class AsyncClient(_Calls):
         await self._http.aclose()
 
     async def _run(self, flow: Flow[T]) -> T:
-        answer = None
+        answer: Answer = None
         try:
             while True:
                 step = flow.send(answer)
@@ -243,8 +265,10 @@ class AsyncClient(_Calls):
                 if isinstance(step, float):
                     await asyncio.sleep(step)
                     continue
-                with suppress(httpx.TransportError):
+                try:
                     answer = await self._http.send(step)
+                except httpx.RequestError as error:
+                    answer = error
         except StopIteration as end:
             found: T = end.value
             return found

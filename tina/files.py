@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def hash_bytes(content: bytes) -> str:
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `file`, then rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # threads, and processes of equal number on other machines, may write the same file
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         os.replace(temporary, file)

@@ -12,10 +12,12 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tina.errors import DataError
+
+LONGEST = 512  # pixels of a side; no encoder of pictures looks at more
 
 
 def read_image(
@@ -43,6 +45,8 @@ def read_image(
                 width, height = image.size
                 raise ValueError(f"{width} x {height} pixels are more than {max_pixels}")
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError as error:
+        raise DataError(f"cannot read {name}: it is in no known format") from error
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"cannot read {name}: {error}") from error
     pixels = np.atleast_3d(np.asarray(upright, dtype=np.float32)) / 255
@@ -54,7 +58,17 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
+def shrink(image: Tensor) -> Tensor:
+    """An image (N, C, H, W), its longer side `LONGEST` where it was more."""
+    height, width = image.shape[-2:]
+    scale = LONGEST / max(height, width)
+    if scale >= 1:
+        return image
+    return resize(image, (max(1, round(scale * height)), max(1, round(scale * width))))
+
+
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Images (1, C, H, W) of any sizes as (N, C, H, W), at the size of the largest."""
-    height, width = max((image.shape[-2:] for image in images), key=math.prod)
-    return torch.cat([resize(image, (height, width)) for image in images])
+    """Images (1, C, H, W) of any sizes as (N, C, H, W), shrunk, at the size of the largest."""
+    shrunk = [shrink(image) for image in images]
+    height, width = max((image.shape[-2:] for image in shrunk), key=math.prod)
+    return torch.cat([resize(image, (height, width)) for image in shrunk])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,7 +212,7 @@ class TinaPipeline:
         tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
         most = self.generator.max_classes
         names = [check_task(task, max_classes=most) for task in tasks]
-        seeds = [seed] * len(tasks) if isinstance(seed, int) else [int(s) for s in seed]
+        seeds = _seeds(seed, len(tasks))
         if len(seeds) != len(tasks):
             raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
         if odd := [s for s in seeds if not 0 <= s < 2**63]:
@@ -347,6 +348,16 @@ def _is_batch(prompt: Sequence[object]) -> bool:
     if len(kinds) > 1:
         raise PromptError("a prompt is a list of names or a list of lists, not a mixture")
     return kinds == {False}
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One per task, of any type of integer."""
+    try:
+        if hasattr(seed, "__index__") and not getattr(seed, "shape", ()):
+            return [operator.index(seed)] * count
+        return [operator.index(s) for s in seed]  # type: ignore[union-attr]
+    except TypeError:
+        raise PromptError(f"a seed is an integer, or one per task, got {seed!r}") from None
 
 
 def pretrained() -> list[str]:

@@ -29,6 +29,7 @@ class Panel {
     this.classes = [];
     this.model = null;
     this.latest = 0; // answers to older questions are dropped
+    this.made = { text: "", bad: false }; // of the last model
     this.part(".steps").value = info.steps;
     this.part(".steps").max = info.limits.steps;
     this.part("form").addEventListener("submit", (event) => {
@@ -37,6 +38,7 @@ class Panel {
       this.generate();
     });
     this.part(".name").addEventListener("keydown", (event) => {
+      if (event.isComposing) return; // Enter confirms what an input method offers
       if (event.key === "Enter" && this.part(".name").value.trim()) {
         event.preventDefault();
         this.add();
@@ -113,24 +115,33 @@ class Panel {
       const took = Math.round(performance.now() - begin);
       const size = model.parameters.toLocaleString("en");
       const made = `${model.family}, ${size} parameters, ${took} ms`;
-      this.say([made, ...model.warnings].join(". "), model.warnings.length > 0);
+      this.made = { text: [made, ...model.warnings].join(". "), bad: model.warnings.length > 0 };
+      this.say(this.made.text, this.made.bad);
       this.part(".links").hidden = false;
       await this.classify();
     } catch (error) {
-      if (turn === this.latest) this.say(error.message, true);
+      if (turn !== this.latest) return;
+      this.model = null; // what is shown must not be another prompt's
+      this.part(".links").hidden = true;
+      this.part(".bars").replaceChildren();
+      this.say(error.message, true);
     }
   }
 
   async classify() {
     if (!this.model || !picture) return;
     const turn = this.latest;
+    const asked = picture;
+    const late = () => turn !== this.latest || asked !== picture;
+    this.part(".bars").replaceChildren();
     const form = new FormData();
     form.append("images", picture);
     try {
       const response = await call(this.model.links.predict, { method: "POST", body: form });
       const reply = await response.json();
-      if (turn !== this.latest) return;
-      const { probabilities } = reply.predictions[0];
+      if (late()) return;
+      const { label, probabilities } = reply.predictions[0];
+      this.say(`${label}. ${this.made.text}`, this.made.bad);
       this.part(".bars").replaceChildren(
         ...reply.classes.map((name, index) => {
           const row = document.createElement("li");
@@ -147,7 +158,7 @@ class Panel {
         }),
       );
     } catch (error) {
-      this.say(error.message, true);
+      if (!late()) this.say(error.message, true);
     }
   }
 
@@ -214,7 +225,16 @@ function offerSamples(dataset, panels) {
   }
 }
 
-const info = await (await call("/v1/info")).json();
+async function begin() {
+  try {
+    return await (await call("/v1/info")).json();
+  } catch (error) {
+    $("#served").textContent = `${error.message}. Load the page again in a moment.`;
+    throw error;
+  }
+}
+
+const info = await begin();
 $("#served").textContent = `${info.families.join(", ")} on ${info.dataset}, up to ${info.limits.classes} classes.`;
 for (const name of info.classes) {
   const option = document.createElement("option");
