@@ -149,6 +149,8 @@ async def read_prompt(request: Request) -> ModelRequest:
     texts, files = await read_form(request, re.compile(r"images\[(\d{1,3})\]"))
     if "prompt" not in texts:
         raise Problem.of_field("prompt", "is missing: a part with the request's JSON")
+    if odd := texts.keys() - {"prompt"}:
+        raise Problem.of_field(min(odd), "is no part: what goes with the prompt is in its JSON")
     prompt = parse(ModelRequest, texts["prompt"].encode())
     if prompt.images is not None:
         raise Problem.of_field("prompt.images", "come as file parts in multipart")

@@ -401,6 +401,7 @@ Image.new("L", (20_000, 20_000)).save(BOMB, "PNG")
         ({"strict": "yes"}, "strict"),
         ({"colour": "red"}, "colour"),
         ({"descriptions": ["only one"]}, "descriptions"),
+        ({"descriptions": ["a lion", "A  Lion", "b"]}, "descriptions"),
         ({"descriptions": ["a", "b", "c"], "images": [["AA=="]] * 3}, "images"),
         ({"images": [["AA=="]]}, "images"),
         ({"images": [["AA=="], [], ["AA=="]]}, "images[1]"),
@@ -492,8 +493,9 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, mon
         {"files": [("pictures", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
         {"files": [("images[0]", ("a", picture()))]},
         {"files": [("images[0]", ("a", b""))], "data": {"prompt": json.dumps(THREE)}},
+        {"files": {"prompt": (None, json.dumps(THREE)), "seed": (None, "7")}},
     ],
-    ids=["no such class", "not for all", "another name", "no prompt", "empty"],
+    ids=["no such class", "not for all", "another name", "no prompt", "empty", "seed apart"],
 )
 def test_forms_that_cannot_be_served(post, parts):
     refused(post("/v1/models", **parts), 422)
