@@ -7,6 +7,7 @@ prompt waits for the step that runs, not for the models of those before it.
 from __future__ import annotations
 
 import base64
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from torch import Tensor
 from serve.ids import Recipe
 from serve.problems import Problem
 from tina.diffusion import Walk, advance, join
-from tina.errors import TinaError
+from tina.errors import PromptError, TinaError
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import pad
+
+log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,11 @@ class Making:
                 embedding = self._embed(recipe)
             except TinaError as error:
                 field = "descriptions" if recipe.descriptions else "classes"
-                failed[ticket] = Problem.of_field(field, f"cannot be encoded: {error}")
+                reason = str(error)
+                if not isinstance(error, PromptError):  # the server's own fault, with its paths
+                    log.error("no encoder: %s", error)
+                    reason = "this server has no encoder for new texts"
+                failed[ticket] = Problem.of_field(field, f"cannot be encoded: {reason}")
                 continue
             walk = self._pipe.generator.begin(
                 *pad([embedding]),
