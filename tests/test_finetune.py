@@ -337,7 +337,9 @@ def test_a_p_model_does_not_depend_on_its_neighbours(tiny_run, stacked):
         assert one == other
         assert one["task_id"] == task.task_id
         assert theta.shape == (run.family.layout(most).size,)
-        assert_close(theta, other_theta, tolerance=1e-6 if stacked else 0)
+        # stacks of other heights round otherwise, which AdamW magnifies where a gradient is near
+        # zero: 2.4e-6 on Zen 5; a neighbour's gradient would show as the learning rate, 3e-3
+        assert_close(theta, other_theta, tolerance=1e-5 if stacked else 0)
         body, rows = run.family.layout(most).split(theta)
         assert not rows[task.num_classes :].any()
         # one step of AdamW moves a weight by its learning rate at most, and the decay
