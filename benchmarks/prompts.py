@@ -36,6 +36,7 @@ from torch import Tensor
 from benchmarks.objectives import against, measure
 from benchmarks.record import append, load
 from tina.checkpoint import load_generator
+from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
 from tina.finetune import Lesson
 from tina.generator import Generator
@@ -185,7 +186,7 @@ def main() -> None:
             embeddings,
             mask,
             seeds=[0] * len(sets),
-            denoise=(lambda x, *_: torch.zeros_like(x)) if untrained else None,
+            denoise=nothing if untrained else None,
         )
         thetas = [generator.theta(b, r[: len(s)]) for b, r, s in zip(body, rows, sets, strict=True)]
         return measure(generator, run, lessons, thetas)

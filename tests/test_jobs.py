@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from ray_jobs.job import run_job
+from ray_jobs.quickstart import work
 from tina.checkpoint import check_manifest, load_generator
 from tina.config import JobConfig
 from tina.configio import config_from_dict, config_to_dict
@@ -243,6 +244,17 @@ def test_moved_images_before_a_trunk_are_refused_and_nothing_is_claimed(tmp_path
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.yaml"):
         Run.open(tmp_path)
+
+
+def test_a_report_of_other_settings_is_said(claimed, monkeypatch, capsys, tmp_path):
+    run = Run(replace(claimed.config, storage=str(tmp_path)))
+    run.checkpoint.mkdir(parents=True)
+    monkeypatch.setattr("ray_jobs.quickstart.print_report", lambda report: None)
+    for seeds, said in ((run.config.evaluation.seeds, False), (9, True)):
+        made = replace(run.config.evaluation, seeds=seeds)
+        run.report_file.write_text(json.dumps({"evaluation": config_to_dict(made)}))
+        work(run)
+        assert ("other evaluation settings" in capsys.readouterr().out) == said
 
 
 def test_a_run_may_be_moved(claimed, tmp_path):
