@@ -345,6 +345,26 @@ def test_batches_are_functions_of_seed_step_and_slot(tiny_run, base, short):
             assert not torch.equal(found[name], want[name]), name
 
 
+@pytest.mark.parametrize(
+    ("share", "step", "least", "most"),
+    [(0.0, 99, 0, 0), (1.0, 0, 0, 0), (1.0, 50, 16, 48), (0.5, 99, 16, 48), (1.0, 99, 58, 64)],
+)
+def test_neighbouring_classes_come_in_as_training_goes_on(
+    share, step, least, most, tiny_run, base, short, monkeypatch
+):
+    drawn = []
+
+    def draw(rng, space, cosines, *, num_classes):
+        assert cosines.shape == (10, 10)
+        drawn.append(num_classes)
+        return tuple(range(num_classes))
+
+    monkeypatch.setattr("tina.batches.draw_near", draw)
+    config = replace(short, steps=100, fresh_tasks=64, near_tasks=share)
+    tiny_run.source(base, config).batch(step)
+    assert least <= len(drawn) <= most
+
+
 def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):
     source = tiny_run.source(base, short)
     ahead = source.batches(range(3, 6), range(1, 3), parts=4)

@@ -25,6 +25,7 @@ from tina.config import TrainConfig
 from tina.datasets import Dataset
 from tina.diffusion import noise_scale
 from tina.generator import Generator
+from tina.neighbours import draw_near
 from tina.tasks import TaskSpace
 from tina.zoo import Zoo
 
@@ -101,6 +102,12 @@ class Source:
         counts = np.array([len(pool) for pool in pools])
         return np.stack([np.pad(pool, (0, counts.max() - len(pool))) for pool in pools]), counts
 
+    @cached_property
+    def _cosines(self) -> np.ndarray:
+        """(C, C), between the names of the data set's C classes."""
+        vectors = self.generator.vocabulary.embeddings[: self.dataset.num_classes]
+        return (vectors @ vectors.T).numpy()
+
     def batches(self, steps: range, own: range, *, parts: int) -> Iterator[Batch]:
         """Parts `own` of each step in turn; a thread draws the next one while one is in use."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
@@ -132,8 +139,11 @@ class Source:
             drop.append(rng.random() < config.condition_dropout)
             noise.append(rng.standard_normal(shape, dtype=np.float32))
         images, labels, first, pure = [], [], [], []
+        near = config.near_tasks * step / config.steps  # early they cost more than they bring
         for rng in slots(FRESH, config.fresh_tasks if config.function_loss > 0 else 0):
             (task,) = self.space.sample_fresh(rng, 1)
+            if near and rng.random() < near:
+                task = draw_near(rng, self.space, self._cosines, num_classes=len(task))
             rows = rng.integers(len(task), size=config.images_per_task)
             of_class = np.array(task)[rows]
             pools, counts = self._pools

@@ -221,6 +221,8 @@ class TrainConfig:
         steps: Optimiser steps.
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
+        near_tasks: Share of the fresh tasks whose classes lie near each other at the end of
+            training; it grows evenly from none.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         function_loss: Factor of the function-space loss (cross-entropy through theta).
@@ -239,6 +241,7 @@ class TrainConfig:
     steps: int = 1000
     zoo_batch: int = 32
     fresh_tasks: int = 8
+    near_tasks: float = 0.0
     images_per_task: int = 64
     weight_loss: float = 1.0
     function_loss: float = 1.0
@@ -257,7 +260,7 @@ class TrainConfig:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         positive(self, *keys, "checkpoint_every")
         not_negative(self, "weight_loss", "function_loss", "weight_decay")
-        shares(self, "condition_dropout", "warmup", "ema")
+        shares(self, "near_tasks", "condition_dropout", "warmup", "ema")
         if not self.weight_loss and not self.function_loss:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:

@@ -126,6 +126,10 @@ class TaskSpace:
         fewest = math.ceil(len(class_ids) / self._largest_group)
         return len({self.groups[i] for i in class_ids}) <= fewest
 
+    def admits(self, class_ids: Sequence[int]) -> bool:
+        """Whether seen classes may be trained on together: in no held-out set, not concentrated."""
+        return frozenset(class_ids) not in self._reserved and not self.is_concentrated(class_ids)
+
     def sample_fresh(
         self, rng: np.random.Generator, n: int, *, num_classes: int | None = None
     ) -> list[ClassIds]:
@@ -148,9 +152,8 @@ class TaskSpace:
         while (wanted := n - len(fresh)) > 0:
             sizes = _sizes(rng, self, wanted) if num_classes is None else [num_classes] * wanted
             for class_ids in _random_sets(rng, self, sizes):
-                refused = frozenset(class_ids) in self._reserved or self.is_concentrated(class_ids)
-                rejects = rejects + 1 if refused else 0
-                if not refused:
+                rejects = 0 if self.admits(class_ids) else rejects + 1
+                if not rejects:
                     fresh.append(class_ids)
             if rejects > MAX_REJECTS:
                 raise ConfigError(
