@@ -1,13 +1,13 @@
 """How does a zoo build scale with its workers, and does a worker's memory grow with the zoo?
 
-    python -m benchmarks.zoo_scaling     # 19 minutes; appends a row to results/zoo_scaling.jsonl
+    python -m benchmarks.zoo_scaling     # appends a row to results/zoo_scaling.jsonl
 
 One Ray cluster on this machine, digits, cnn5k, blocks and recipe as in configs/quickstart.yaml.
-After a warm-up the same zoo of 800 p-models is built by one worker and by two, and a part of it by
-one and by two bare processes without Ray, which is what the machine itself has to give; models per
-second count from the first worker's first step. Rounds alternate their order, and the figures are
-medians of the rounds' ratios: a shared machine changes its speed within minutes. Then one worker
-builds a small and a large zoo.
+After a warm-up the same zoo is built by one worker and by two, and by one and by two bare processes
+without Ray, which is what the machine itself has to give; models per second count from the first
+worker's first step. Rounds alternate their order, and the figures are medians of the rounds'
+ratios: a shared machine changes its speed within minutes. Then one worker builds a small and a
+large zoo.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig
 from tina.run import Run
 from tina.zoo import build_rows
 
-MODELS, STEPS, ROUNDS = 800, 300, 3
-BARE = 200  # models: nothing starts or ends slowly there
+MODELS, STEPS, ROUNDS = 240, 300, 3
 SMALL, LARGE = 24, 240
 RAYS_NICENESS = 15  # of its workers, by default
 
@@ -69,7 +68,7 @@ def bare(run: Run) -> float:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         shares = [pool.submit(share, run.config, run.base, i) for i in range(workers)]
         begins, ends = zip(*(done.result() for done in shares), strict=True)
-    return BARE / (max(ends) - min(begins))
+    return MODELS / (max(ends) - min(begins))
 
 
 def share(config: JobConfig, base: Path, index: int) -> tuple[float, float]:
@@ -77,7 +76,7 @@ def share(config: JobConfig, base: Path, index: int) -> tuple[float, float]:
     os.nice(RAYS_NICENESS)
     teacher = Teacher(config, base, "zoo", "cpu")
     teacher.load()
-    tasks = list(teacher.tasks.values())[index : BARE : config.cluster.zoo_workers]
+    tasks = list(teacher.tasks.values())[index :: config.cluster.zoo_workers]
     begin = time.time()
     for task in tasks:
         build_rows([task], **teacher.tools)
