@@ -12,7 +12,7 @@ from tina.tasks import MAX_REJECTS, TaskSpace
 
 NEARNESS = 0.01
 """Cosine by which one candidate must be nearer than another to be e times as likely: CLIP's vectors
-are crowded, and at five times as much tasks are as by chance (docs/log.md)."""
+are crowded, and at 0.05 tasks are nearly as by chance (docs/log.md)."""
 
 
 def draw_near(
