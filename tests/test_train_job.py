@@ -157,10 +157,14 @@ def test_stages_and_ranks_have_the_same_curve(tiny_run, plain, tmp_path, keys, t
         assert found[name].keys() == values.keys()
         assert found[name] == pytest.approx(values, rel=1e-3), name
     start, want, found = run.new_generator().denoiser.state_dict(), weights(plain), weights(run)
+    far = 0
     for name, value in want.items():
-        # not weight by weight: Adam turns the rounding of a vanishing gradient, whose sign depends
-        # on the number of parts, into a whole step of that one weight (docs/log.md, 2026-11-26)
-        assert (found[name] - value).norm() <= 1e-2 * (value - start[name]).norm(), name
+        gap = found[name] - value
+        assert gap.norm() <= 1e-2 * (value - start[name]).norm(), name
+        far += int((gap.abs() > 1e-4).sum())
+    # Adam turns the rounding of a vanishing gradient, whose sign depends on the number of parts,
+    # into a whole step of that one weight (docs/log.md, 2026-11-26)
+    assert far <= 1e-5 * sum(value.numel() for value in want.values())
     pipe = TinaPipeline.from_pretrained(str(run.trained))
     assert pipe(["one", "two"], seed=0).theta.isfinite().all()
 
