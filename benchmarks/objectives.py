@@ -35,12 +35,13 @@ from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.run import Run
 from tina.training import Progress, train
+from tina.zoo import Zoo
 
 SETS, SEEDS = 60, 4
-BOTH, REGRESSOR = "both", "regressor"
+BOTH, WEIGHT, REGRESSOR = "both", "weight", "regressor"
 OBJECTIVES: dict[str, dict[str, float]] = {
     BOTH: {},
-    "weight": {"function_loss": 0.0, "weight_loss": 1.0, "zoo_batch": 32},
+    WEIGHT: {"function_loss": 0.0, "weight_loss": 1.0, "zoo_batch": 32},
     "function": {"weight_loss": 0.0},
     REGRESSOR: {"weight_loss": 0.0},
 }
@@ -83,26 +84,28 @@ def generated(
     return found
 
 
-def learn(run: Run, name: str, steps: int) -> Generator:
-    """The run's generator, trained by one objective."""
+def learn(
+    run: Run, generator: Generator, objective: str, *, steps: int, zoo: Zoo | None = None
+) -> None:
+    """Train an untrained generator in place by one objective, on the run's zoo or another."""
     config: TrainConfig = replace(
-        run.config.train, **OBJECTIVES[name], steps=steps, checkpoint_every=steps, accumulation=1
+        run.config.train,
+        **OBJECTIVES[objective],
+        steps=steps,
+        checkpoint_every=steps,
+        accumulation=1,
     )
-    generator = load_generator(run.start)
-    if name == REGRESSOR:
-        generator = replace(generator, config=replace(generator.config, diffusion=NOISELESS))
     denoiser = generator.denoiser.train().requires_grad_(True)
     done = train(
         config,
         engine=LocalEngine(denoiser, config),
-        source=run.source(generator, config),
+        source=run.source(generator, config, zoo),
         start=Progress.start(denoiser),
         report=lambda progress, figures: None,
         validate=None,
     )
     denoiser.load_state_dict(dict(done.ema))
     denoiser.eval().requires_grad_(False)
-    return generator
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lessons = [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
     for name in args.only:
         begin = time.perf_counter()
-        generator = learn(run, name, args.steps)
+        generator = load_generator(run.start)
+        if name == REGRESSOR:
+            generator = replace(generator, config=replace(generator.config, diffusion=NOISELESS))
+        learn(run, generator, name, steps=args.steps)
         spent = time.perf_counter() - begin
         inherited = [
             generator.theta(generator.generic.body, generator.generic.select(s)) for s in sets

@@ -43,7 +43,7 @@ def ensure_generic(run: Run) -> None:
     with tqdm(total=passes * recipe.steps, desc="generic model", unit="step") as bar:
         generic = train_generic(
             run.family,
-            run.dataset,
+            run.all_views,
             run.space.seen,
             recipe,
             seed=run.config.classifier.seed,

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks import (
     prompts,
     record,
     serve_load,
+    sizes,
     startup,
     training,
     zoo_building,
@@ -191,6 +193,29 @@ def test_every_objective_is_trained_and_measured(started_run, monkeypatch, tmp_p
         assert ("theta_spread" in row) == (name != objectives.REGRESSOR)
     # another objective is another generator
     assert len({row["one_sample"]["cross_entropy"] for row in rows.values()}) == 4
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_every_size_is_trained_and_measured(started_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(sizes, "SETS", 5)
+    monkeypatch.setattr(sizes, "ZOO_SIZES", (2, 99))
+    monkeypatch.setattr(sizes, "WIDTHS", (16, 32))
+    # what is patched is known in this process alone
+    monkeypatch.setattr(sizes, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    sizes.main([str(started_run.folder), "--steps", "3"])
+    rows = [json.loads(line) for line in (tmp_path / "sizes.jsonl").read_text().splitlines()]
+    found = {(row["curve"], row["objective"], row["size"]): row for row in rows}
+    zoos = [("zoo", objective, size) for objective in ("weight", "both") for size in (2, 8)]
+    assert [*found] == [*zoos, ("generator", "both", 16), ("generator", "both", 32)]
+    # another zoo, another objective and another width are another generator
+    assert len({row["over_selection"]["cross_entropy"] for row in rows}) == 5
+    same = found["zoo", "both", 8], found["generator", "both", 32]
+    assert same[0]["over_selection"] == same[1]["over_selection"]
+    assert found["generator", "both", 16]["parameters"] < same[1]["parameters"]
+    assert (started_run.folder / "plots" / "sizes.png").stat().st_size > 1000
 
 
 # --- plain server ---------------------------------------------------------------------------------

@@ -233,10 +233,12 @@ def test_another_evaluation_or_cluster_may_go_on(claimed, section, change):
     assert Run.open(claimed.folder).config == other.config
 
 
-def test_moved_images_before_a_trunk_are_refused_and_nothing_is_claimed(tmp_path):
-    moved = {"data": {"shift": 1}, "classifier": {"family": "resnet20_head"}}
+def test_moved_images_before_a_trunk_that_is_not_trained_are_refused_and_nothing_is_claimed(
+    tmp_path,
+):
+    moved = {"data": {"shift": 1}, "classifier": {"family": "vitb32_head"}}
     run = Run(config_from_dict(JobConfig, short_config(tmp_path, **moved)))
-    with pytest.raises(ConfigError, match=r"data\.shift must be 0 for resnet20_head"):
+    with pytest.raises(ConfigError, match=r"data\.shift must be 0 for vitb32_head"):
         run.claim()
     assert not run.folder.exists()
 

@@ -5,9 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tina.config import DataConfig
+from tina.classifiers import InputStore, build_family
+from tina.config import DataConfig, RecipeConfig
 from tina.datasets import load_dataset
 from tina.errors import ConfigError
+from tina.finetune import Lesson, finetune, initial_theta
+from tina.generic import train_generic
 from tina.views import Views
 
 IMAGES = torch.randint(256, (3, 2, 5, 6), dtype=torch.uint8, generator=torch.manual_seed(0))
@@ -71,6 +74,31 @@ def test_training_gets_every_view_and_nothing_else_does():
     assert set((fit % n).tolist()) == set(plain.indices("fit").tolist())
     assert torch.equal(more.labels[fit], plain.labels[fit % n])
     assert more.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_without_its_moved_views_a_data_set_is_as_if_none_had_been_asked_for(mirror):
+    plain = load_dataset(DataConfig(mirror=mirror))
+    found = load_dataset(DataConfig(mirror=mirror, shift=1)).unmoved()
+    assert torch.equal(found.labels, plain.labels)
+    for key in ("fit", "select", "report"):
+        index = plain.indices(key)
+        assert torch.equal(found.indices(key), index)
+        assert torch.equal(found.views[index], plain.views[index])
+
+
+def test_a_trunk_is_trained_on_moved_images_and_what_follows_it_is_not():
+    data = load_dataset(DataConfig(shift=1))
+    family, still = (build_family("resnet20_head", channels=1, image_size=8) for _ in range(2))
+    recipe = RecipeConfig(steps=2, batch_size=8)
+    found = train_generic(family, data, range(3), recipe, seed=0)
+    other = train_generic(still, data.unmoved(), range(3), recipe, seed=0)
+    shown = InputStore(family, data.unmoved().views)
+    lesson = Lesson.of(data.unmoved(), range(3), seed=0)
+    theta = initial_theta(family, 3, seed=0)
+    (theta,) = finetune(family, [theta], [lesson], shown, recipe, stacked=False)
+    assert torch.equal(found.rows, family.layout(3).split(theta)[1])
+    assert not torch.equal(found.rows, other.rows)  # the trunk saw other images
 
 
 def test_a_negative_shift_is_refused():

@@ -28,7 +28,8 @@ class DataConfig:
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
         mirror: Train on each image's mirror image too, where left and right mean nothing.
-        shift: Train on each image moved by up to so many pixels too.
+        shift: Train on each image moved by up to so many pixels too; where a trunk is frozen, it is
+            trained so, what follows it is not.
         seed: Seed of the partition.
     """
 

@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +78,17 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes of the whole data set."""
         return len(self.class_names)
+
+    def unmoved(self) -> Dataset:
+        """The same without the views that move an image: what a frozen trunk is shown."""
+        views = replace(self.views, shift=0)
+        fit = self.partitions["fit"]  # the first views are the unmoved ones
+        return replace(
+            self,
+            views=views,
+            labels=self.labels[: len(views)],
+            partitions={**self.partitions, "fit": fit[fit < len(views)]},
+        )
 
     def indices(self, partition: str, class_ids: Sequence[int] | None = None) -> Tensor:
         """Sorted int64 places of a partition's images, of all classes or of `class_ids`."""

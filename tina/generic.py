@@ -59,12 +59,16 @@ def train_generic(
 ) -> GenericModel:
     """Train on all `fit` images of the given classes; a ResNet's trunk first, then its head.
 
+    Args:
+        dataset: With all views; a trunk is trained on every one, what follows it on unmoved ones.
+
     Raises:
         NonFiniteError: Training diverged.
     """
     if isinstance(family, ResNet20Head):
         trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
         family.attach_trunk(trunk)
+        dataset = dataset.unmoved()
     store = InputStore(family, dataset.views)
     theta = initial_theta(family, len(class_ids), seed=seed)
     lesson = Lesson.of(dataset, class_ids, seed=seed)

@@ -100,10 +100,8 @@ class Run:
         # a typo in a name must not claim the folder for ever
         find_source(self.config.data)
         family = build_family(self.config.classifier.family, channels=1, image_size=8)
-        if family.has_trunk and self.config.data.shift:
-            raise ConfigError(
-                f"data.shift must be 0 for {family.name}: its trunk sees each view once, beforehand"
-            )
+        if isinstance(family, VitB32Head) and self.config.data.shift:
+            raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
         file = self.folder / "config.yaml"
         found = _read_yaml(file) if file.is_file() else {}
         asked = config_to_dict(self.config)
@@ -122,9 +120,17 @@ class Run:
         write_text(file, yaml.safe_dump(mine, sort_keys=False))
 
     @cached_property
-    def dataset(self) -> Dataset:
-        """The images."""
+    def all_views(self) -> Dataset:
+        """The images with every view that the configuration asks for."""
         return load_dataset(self.config.data)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The images with the views that the generated network is trained on.
+
+        Features of a frozen trunk are kept, one row per view, so moved images are for trunks alone.
+        """
+        return self.all_views.unmoved() if self.family.has_trunk else self.all_views
 
     @cached_property
     def space(self) -> TaskSpace:
@@ -135,7 +141,7 @@ class Run:
     @cached_property
     def family(self) -> Family:
         """The classifier family; a CLIP trunk is attached, a trained one comes with `generic`."""
-        _, channels, size, _ = self.dataset.images.shape
+        _, channels, size, _ = self.all_views.images.shape
         family = build_family(self.config.classifier.family, channels=channels, image_size=size)
         if isinstance(family, VitB32Head):
             attach_trunk(family, self.config.generator, self.generic_file)
