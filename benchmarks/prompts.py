@@ -3,11 +3,14 @@
     python -m benchmarks.prompts runs/cifar100_cnn5k     # appends a row to results/prompts.jsonl
 
 Prompts name sets of ten trained classes that are no task of the run. In each, one, three or five
-names of the ten are said otherwise (KINDS), and the classifier is judged on `select` images of the
-classes that were meant: accuracy minus that under the true names, paired by set. What an encoder
-cannot encode is left out and listed. Nothing here reads `report` images.
+names of the ten are said otherwise (or, by pictures, all), and the classifier is judged on `select`
+images of the classes that were meant: accuracy minus that under the true names, paired by set. What
+an encoder cannot encode is left out and listed. Nothing here reads `report` images.
 
-wording     the same name out of another vocabulary, with another template (table encoders)
+picture     one `fit` picture of the class in place of its name
+pictures    five of them
+wording     the same name out of another vocabulary, with another template (table encoders); the
+            table's last, which mixed prompts leave out of training
 typo        two neighbouring letters exchanged
 chatter     the name in a sentence about something else
 hypernym    what the class is a kind of
@@ -16,8 +19,8 @@ wrong       another trained class
 foreign     something that the data set does not know
 
 Familiarity: the area under the ROC curve for telling foreign names from trained classes said
-otherwise, and accuracy over all such prompts before and after the tenth with the least familiar
-name is refused. Only for CIFAR-100, whose classes the words below are for.
+in other words, and accuracy over all such prompts before and after the tenth with the least
+familiar name is refused. Only for CIFAR-100, whose classes the words below are for.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,7 @@ from tina.run import Run
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SETS, SHARES = 60, (0.1, 0.25, 0.5)
+PICTURES = {"picture": 1, "pictures": 5}
 FOREIGN = (
     *("violin", "pizza", "scarf", "trumpet", "umbrella", "guitar", "refrigerator", "candle"),
     *("wheelchair", "necklace", "sandwich", "scissors", "microphone", "pasta", "flag", "drum"),
@@ -80,11 +84,13 @@ class Speaker:
 
     generator: Generator
     encoder: PromptEncoder
+    run: Run
 
     @property
     def kinds(self) -> dict[str, Callable[[str, np.random.Generator], Tensor | None]]:
         """How, by name."""
         return {
+            **{kind: partial(self.shown, count=count) for kind, count in PICTURES.items()},
             "wording": self.wording,
             "typo": lambda name, rng: self.text(typo(name, rng)),
             "chatter": lambda name, rng: self.text(f"my neighbour once had a {name} in the garden"),
@@ -118,12 +124,18 @@ class Speaker:
             return None
         return self.encoder.encode_text([text])[0]
 
+    def shown(self, name: str, rng: np.random.Generator, *, count: int) -> Tensor:
+        """So many pictures of the class."""
+        places = self.run.dataset.indices("fit", self.run.dataset.class_ids([name]))
+        few = torch.from_numpy(rng.integers(len(places), size=count))
+        return self.generator.embed_shots(self.run.store[places[few]])
+
     def wording(self, name: str, rng: np.random.Generator) -> Tensor | None:
         """The same name elsewhere in a table."""
         if not isinstance(self.encoder, TableEncoder):
             return None
         found = self.encoder.wordings(name)
-        return found[rng.integers(len(found))] if len(found) else None
+        return found[-1] if len(found) else None
 
 
 def typo(name: str, rng: np.random.Generator) -> str:
@@ -176,7 +188,7 @@ def main() -> None:
     before = load()
     run = Run.open(args.run)
     generator = load_generator(run.trained)
-    speaker = Speaker(generator=generator, encoder=build_encoder(run.config.prompt))
+    speaker = Speaker(generator=generator, encoder=build_encoder(run.config.prompt), run=run)
     sets = run.space.sample_fresh(np.random.default_rng(999), SETS)
     lessons = [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
     true, mask = generator.vocabulary.of(sets)
@@ -195,7 +207,7 @@ def main() -> None:
     found: dict[str, dict[str, object]] = {}
     skipped, familiar, foreign, prompts = [], [], [], []
     for kind in speaker.kinds:
-        for share in SHARES:
+        for share in (*SHARES, 1.0) if kind in PICTURES else SHARES:
             said = said_otherwise(speaker, sets, kind, share)
             if said is None:
                 skipped.append(kind)
@@ -210,6 +222,8 @@ def main() -> None:
                     float((scores - score(embeddings, untrained=True))[:, 0].mean()), 2
                 ),
             }
+            if kind in PICTURES:  # what comes below is about words
+                continue
             prompts += list(zip(values.amin(1).tolist(), scores[:, 0].tolist(), strict=True))
             if kind != "wrong":  # which is a trained name: nothing could tell
                 (foreign if kind == "foreign" else familiar).extend(values[changed].tolist())

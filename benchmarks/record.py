@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tina.run import commit, hardware
+from tina.provenance import commit, hardware
 
 RESULTS = Path(__file__).parent / "results"
 

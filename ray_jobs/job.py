@@ -19,7 +19,8 @@ from ray_jobs.process import settle_in
 from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config
 from tina.errors import ConfigError, TinaError
-from tina.run import Run, commit
+from tina.provenance import commit
+from tina.run import Run
 
 MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for the entrypoint of `ray job submit`

@@ -255,11 +255,11 @@ def test_a_typo_exchanges_two_neighbouring_letters(name):
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.25, 1), (0.5, 2)])
-def test_a_share_of_the_names_is_said_otherwise(tiny_generator, share, count):
-    speaker = prompts.Speaker(generator=tiny_generator, encoder=HashEncoder())
+def test_a_share_of_the_names_is_said_otherwise(tiny_run, tiny_generator, share, count):
+    speaker = prompts.Speaker(generator=tiny_generator, encoder=HashEncoder(), run=tiny_run)
     sets = [(0, 1, 2), (5, 3, 8)]
     plain = tiny_generator.vocabulary.of(sets)[0]
-    for kind in ("typo", "wrong", "foreign"):
+    for kind in ("typo", "wrong", "foreign", "picture", "pictures"):
         said, changed = prompts.said_otherwise(speaker, sets, kind, share)
         assert changed.sum(1).tolist() == [count, count]
         assert torch.equal(said[~changed], plain[~changed])

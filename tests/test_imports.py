@@ -27,6 +27,7 @@ STAGES = [
         "evaluation",
         "novelty",
         "report",
+        "provenance",
         "run",
         "sweep",
     ],

@@ -28,8 +28,7 @@ class DataConfig:
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
         mirror: Train on each image's mirror image too, where left and right mean nothing.
-        shift: Train on each image moved by up to so many pixels too; where a trunk is frozen, it is
-            trained so, what follows it is not.
+        shift: Train on each image, too, moved by up to so many pixels; what follows a trunk is not.
         seed: Seed of the partition.
     """
 
@@ -222,8 +221,8 @@ class TrainConfig:
         steps: Optimiser steps.
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
-        near_tasks: Share of the fresh tasks whose classes lie near each other at the end of
-            training; it grows evenly from none.
+        near_tasks: Share, at the end, of fresh tasks of neighbouring classes; grows from none.
+        mixed_prompts: Share of fresh tasks' classes asked for by other wordings or by pictures.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         function_loss: Factor of the function-space loss (cross-entropy through theta).
@@ -243,6 +242,7 @@ class TrainConfig:
     zoo_batch: int = 32
     fresh_tasks: int = 8
     near_tasks: float = 0.0
+    mixed_prompts: float = 0.0
     images_per_task: int = 64
     weight_loss: float = 1.0
     function_loss: float = 1.0
@@ -261,7 +261,7 @@ class TrainConfig:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         positive(self, *keys, "checkpoint_every")
         not_negative(self, "weight_loss", "function_loss", "weight_decay")
-        shares(self, "near_tasks", "condition_dropout", "warmup", "ema")
+        shares(self, "near_tasks", "mixed_prompts", "condition_dropout", "warmup", "ema")
         if not self.weight_loss and not self.function_loss:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:

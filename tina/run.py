@@ -14,9 +14,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -49,6 +46,7 @@ from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
 from tina.precision import has_bf16, settle
 from tina.prompts import Vocabulary, normalise_name
+from tina.provenance import commit, hardware
 from tina.report import model_card, plot_report
 from tina.sources import find_source
 from tina.tasks import Task, TaskSpace, build_task_space
@@ -103,7 +101,9 @@ class Run:
         if isinstance(family, VitB32Head) and self.config.data.shift:
             raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
         file = self.folder / "config.yaml"
-        found = _read_yaml(file) if file.is_file() else {}
+        found = {}
+        if file.is_file():  # with today's defaults for keys that it was made without
+            found = config_to_dict(config_from_dict(JobConfig, _read_yaml(file)))
         asked = config_to_dict(self.config)
         mine = settle(asked, found)
         if mine != asked:
@@ -251,7 +251,15 @@ class Run:
             space=self.space,
             dataset=self.dataset,
             store=self.store,
+            wordings=self.wordings() if config.mixed_prompts else (),
         )
+
+    def wordings(self) -> list[Tensor]:
+        """Per class, embeddings (W, E) of other wordings to train on: all but the table's last."""
+        encoder = build_encoder(self.config.prompt)
+        if not isinstance(encoder, TableEncoder):
+            return []
+        return [encoder.wordings(name)[:-1] for name in self.dataset.class_names]
 
     def validator(
         self, generator: Generator
@@ -372,26 +380,3 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds no configuration")
     return found
-
-
-def commit() -> str:
-    """The code's commit: `TINA_COMMIT` where a job has no git, else git's word, else unknown."""
-    if "TINA_COMMIT" in os.environ:
-        return os.environ["TINA_COMMIT"]
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def hardware() -> str:
-    """What ran: processor, cores, GPU, torch."""
-    processor = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        processor = names[0] if names else processor
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{len(os.sched_getaffinity(0))} cores of {processor}{gpu}, torch {torch.__version__}"
