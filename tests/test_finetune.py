@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tina.classifiers import ClipImageTrunk, InputStore, build_family
 from tina.config import DataConfig, RecipeConfig
@@ -14,6 +15,7 @@ from tina.datasets import load_dataset
 from tina.errors import NonFiniteError
 from tina.finetune import (
     Lesson,
+    _AdamW,
     accuracy,
     annealed,
     batch_order,
@@ -294,6 +296,24 @@ def test_a_trunk_is_trained_from_its_seed(digits):
             assert not torch.equal(value, fresh[name]), name
     with pytest.raises(NonFiniteError, match="not finite at step"):
         train_trunk(family, digits, range(10), dataclasses.replace(recipe, lr=1e30), seed=0)
+
+
+def test_a_step_is_adamws_however_a_gradient_lies_in_memory():
+    recipe = RecipeConfig(steps=4, lr=1e-2, warmup=0.0, weight_decay=0.1)
+    layer = nn.Conv2d(3, 8, 3)
+    found = [p.detach().clone() for p in layer.parameters()]
+    ours, theirs = _AdamW(found, recipe), torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
+    images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    for step in range(recipe.steps):
+        gradients = torch.autograd.grad(layer(images).square().sum(), [*layer.parameters()])
+        assert gradients[0].stride() != layer.weight.stride()
+        ours.step(step, gradients)
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            parameter.grad = gradient.contiguous()
+        theirs.param_groups[0]["lr"] = recipe.lr * annealed(step, recipe.steps)
+        theirs.step()
+    for one, other in zip(found, layer.parameters(), strict=True):
+        torch.testing.assert_close(one, other.detach(), atol=1e-6, rtol=1e-5)
 
 
 # --- the zoo's rows -------------------------------------------------------------------------------

@@ -123,9 +123,14 @@ class _AdamW:
     def step(self, step: int, gradients: Sequence[Tensor]) -> None:
         """Take a step of the recipe's."""
         recipe = self.recipe
+        # the fused step goes through memory, and a convolution's gradient may lie in another order
+        aligned = [
+            g if g.stride() == w.stride() else torch.empty_like(w).copy_(g)
+            for g, w in zip(gradients, self.weights, strict=True)
+        ]
         adamw(
             self.weights,
-            list(gradients),
+            aligned,
             self.means,
             self.squares,
             [],
