@@ -343,7 +343,7 @@ def test_another_layout(checkpoint, refuse_checkpoint):
 
 def test_another_format_version(checkpoint, refuse_checkpoint):
     edit_header(checkpoint, format_version=99)
-    refuse_checkpoint("has format version 99; this version of Tina reads 2")
+    refuse_checkpoint("has format version 99; this version of Tina reads 3")
 
 
 def test_an_unknown_key_in_a_checkpoint(checkpoint, refuse_checkpoint):

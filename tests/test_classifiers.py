@@ -115,15 +115,6 @@ def test_logits_equal_the_module_with_the_same_weights(family):
         assert torch.equal(family.logits(theta, inputs, num_classes=CLASSES), module(inputs))
 
 
-def test_features_times_the_head_are_the_logits(family):
-    theta, inputs = theta_of(family), family.embed(pictures(6, 1, 8, 8))
-    body, rows = family.layout(CLASSES).split(theta)
-    features = family.features(body, inputs)
-    assert features.shape == (6, rows.shape[1] - 1)
-    expected = features @ rows[:, :-1].T + rows[:, -1]
-    torch.testing.assert_close(family.logits(theta, inputs, num_classes=CLASSES), expected)
-
-
 def test_permuting_the_heads_rows_permutes_the_logits(family):
     theta, inputs = theta_of(family), family.embed(pictures(6, 1, 8, 8))
     layout, order = family.layout(CLASSES), torch.tensor([3, 0, 4, 1, 2])

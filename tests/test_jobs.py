@@ -233,6 +233,19 @@ def test_another_evaluation_or_cluster_may_go_on(claimed, section, change):
     assert Run.open(claimed.folder).config == other.config
 
 
+def test_a_folder_made_before_a_key_existed_goes_on_with_its_default(claimed):
+    file = claimed.folder / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    del saved["train"]["mixed_prompts"]
+    file.write_text(yaml.safe_dump(saved))
+    Run(claimed.config).claim()
+    assert yaml.safe_load(file.read_text())["train"]["mixed_prompts"] == 0
+    file.write_text(yaml.safe_dump(saved))
+    changed = replace(claimed.config, train=replace(claimed.config.train, mixed_prompts=0.5))
+    with pytest.raises(ConfigError, match="another train"):
+        Run(changed).claim()
+
+
 def test_moved_images_before_a_trunk_that_is_not_trained_are_refused_and_nothing_is_claimed(
     tmp_path,
 ):

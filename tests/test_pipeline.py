@@ -278,6 +278,22 @@ def test_pictures_lie_near_their_names(pipe, pictures):
     assert (own > others).sum() >= 8
 
 
+def test_pictures_are_the_names_by_their_posterior(pipe, pictures):
+    """Bayes' rule, picture after picture, from a uniform prior."""
+    generator = pipe.generator
+    inputs = generator.family.embed(pictures(3)[:4])
+    likelihoods = generator.logits(generator.generic.body, generator.generic.rows, inputs)
+    posterior = torch.full((10,), 0.1)
+    for likelihood in likelihoods.softmax(1):
+        posterior = posterior * likelihood / (posterior * likelihood).sum()
+    mean = sum(p * e for p, e in zip(posterior, generator.vocabulary.embeddings, strict=True))
+    close(generator.embed_shots(inputs), mean / mean.norm())
+    close(generator.embed_shots(inputs.flip(0)), generator.embed_shots(inputs))
+    # a crowd of one class's pictures leaves no doubt
+    many = generator.family.embed(pictures(3).repeat(50, 1, 1, 1))
+    close(generator.embed_shots(many), generator.vocabulary.embeddings[3])
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

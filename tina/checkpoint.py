@@ -2,7 +2,7 @@
 
     config.json           format version, configuration, family, layout, embedding space, names
     model.safetensors     the denoiser's averaged weights
-    codec.safetensors     directions, scales, generic model, projection of picture features
+    codec.safetensors     directions, scales, generic model
     prompts.safetensors   embeddings of the data set's class names and of further words
     trunk.safetensors     where the family has a trained trunk
     README.md             model card
@@ -38,12 +38,12 @@ from tina.generic import GenericModel
 from tina.prompts import Vocabulary
 from tina.tensors import write_tensors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PRETRAINED = Path(__file__).parent / "pretrained"
 """Folder of the checkpoints that come with the package, each under its name."""
 HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}
 HEADER |= {"layout", "space", "class_names"}
-BESIDE_CODEC = {"generic_body", "generic_rows", "shot_projection"}
+BESIDE_CODEC = {"generic_body", "generic_rows"}
 _MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
@@ -91,7 +91,6 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
     codec = generator.codec.tensors() | {
         "generic_body": generator.generic.body,
         "generic_rows": generator.generic.rows,
-        "shot_projection": generator.shot_projection,
     }
     write_tensors(folder / "codec.safetensors", codec)
     embeddings = vocabulary.embeddings.half() if half else vocabulary.embeddings
@@ -196,7 +195,6 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         ),
         denoiser=denoiser.eval().requires_grad_(False),
         max_classes=header["max_classes"],
-        shot_projection=codec["shot_projection"],
     )
 
 

@@ -92,13 +92,6 @@ class Family(ABC):
         module = self._templates[num_classes][0]
         return cast(Tensor, functional_call(module, layout.unflatten(theta), (inputs,)))
 
-    def features(self, body: Tensor, inputs: Tensor) -> Tensor:
-        """Values before the head (N, F), from a body (n_body,) and what `embed` returned."""
-        f = self.layout(2).row_size - 1
-        # an identity head reads the features out without a second forward path
-        rows = torch.cat([torch.eye(f), torch.zeros(f, 1)], 1).to(body)
-        return self.logits(self.layout(f).join(body, rows), inputs, num_classes=f)
-
 
 class ConvNet(nn.Module):
     """3x3 convolutions without bias, ReLU, global average pool, one Linear.

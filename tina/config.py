@@ -28,7 +28,7 @@ class DataConfig:
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
         mirror: Train on each image's mirror image too, where left and right mean nothing.
-        shift: Train on each image, too, moved by up to so many pixels; what follows a trunk is not.
+        shift: Most pixels by which training moves images, too; a head on a trunk sees them unmoved.
         seed: Seed of the partition.
     """
 

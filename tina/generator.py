@@ -1,7 +1,7 @@
 """The generator: denoiser, codec, vocabulary and what tasks inherit, in one object.
 
 Axes: B batch, K classes (padded), E embedding width, n_body parameters before the head, R values of
-a head row, F features before the head, V trained classes.
+a head row, N images, V trained classes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ class Generator:
     Args:
         dataset: Name of the data set it was trained on.
         max_classes: Most classes of a task.
-        shot_projection: (F + 1, E): mean pooled features of the generic body over a class's
-            pictures, and a one, to the prompt space; the stand-in for an image tower.
     """
 
     config: GeneratorConfig
@@ -41,7 +39,6 @@ class Generator:
     generic: GenericModel
     denoiser: Denoiser
     max_classes: int
-    shot_projection: Tensor
 
     def inherit(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone."""
@@ -166,10 +163,17 @@ class Generator:
         return self.family.layout(len(rows)).join(body, rows)
 
     def embed_shots(self, inputs: Tensor) -> Tensor:
-        """Prompt embedding (E,) of a class from its pictures, as `Family.embed` returned them."""
-        features = self.family.features(self.generic.body, inputs).mean(0)
-        embedding = torch.cat([features, features.new_ones(1)]) @ self.shot_projection
-        return torch.nn.functional.normalize(embedding, dim=0)
+        """Prompt embedding (E,) of a class from its pictures; the stand-in for an image tower.
+
+        The trained names' embeddings, weighted by how probable the generic model finds each name
+        by all pictures together: independent ones, every name as probable before the first.
+
+        Args:
+            inputs: The pictures (N, ...) as `Family.embed` returned them.
+        """
+        logits = self.logits(self.generic.body, self.generic.rows, inputs)  # (N, V)
+        names = self.vocabulary.embeddings[self.vocabulary.trained]
+        return torch.nn.functional.normalize(logits.sum(0).softmax(0) @ names, dim=0)
 
 
 def new_denoiser(config: GeneratorConfig, codec: Codec, *, dim: int, seed: int) -> Denoiser:
@@ -183,33 +187,3 @@ def new_denoiser(config: GeneratorConfig, codec: Codec, *, dim: int, seed: int) 
             row_width=codec.layout.row_size,
             embedding_width=dim,
         )
-
-
-def fit_shot_projection(
-    family: Family,
-    generic: GenericModel,
-    vocabulary: Vocabulary,
-    shots: Sequence[Tensor],
-    *,
-    seed: int,
-) -> Tensor:
-    """Least squares (F + 1, E) from mean features of a few pictures to their class's embedding.
-
-    Args:
-        shots: Per seen class, inputs of its `fit` images (N, ...) as `Family.embed` returns them.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    features, targets = [], []
-    for class_id, inputs in zip(generic.class_ids, shots, strict=True):
-        values = family.features(generic.body, inputs)
-        for _ in range(32):
-            count = int(torch.randint(1, 17, (), generator=draw))
-            few = torch.randint(len(values), (count,), generator=draw)
-            features.append(values[few].mean(0))
-            targets.append(vocabulary.embeddings[class_id])
-    x = torch.stack(features)
-    x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    gram = x.T @ x
-    # a little ridge: dead ReLU features would leave the system singular
-    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
-    return torch.linalg.solve(gram, x.T @ torch.stack(targets))

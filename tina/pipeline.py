@@ -269,8 +269,8 @@ class TinaPipeline:
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, (N, C, H, W) each in [0, 1].
 
-        Through the encoder's image tower where it has one; otherwise by the generic body's mean
-        features, projected into the prompt space (`Generator.embed_shots`).
+        Through the encoder's image tower where it has one; otherwise by the names that the generic
+        model takes them for (`Generator.embed_shots`).
         """
         for shots in images:
             if (

@@ -40,7 +40,7 @@ from tina.errors import ConfigError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
 from tina.finetune import Lesson, accuracy
-from tina.generator import Generator, fit_shot_projection, new_denoiser
+from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, load_generic
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
@@ -225,9 +225,6 @@ class Run:
             seed=seed,
         )
         codec = fit_codec(layout, curvature, chunk=config.denoiser.chunk)
-        shots = [
-            self.store[self.dataset.indices("fit", (c,))[:100]] for c in self.generic.class_ids
-        ]
         return Generator(
             config=config,
             dataset=self.dataset.name,
@@ -237,9 +234,6 @@ class Run:
             generic=self.generic,
             denoiser=new_denoiser(config, codec, dim=vocabulary.space.dim, seed=seed),
             max_classes=layout.num_classes,
-            shot_projection=fit_shot_projection(
-                self.family, self.generic, vocabulary, shots, seed=seed
-            ),
         )
 
     def source(self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None) -> Source:
