@@ -1,6 +1,6 @@
 """How does accuracy grow with the zoo and with the generator?
 
-    python -m benchmarks.sizes runs/cifar100_resnet20_head --steps 1000
+    python -m benchmarks.sizes runs/cifar100_cnn5k --steps 600
 
 zoo        the run's generator trained anew on its first Z p-models, by the weight-space loss alone,
            whose only teacher the zoo is, and by both losses
@@ -35,7 +35,7 @@ from tina.generator import new_denoiser
 from tina.run import Run
 
 ZOO, GENERATOR = "zoo", "generator"
-ZOO_SIZES = (30, 100, 300, 1000)
+ZOO_PARTS = (30, 10, 3, 1)  # of the whole zoo
 WIDTHS = (48, 96, 192, 384)
 
 Point = tuple[str, str, int]
@@ -44,8 +44,7 @@ Point = tuple[str, str, int]
 
 def points(run: Run) -> list[Point]:
     """What can be measured of a run."""
-    most = run.config.tasks.train
-    sizes = sorted({most, *(size for size in ZOO_SIZES if size < most)})
+    sizes = [max(1, run.config.tasks.train // part) for part in ZOO_PARTS]
     zoos = [(ZOO, objective, size) for objective in (WEIGHT, BOTH) for size in sizes]
     return zoos + [(GENERATOR, BOTH, width) for width in WIDTHS]
 

@@ -201,7 +201,7 @@ def test_every_objective_is_trained_and_measured(started_run, monkeypatch, tmp_p
 def test_every_size_is_trained_and_measured(started_run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(sizes, "SETS", 5)
-    monkeypatch.setattr(sizes, "ZOO_SIZES", (2, 99))
+    monkeypatch.setattr(sizes, "ZOO_PARTS", (4, 1))
     monkeypatch.setattr(sizes, "WIDTHS", (16, 32))
     # what is patched is known in this process alone
     monkeypatch.setattr(sizes, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
