@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -19,13 +20,14 @@ from tina.baselines import class_mean, classifier_selection, nearest_pmodel, rid
 from tina.batches import Source
 from tina.checkpoint import save_generator
 from tina.classifiers import InputStore
-from tina.config import DenoiserConfig
+from tina.config import ClassifierConfig, DenoiserConfig, RecipeConfig
 from tina.controls import other_classes
 from tina.engine import LocalEngine
 from tina.errors import ConfigError
 from tina.evaluation import Evaluation
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.generic import save_generic, train_generic
 from tina.metrics import Score
 from tina.mixer import Mixer, train_mixer
 from tina.novelty import novelty, timing, twin
@@ -33,7 +35,7 @@ from tina.report import ORDER, markdown, plot_report, print_report
 from tina.run import Run
 from tina.tasks import Task
 from tina.training import Progress, train
-from tina.zoo import Zoo, build_rows
+from tina.zoo import Zoo, build_rows, zoo_of, zoo_schema
 
 AXIS = "unseen_combination"
 WITHOUT_IMAGES = {
@@ -367,6 +369,37 @@ def test_novelty_stands_beside_twins(report):
     assert novelty["l2_between_two_finetunings"] > 0
     for key in ("error_overlap_with_nearest_pmodel", "error_overlap_between_two_finetunings"):
         assert 0 <= novelty[key] <= 1
+
+
+def test_where_a_head_alone_is_generated_there_is_no_distance(tiny_run, tmp_path):
+    short = RecipeConfig(steps=3, batch_size=8)
+    recipes = dict.fromkeys(("generic", "finetune", "direct"), short)
+    classifier = ClassifierConfig(family="resnet20_head", **recipes)
+    run = Run(replace(tiny_run.config, storage=str(tmp_path), classifier=classifier))
+    run.claim()
+    generic = train_generic(run.family, run.all_views, run.space.seen, short, seed=0)
+    save_generic(run.generic_file, generic, run.family)
+    schema = zoo_schema(run.family.layout(4).size)
+    tools = {"family": run.family, "dataset": run.dataset, "store": run.store, "recipe": short}
+    tools |= {"generic": run.generic, "max_classes": 4, "stacked": False}
+    zoo, direct = (
+        zoo_of(pa.Table.from_pylist(build_rows(run.zoo_tasks(kind), **tools), schema=schema))
+        for kind in ("zoo", "direct")
+    )
+    found = novelty(
+        Evaluation(
+            generator=run.new_generator(),
+            config=run.config.evaluation,
+            dataset=run.dataset,
+            space=run.space,
+            zoo=zoo,
+            direct=direct,
+            store=run.store,
+        )
+    )
+    assert found["l2_to_nearest_pmodel"] is None
+    assert found["l2_between_two_finetunings"] is None
+    assert 0 <= found["error_overlap_with_nearest_pmodel"] <= 1
 
 
 def test_a_twin_is_the_same_task_with_other_batches(tiny_run):

@@ -23,8 +23,9 @@ def twin(task: Task) -> Task:
 def novelty(evaluation: Evaluation) -> dict[str, Any]:
     """Is a generated classifier a copy of a training p-model (Zeng et al., 2506.07998)?
 
-    Distances are L2 over the body; overlaps are of mispredicted report images. Beside each stands
-    the same between two independent fine-tunings of one task, where there are twins.
+    Distances are L2 over the body, None where only a head is generated: its rows belong to other
+    classes than a p-model's. Overlaps are of mispredicted report images. Beside each stands the
+    same between two independent fine-tunings of one task, where there are twins.
     """
     generator, train = evaluation.generator, evaluation.zoo.only("train")
     tasks = evaluation.space.held_out["unseen_combination"][: evaluation.config.direct_tasks]
@@ -41,12 +42,13 @@ def novelty(evaluation: Evaluation) -> dict[str, Any]:
         strict=True,
     ):
         body = generator.family.layout(task.num_classes).split(thetas[0])[0]
-        distance.append(float((bodies - body).norm(dim=1).min()))
+        if body.numel():
+            distance.append(float((bodies - body).norm(dim=1).min()))
         spread.append(float((thetas[0] - thetas[1]).norm() / thetas[0].norm()))
         seed_agreement.append(abs(float(score.hit[0].mean() - score.hit[1].mean())))
         same_errors.append(overlap(score, copy))
     return {
-        "l2_to_nearest_pmodel": mean(distance),
+        "l2_to_nearest_pmodel": mean(distance) if distance else None,
         "error_overlap_with_nearest_pmodel": mean(same_errors),
         **_between_twins(evaluation, tasks),
         "theta_spread_over_seeds": mean(spread),
@@ -62,7 +64,8 @@ def _between_twins(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, f
             continue
         pair = [evaluation.direct_theta(task), evaluation.direct_theta(twin(task))]
         first, second = (family.layout(task.num_classes).split(theta)[0] for theta in pair)
-        distance.append(float((first - second).norm()))
+        if first.numel():
+            distance.append(float((first - second).norm()))
         same_errors.append(overlap(*evaluation.score([task, task], [[theta] for theta in pair])))
     return {
         "l2_between_two_finetunings": mean(distance) if distance else None,
