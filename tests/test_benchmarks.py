@@ -263,7 +263,8 @@ def test_a_share_of_the_names_is_said_otherwise(tiny_run, tiny_generator, share,
         said, changed = prompts.said_otherwise(speaker, sets, kind, share)
         assert changed.sum(1).tolist() == [count, count]
         assert torch.equal(said[~changed], plain[~changed])
-        assert not torch.isclose(said[changed], plain[changed]).all(-1).any()
+        if kind not in prompts.PICTURES:  # a digit's picture says its name
+            assert not torch.isclose(said[changed], plain[changed]).all(-1).any()
     # a table alone knows other wordings
     assert prompts.said_otherwise(speaker, sets, "wording", share) is None
 
