@@ -48,6 +48,17 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 NOISELESS = DiffusionConfig(schedule="none", timesteps=1, sampling_steps=1)
 
 
+def select_lessons(run: Run, count: int) -> tuple[list[tuple[int, ...]], list[Lesson]]:
+    """Class sets that are no task of the run, always the same, and their `select` images."""
+    sets = run.space.sample_fresh(np.random.default_rng(999), count)
+    return sets, [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
+
+
+def selected(generator: Generator, sets: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Classifier selection: a theta for each set."""
+    return [generator.theta(generator.generic.body, generator.generic.select(s)) for s in sets]
+
+
 def measure(
     generator: Generator, run: Run, lessons: Sequence[Lesson], thetas: Sequence[Tensor]
 ) -> np.ndarray:
@@ -118,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = load()
     torch.set_num_threads(1)
     run = Run.open(args.run)
-    sets = run.space.sample_fresh(np.random.default_rng(999), SETS)
-    lessons = [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
+    sets, lessons = select_lessons(run, SETS)
     for name in args.only:
         begin = time.perf_counter()
         generator = load_generator(run.start)
@@ -127,10 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             generator = replace(generator, config=replace(generator.config, diffusion=NOISELESS))
         learn(run, generator, name, steps=args.steps)
         spent = time.perf_counter() - begin
-        inherited = [
-            generator.theta(generator.generic.body, generator.generic.select(s)) for s in sets
-        ]
-        base = measure(generator, run, lessons, inherited)
+        base = measure(generator, run, lessons, selected(generator, sets))
         seeds = generated(generator, sets, seeds=1 if name == REGRESSOR else SEEDS)
         scores = np.stack([measure(generator, run, lessons, thetas) for thetas in seeds])
         figures: dict[str, object] = {

@@ -36,12 +36,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.objectives import against, measure
+from benchmarks.objectives import against, measure, select_lessons
 from benchmarks.record import append, load
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
-from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.run import Run
 from tina.superclasses import CIFAR100_SUPERCLASSES
@@ -189,8 +188,7 @@ def main() -> None:
     run = Run.open(args.run)
     generator = load_generator(run.trained)
     speaker = Speaker(generator=generator, encoder=build_encoder(run.config.prompt), run=run)
-    sets = run.space.sample_fresh(np.random.default_rng(999), SETS)
-    lessons = [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
+    sets, lessons = select_lessons(run, SETS)
     true, mask = generator.vocabulary.of(sets)
 
     def score(embeddings: Tensor, *, untrained: bool = False) -> np.ndarray:

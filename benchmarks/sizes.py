@@ -24,13 +24,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.objectives import BOTH, SETS, WEIGHT, against, generated, learn, measure
+from benchmarks.objectives import (
+    BOTH,
+    SETS,
+    WEIGHT,
+    against,
+    generated,
+    learn,
+    measure,
+    select_lessons,
+    selected,
+)
 from benchmarks.record import append, load
 from tina.checkpoint import load_generator
-from tina.finetune import Lesson
 from tina.generator import new_denoiser
 from tina.run import Run
 
@@ -64,10 +72,8 @@ def measure_point(folder: Path, point: Point, steps: int) -> dict[str, Any]:
     begin = time.perf_counter()
     learn(run, generator, objective, steps=steps, zoo=zoo)
     seconds = time.perf_counter() - begin
-    sets = run.space.sample_fresh(np.random.default_rng(999), SETS)
-    lessons = [Lesson.of(run.dataset, s, seed=0, partition="select") for s in sets]
-    own = [generator.theta(generator.generic.body, generator.generic.select(s)) for s in sets]
-    base = measure(generator, run, lessons, own)
+    sets, lessons = select_lessons(run, SETS)
+    base = measure(generator, run, lessons, selected(generator, sets))
     (thetas,) = generated(generator, sets, seeds=1)
     return {
         "curve": curve,
