@@ -659,6 +659,7 @@ def _no_work(run):
         (["--classifier.direct.warmup", "5"], "RecipeConfig.warmup is a share"),
         (["--classifier.finetune.weight_decay", "-1"], "RecipeConfig.weight_decay must not be"),
         (["--train.weight_loss", "-1"], "TrainConfig.weight_loss must not be negative"),
+        (["--train.min_snr", "-1"], "TrainConfig.min_snr must not be negative"),
         (["--name", "../other"], "name must be a plain folder name"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--tasks.min_classes", "9"], "got 9 and 6"),

@@ -236,12 +236,12 @@ def test_another_evaluation_or_cluster_may_go_on(claimed, section, change):
 def test_a_folder_made_before_a_key_existed_goes_on_with_its_default(claimed):
     file = claimed.folder / "config.yaml"
     saved = yaml.safe_load(file.read_text())
-    del saved["train"]["mixed_prompts"]
+    del saved["train"]["min_snr"]
     file.write_text(yaml.safe_dump(saved))
     Run(claimed.config).claim()
-    assert yaml.safe_load(file.read_text())["train"]["mixed_prompts"] == 0
+    assert yaml.safe_load(file.read_text())["train"]["min_snr"] == 0
     file.write_text(yaml.safe_dump(saved))
-    changed = replace(claimed.config, train=replace(claimed.config.train, mixed_prompts=0.5))
+    changed = replace(claimed.config, train=replace(claimed.config.train, min_snr=5.0))
     with pytest.raises(ConfigError, match="another train"):
         Run(changed).claim()
 

@@ -26,7 +26,7 @@ from tina.diffusion import signal_level
 from tina.engine import LocalEngine
 from tina.errors import CheckpointError, NonFiniteError
 from tina.tensors import write_tensors
-from tina.training import Progress, losses, train
+from tina.training import Progress, losses, shown, train
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 
@@ -365,49 +365,6 @@ def test_neighbouring_classes_come_in_as_training_goes_on(
     assert least <= len(drawn) <= most
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_mixed_prompts_are_other_wordings_or_a_few_fit_pictures(
-    share, tiny_run, base, short, monkeypatch
-):
-    shown, config = [], replace(short, fresh_tasks=64)
-    picture, *said = F.normalize(torch.randn(11, base.vocabulary.space.dim), dim=1)
-    monkeypatch.setattr(
-        type(base), "embed_shots", lambda _, places: shown.append(places) or picture
-    )
-    plain = replace(tiny_run.source(base, config), store=Places())
-    # every second class has another wording
-    wordings = [word[None] if i % 2 else word[:0].view(0, len(word)) for i, word in enumerate(said)]
-    mixed = replace(plain, config=replace(config, mixed_prompts=share), wordings=wordings)
-    batch = mixed.batch(3)
-    named, spoken, pictured = 0, 0, 0
-    for slot, task in enumerate(fresh_tasks(plain, plain.batch(3)), start=config.zoo_batch):
-        names = base.vocabulary.of([task], base.max_classes)[0]
-        for k, class_id in enumerate(task):
-            ways = torch.stack([names[0, k], said[class_id], picture])
-            (way,) = [
-                i
-                for i, x in enumerate(ways)
-                if torch.allclose(base.vocabulary.condition(x), batch.cond[slot, k], atol=1e-4)
-            ]
-            named, spoken, pictured = named + (way == 0), spoken + (way == 1), pictured + (way == 2)
-            assert way != 1 or class_id % 2
-            if way == 2:
-                places, data = shown.pop(0), tiny_run.dataset
-                assert 1 <= len(places) <= 5
-                assert set(places.tolist()) <= set(data.indices("fit", (class_id,)).tolist())
-            names[0, k] = ways[way]
-        _, rows = base.inherit(names)
-        assert torch.allclose(batch.rows[slot - config.zoo_batch], rows[0], atol=1e-6)
-    assert not shown
-    total = named + spoken + pictured
-    assert abs(named / total - (1 - share)) < 0.12
-    assert abs(spoken / total - share / 4) < 0.12
-    zoo = config.zoo_batch
-    assert torch.equal(batch.cond[:zoo], plain.batch(3).cond[:zoo])
-    if not share:
-        assert_equal(comparable(batch), comparable(plain.batch(3)))
-
-
 def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):
     source = tiny_run.source(base, short)
     ahead = source.batches(range(3, 6), range(1, 3), parts=4)
@@ -638,6 +595,29 @@ def test_weight_loss_is_the_mean_square_over_what_is_there(tiny_run, base, short
         assert of_body.numel() == layout.body_size
         means.append(torch.cat([of_body, of_rows.flatten()]).mean().item())
     assert found["weight_loss"].item() == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+
+def test_below_min_snr_the_weight_loss_is_that_of_the_noise(tiny_run, base, short):
+    """eps - eps_hat = sqrt(SNR) (x0_hat - x0), so SNR times the error of x0 is the error of eps."""
+    batch = tiny_run.source(base, replace(short, function_loss=0.0)).batch(2)
+    abar = signal_level(base.config.diffusion)
+    a, most = abar[batch.t].view(-1, 1, 1), 1e6
+    assert (a / (1 - a) < most).all()
+    answer = Answer(torch.randn(batch.tokens.shape))
+    found = losses(answer, base, batch, abar, min_snr=most)["weight_loss"]
+    (call,) = answer.calls
+    noise = (call["x"] - a.sqrt() * answer.answer) / (1 - a).sqrt()
+    valid = base.codec.valid(batch.mask)
+    error = (noise - batch.noise).square() * valid
+    wanted = (error.sum((1, 2)) / valid.sum((1, 2))).mean()
+    assert (found * most).item() == pytest.approx(wanted.item(), rel=1e-3)
+
+
+def test_from_min_snr_on_a_p_model_counts_in_full():
+    snr = torch.tensor([0.0, 1e-3, 1.0, 2.5, 5.0, 80.0])
+    abar = snr / (1 + snr)
+    assert shown(abar, 5.0).tolist() == pytest.approx([0.0, 2e-4, 0.2, 0.5, 1.0, 1.0])
+    assert shown(abar, 0.0).tolist() == [1.0] * 6
 
 
 def test_weight_loss_does_not_see_padding(tiny_run, tiny_generator, short):

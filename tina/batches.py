@@ -9,7 +9,7 @@ each accumulated pass; together the parts hold the same samples however many the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,8 +30,6 @@ from tina.tasks import TaskSpace
 from tina.zoo import Zoo
 
 ZOO, FRESH = 0, 1  # kinds of slots, for their seeds
-SHOTS = 5
-"""Most pictures by which a class is asked for in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +81,6 @@ class Source:
     Args:
         generator: For its codec, vocabulary and inherited weights.
         zoo: Training p-models.
-        wordings: Per class of the data set, other embeddings (W, E) of its name; W may be 0. Where
-            there are none, mixed prompts are pictures.
     """
 
     generator: Generator
@@ -93,7 +89,6 @@ class Source:
     space: TaskSpace
     dataset: Dataset
     store: InputStore
-    wordings: Sequence[Tensor] = ()
 
     @cached_property
     def _tokens(self) -> Tensor:
@@ -143,7 +138,7 @@ class Source:
             t.append(int(rng.integers(timesteps)))
             drop.append(rng.random() < config.condition_dropout)
             noise.append(rng.standard_normal(shape, dtype=np.float32))
-        prompts, images, labels, first, pure = [], [], [], [], []
+        images, labels, first, pure = [], [], [], []
         near = config.near_tasks * step / config.steps  # early they cost more than they bring
         for rng in slots(FRESH, config.fresh_tasks if config.function_loss > 0 else 0):
             (task,) = self.space.sample_fresh(rng, 1)
@@ -161,10 +156,7 @@ class Source:
             drop.append(False)
             noise.append(rng.standard_normal(shape, dtype=np.float32))
             first.append(rng.standard_normal(shape, dtype=np.float32))
-            prompts.append(self._prompt(rng, task))
         embeddings, mask = generator.vocabulary.of(classes, generator.max_classes)
-        for row, prompt in zip(embeddings[len(picks) :], prompts, strict=True):
-            row[: len(prompt)] = prompt
         _, inherited = generator.inherit(embeddings[len(picks) :])
         scale = noise_scale(generator.config.diffusion)
         return Batch(
@@ -181,22 +173,6 @@ class Source:
             first=torch.from_numpy(np.stack(first)) * scale if first else torch.empty(0, *shape),
             pure=torch.tensor(pure, dtype=torch.bool),
         )
-
-    def _prompt(self, rng: np.random.Generator, task: Sequence[int]) -> Tensor:
-        """Embeddings (K, E) of a fresh task: its names, some of them in another way."""
-        said = self.generator.vocabulary.embeddings[list(task)]
-        pools, counts = self._pools
-        for row, class_id in zip(said, task, strict=True):
-            if not (share := self.config.mixed_prompts) or rng.random() >= share:
-                continue
-            others = self.wordings[class_id] if self.wordings else ()
-            if len(others) and rng.random() < 0.5:
-                row[:] = others[rng.integers(len(others))]
-            else:
-                few = rng.integers(counts[class_id], size=rng.integers(1, SHOTS + 1))
-                shots = self.store[torch.from_numpy(pools[class_id, few])]
-                row[:] = self.generator.embed_shots(shots)
-        return said
 
 
 def encode_zoo(generator: Generator, zoo: Zoo) -> Tensor:

@@ -222,9 +222,10 @@ class TrainConfig:
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
         near_tasks: Share, at the end, of fresh tasks of neighbouring classes; grows from none.
-        mixed_prompts: Share of fresh tasks' classes asked for by other wordings or by pictures.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
+        min_snr: Signal-to-noise ratio from which on it counts in full, below in proportion (Hang et
+            al. 2023, on x0); 0 counts every level alike.
         function_loss: Factor of the function-space loss (cross-entropy through theta).
         condition_dropout: Share of samples trained without condition, for guidance.
         lr: Peak learning rate; linear warm-up, cosine to zero.
@@ -242,9 +243,9 @@ class TrainConfig:
     zoo_batch: int = 32
     fresh_tasks: int = 8
     near_tasks: float = 0.0
-    mixed_prompts: float = 0.0
     images_per_task: int = 64
     weight_loss: float = 1.0
+    min_snr: float = 0.0
     function_loss: float = 1.0
     condition_dropout: float = 0.1
     lr: float = 1e-3
@@ -260,8 +261,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         positive(self, *keys, "checkpoint_every")
-        not_negative(self, "weight_loss", "function_loss", "weight_decay")
-        shares(self, "near_tasks", "mixed_prompts", "condition_dropout", "warmup", "ema")
+        not_negative(self, "weight_loss", "min_snr", "function_loss", "weight_decay")
+        shares(self, "near_tasks", "condition_dropout", "warmup", "ema")
         if not self.weight_loss and not self.function_loss:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:

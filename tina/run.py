@@ -245,15 +245,7 @@ class Run:
             space=self.space,
             dataset=self.dataset,
             store=self.store,
-            wordings=self.wordings() if config.mixed_prompts else (),
         )
-
-    def wordings(self) -> list[Tensor]:
-        """Per class, embeddings (W, E) of other wordings to train on: all but the table's last."""
-        encoder = build_encoder(self.config.prompt)
-        if not isinstance(encoder, TableEncoder):
-            return []
-        return [encoder.wordings(name)[:-1] for name in self.dataset.class_names]
 
     def validator(
         self, generator: Generator

@@ -110,13 +110,19 @@ class Progress:
 
 
 def losses(
-    engine: Callable[..., Tensor], generator: Generator, batch: Batch, abar: Tensor
+    engine: Callable[..., Tensor],
+    generator: Generator,
+    batch: Batch,
+    abar: Tensor,
+    *,
+    min_snr: float = 0.0,
 ) -> dict[str, Tensor]:
     """The two losses of a batch, not yet weighted, each a mean over its samples.
 
     Args:
         engine: The network.
         abar: (T,), the schedule's signal levels.
+        min_snr: See `TrainConfig`.
     """
     denoise = as_x0(engine, generator.config.diffusion)
     z, x0 = len(batch.tokens), batch.tokens
@@ -130,7 +136,8 @@ def losses(
     guess = denoise(x, batch.t, batch.cond, batch.mask, batch.drop).float()
     valid = generator.codec.valid(batch.mask[:z])
     error = (guess[:z] - batch.tokens).square() * valid
-    found = {"weight_loss": (error.sum((1, 2)) / valid.sum((1, 2))).mean()}
+    share = shown(abar[batch.t[:z]], min_snr)
+    found = {"weight_loss": (share * error.sum((1, 2)) / valid.sum((1, 2))).mean()}
     if len(batch.first):
         body, rows = generator.codec.decode(guess[z:])
         body, rows = batch.body + body, batch.rows + rows
@@ -143,6 +150,17 @@ def losses(
         ]
         found["function_loss"] = torch.stack(scores).mean()
     return found
+
+
+def shown(abar: Tensor, min_snr: float) -> Tensor:
+    """What a p-model's error counts at signal level abar: min(SNR / min_snr, 1).
+
+    Where noise hides the p-model, its loss asks for the mean p-model whatever the prompt, and pulls
+    away from what the function-space loss teaches at the same level (docs/log.md, 2026-11-27).
+    """
+    if not min_snr:
+        return torch.ones_like(abar)
+    return (abar / (1 - abar) / min_snr).clamp(max=1)
 
 
 def train(
@@ -207,7 +225,7 @@ def train(
         for _ in own:
             batch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                found = losses(engine, source.generator, batch, abar)
+                found = losses(engine, source.generator, batch, abar, min_snr=config.min_snr)
             loss = torch.stack([factors[name] * value for name, value in found.items()]).sum()
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(f"the loss is {loss.item()} at step {step}; it was not taken")
