@@ -25,7 +25,6 @@ from tqdm import tqdm
 from ray_jobs.job import on_gpu, run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
 from ray_jobs.process import settle_in
-from tina.classifiers import InputStore
 from tina.config import JobConfig
 from tina.files import hash_bytes, write_whole
 from tina.generic import save_generic, train_generic
@@ -67,14 +66,12 @@ class Teacher:
     def load(self) -> None:
         """All that a block needs, on the device."""
         run, device = self.run, self.device
-        generic = run.generic  # brings the trunk
-        if run.family.has_trunk:
-            run.family.trunk.to(device)
+        generic = run.generic
         self.tasks = {task.task_id: task for task in run.zoo_tasks(self.kind)}
         self.tools = {
             "family": run.family,
             "dataset": run.dataset,
-            "store": InputStore(run.family, run.dataset.views, device=device),
+            "store": run.inputs(device),
             "generic": replace(generic, body=generic.body.to(device), rows=generic.rows.to(device)),
             "recipe": run.recipe(self.kind),
             "max_classes": run.config.tasks.max_classes,

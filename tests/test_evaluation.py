@@ -23,7 +23,7 @@ from tina.classifiers import InputStore
 from tina.config import ClassifierConfig, DenoiserConfig, RecipeConfig
 from tina.controls import other_classes
 from tina.engine import LocalEngine
-from tina.errors import ConfigError
+from tina.errors import ConfigError, DataError
 from tina.evaluation import Evaluation
 from tina.finetune import Lesson
 from tina.generator import Generator
@@ -371,7 +371,9 @@ def test_novelty_stands_beside_twins(report):
         assert 0 <= novelty[key] <= 1
 
 
-def test_where_a_head_alone_is_generated_there_is_no_distance(tiny_run, tmp_path):
+@pytest.fixture
+def head_run(tiny_run, tmp_path):
+    """Of the head of a ResNet-20, with its generic model."""
     short = RecipeConfig(steps=3, batch_size=8)
     recipes = dict.fromkeys(("generic", "finetune", "direct"), short)
     classifier = ClassifierConfig(family="resnet20_head", **recipes)
@@ -379,6 +381,33 @@ def test_where_a_head_alone_is_generated_there_is_no_distance(tiny_run, tmp_path
     run.claim()
     generic = train_generic(run.family, run.all_views, run.space.seen, short, seed=0)
     save_generic(run.generic_file, generic, run.family)
+    return run
+
+
+def test_a_trunks_features_are_computed_once_for_a_run(head_run, monkeypatch):
+    places = torch.arange(len(head_run.dataset.views))
+    expected = InputStore(head_run.family, head_run.dataset.views)[places]
+    torch.testing.assert_close(head_run.store[places], expected, rtol=0, atol=0)
+    (file,) = head_run.base.glob("features-*")
+    other = Run.open(head_run.folder)
+    monkeypatch.setattr(type(other.family), "embed", None)
+    torch.testing.assert_close(other.store[places], expected, rtol=0, atol=0)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match="holds no features: remove it"):
+        assert Run.open(head_run.folder).store
+
+
+def test_another_trunk_has_features_of_its_own(head_run):
+    before = head_run.store[torch.arange(5)]
+    again = Run.open(head_run.folder)
+    short = head_run.recipe("zoo")
+    generic = train_generic(again.family, again.all_views, again.space.seen, short, seed=1)
+    save_generic(again.generic_file, generic, again.family)
+    assert not torch.equal(Run.open(head_run.folder).store[torch.arange(5)], before)
+
+
+def test_where_a_head_alone_is_generated_there_is_no_distance(head_run):
+    run, short = head_run, head_run.recipe("zoo")
     schema = zoo_schema(run.family.layout(4).size)
     tools = {"family": run.family, "dataset": run.dataset, "store": run.store, "recipe": short}
     tools |= {"generic": run.generic, "max_classes": 4, "stacked": False}

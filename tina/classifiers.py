@@ -14,16 +14,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from tina.errors import CheckpointError, ConfigError, NonFiniteError
+from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from tina.images import resize
 from tina.layout import ParamLayout
+from tina.tensors import write_tensors
 from tina.views import Views
 
 
@@ -275,6 +279,29 @@ class Classifier(nn.Module):
         return cast(Tensor, self.network(self.family.embed(x)))
 
 
+@torch.no_grad()
+def features_of(family: Family, images: Views) -> Tensor:
+    """What a family's trunk makes of every view of every image, in their order: (N V, F)."""
+    places = torch.arange(len(images)).split(256)
+    return torch.cat([family.embed(images[x]) for x in places])
+
+
+def kept_features(file: Path, family: Family, images: Views) -> Tensor:
+    """The same from a file, which the first process that asks writes for all others.
+
+    Raises:
+        DataError: The file is not readable.
+    """
+    if file.exists():
+        try:
+            return load_file(file)["features"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise DataError(f"{file} holds no features: remove it ({error})") from error
+    features = features_of(family, images)
+    write_tensors(file, {"features": features})
+    return features
+
+
 class InputStore:
     """A data set's images as the generated network takes them.
 
@@ -283,16 +310,25 @@ class InputStore:
 
     Args:
         images: With all their views.
+        features: What `features_of` them returned, if it is known.
     """
 
-    def __init__(self, family: Family, images: Views, *, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        family: Family,
+        images: Views,
+        *,
+        device: torch.device | str = "cpu",
+        features: Tensor | None = None,
+    ):
         self._embed = None if family.has_trunk else family.embed
-        views = images.to(device)
-        self._table: Views | Tensor = views
-        if family.has_trunk:
-            places = torch.arange(len(views)).split(256)
-            with torch.no_grad():
-                self._table = torch.cat([family.embed(views[x]) for x in places])
+        self._table: Views | Tensor
+        if features is not None:
+            self._table = features.to(device)
+        elif family.has_trunk:
+            self._table = features_of(family, images.to(device))
+        else:
+            self._table = images.to(device)
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Inputs (..., C, H, W) or (..., F), float32, of the views at places (...)."""

@@ -3,6 +3,7 @@
 <storage>/<name>/
     config.yaml            the resolved configuration
     generic.safetensors    the generic model, with its trunk
+    features-*.safetensors what its trunk makes of the images
     zoo/  direct/          p-models; direct fine-tuning of held-out tasks and their twins
     start/                 the untrained generator: classifier selection
     train/ tensorboard/    resumable training states; curves
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from tina.batches import Source
 from tina.checkpoint import attach_trunk, load_generator, save_generator
-from tina.classifiers import Family, InputStore, VitB32Head, build_family
+from tina.classifiers import Family, InputStore, VitB32Head, build_family, kept_features
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
@@ -155,8 +156,18 @@ class Run:
     @cached_property
     def store(self) -> InputStore:
         """All images as the generated network takes them."""
+        return self.inputs("cpu")
+
+    def inputs(self, device: str) -> InputStore:
+        """The same on a device."""
         assert self.generic  # brings the trunk
-        return InputStore(self.family, self.dataset.views)
+        family, views, features = self.family, self.dataset.views, None
+        if family.has_trunk:
+            key = f"{self.dataset.fingerprint} {views.count} {hash_file(self.generic_file)}"
+            file = self.base / f"features-{hash_bytes(key.encode())[:16]}.safetensors"
+            family.trunk.to(device)
+            features = kept_features(file, family, views.to(device))
+        return InputStore(family, views, device=device, features=features)
 
     def zoo_tasks(self, kind: str) -> list[Task]:
         """Tasks of the `zoo` or the `direct` folder.
