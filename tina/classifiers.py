@@ -280,25 +280,28 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def features_of(family: Family, images: Views) -> Tensor:
-    """What a family's trunk makes of every view of every image, in their order: (N V, F)."""
-    places = torch.arange(len(images)).split(256)
-    return torch.cat([family.embed(images[x]) for x in places])
+def features_of(
+    family: Family, images: Views, *, device: torch.device | str, file: Path | None
+) -> Tensor:
+    """What a family's trunk makes of every view of every image, in their order: (N V, F).
 
-
-def kept_features(file: Path, family: Family, images: Views) -> Tensor:
-    """The same from a file, which the first process that asks writes for all others.
+    Args:
+        file: Where the first process that asks keeps them for all others.
 
     Raises:
         DataError: The file is not readable.
     """
-    if file.exists():
+    if file and file.exists():
         try:
-            return load_file(file)["features"]
+            return load_file(file, device=str(device))["features"]
         except (SafetensorError, KeyError, OSError) as error:
             raise DataError(f"{file} holds no features: remove it ({error})") from error
-    features = features_of(family, images)
-    write_tensors(file, {"features": features})
+    family.trunk.to(device)
+    views = images.to(device)
+    places = torch.arange(len(views)).split(256)
+    features = torch.cat([family.embed(views[x]) for x in places])
+    if file:
+        write_tensors(file, {"features": features})
     return features
 
 
@@ -310,7 +313,7 @@ class InputStore:
 
     Args:
         images: With all their views.
-        features: What `features_of` them returned, if it is known.
+        features: File for what a trunk makes of them (`features_of`); default: none is kept.
     """
 
     def __init__(
@@ -319,14 +322,12 @@ class InputStore:
         images: Views,
         *,
         device: torch.device | str = "cpu",
-        features: Tensor | None = None,
+        features: Path | None = None,
     ):
         self._embed = None if family.has_trunk else family.embed
         self._table: Views | Tensor
-        if features is not None:
-            self._table = features.to(device)
-        elif family.has_trunk:
-            self._table = features_of(family, images.to(device))
+        if family.has_trunk:
+            self._table = features_of(family, images, device=device, file=features)
         else:
             self._table = images.to(device)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tina.batches import Source
 from tina.checkpoint import attach_trunk, load_generator, save_generator
-from tina.classifiers import Family, InputStore, VitB32Head, build_family, kept_features
+from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
@@ -161,13 +161,10 @@ class Run:
     def inputs(self, device: str) -> InputStore:
         """The same on a device."""
         assert self.generic  # brings the trunk
-        family, views, features = self.family, self.dataset.views, None
-        if family.has_trunk:
-            key = f"{self.dataset.fingerprint} {views.count} {hash_file(self.generic_file)}"
-            file = self.base / f"features-{hash_bytes(key.encode())[:16]}.safetensors"
-            family.trunk.to(device)
-            features = kept_features(file, family, views.to(device))
-        return InputStore(family, views, device=device, features=features)
+        views = self.dataset.views
+        key = f"{self.dataset.fingerprint} {views.count} {hash_file(self.generic_file)}"
+        file = self.base / f"features-{hash_bytes(key.encode())[:16]}.safetensors"
+        return InputStore(self.family, views, device=device, features=file)
 
     def zoo_tasks(self, kind: str) -> list[Task]:
         """Tasks of the `zoo` or the `direct` folder.
