@@ -20,6 +20,7 @@ from tina.baselines import class_mean, classifier_selection, nearest_pmodel, rid
 from tina.batches import Source
 from tina.checkpoint import save_generator
 from tina.classifiers import InputStore
+from tina.comparison import by_steps
 from tina.config import ClassifierConfig, DenoiserConfig, RecipeConfig
 from tina.controls import other_classes
 from tina.engine import LocalEngine
@@ -256,7 +257,28 @@ def test_an_axis_without_direct_finetuning_has_no_gap(evaluation):
 
 def test_accuracy_by_steps(report):
     assert [point["steps"] for point in report["accuracy_by_steps"]] == [1, 4]
-    assert all(0 <= point["accuracy"] <= 1 for point in report["accuracy_by_steps"])
+    few, most = report["accuracy_by_steps"]
+    assert most["minus_most"] == {"diff": 0, "ci95": [0, 0], "tasks_below": 0}
+    low, high = few["minus_most"]["ci95"]
+    assert low <= few["minus_most"]["diff"] == few["accuracy"] - most["accuracy"] <= high
+
+
+def test_steps_are_compared_in_pairs():
+    rng = np.random.default_rng(0)
+    hits = rng.random((40, 1, 100)) < rng.random((40, 1, 1))  # of tasks that are unlike each other
+    lost = hits & (np.arange(100) >= 10)  # the first ten images of each
+    scores = {
+        steps: [Score(hit=hit, confidence=np.ones(hit.shape)) for hit in found]
+        for steps, found in ((2, lost), (1000, hits))
+    }
+    images = list(np.arange(4000).reshape(40, 100))
+    few, most = by_steps(scores, images, bootstrap=200)
+    assert (few["accuracy"], most["accuracy"]) == pytest.approx((lost.mean(), hits.mean()))
+    assert few["minus_most"]["diff"] == pytest.approx(lost.mean() - hits.mean())
+    low, high = few["minus_most"]["ci95"]
+    assert low < few["minus_most"]["diff"] < high < 0
+    assert high - low < 0.05  # tasks alone spread by 0.3
+    assert by_steps({}, images, bootstrap=200) == []
 
 
 def test_accuracy_by_the_number_of_unseen_classes(evaluation, axis, tiny_run):

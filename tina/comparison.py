@@ -1,4 +1,4 @@
-"""One axis of the report: every method with its interval, Tina against each, the gap closed.
+"""What the report says of scores: methods with intervals, Tina against each, the gap closed, steps.
 
 Axes: T tasks, B bootstrap resamples.
 """
@@ -36,7 +36,7 @@ def compare(
     others = {name: found for name, found in scores.items() if name != DIRECT}
     boot = _resampled(others, images, bootstrap)
     methods = {name: _summary(others[name], boot[name]) for name in others}
-    minus = {name: _minus(others, boot, name) for name in others if name != TINA}
+    minus = {name: _minus(others, boot, TINA, name) for name in others if name != TINA}
     figures: dict[str, Any] = {
         "methods": methods,
         "tina_minus": minus,
@@ -48,9 +48,31 @@ def compare(
         same[DIRECT] = list(scores[DIRECT])
         boot = _resampled(same, [images[i] for i in subset], bootstrap)
         methods[DIRECT] = _summary(same[DIRECT], boot[DIRECT]) | {"tasks": len(subset)}
-        minus[DIRECT] = _minus(same, boot, DIRECT)
+        minus[DIRECT] = _minus(same, boot, TINA, DIRECT)
         figures |= _gap(same, boot)
     return figures
+
+
+def by_steps(
+    scores: Mapping[int, Sequence[Score]], images: Images, *, bootstrap: int
+) -> list[dict[str, Any]]:
+    """Accuracy by the number of sampling steps; each less that of the most, paired by task.
+
+    Args:
+        scores: Per number of steps the scores on the T tasks; may be empty.
+        images: As in `compare`.
+        bootstrap: B.
+    """
+    named = {str(steps): found for steps, found in scores.items()}
+    boot = _resampled(named, images, bootstrap) if named else {}
+    return [
+        {
+            "steps": steps,
+            "accuracy": mean_accuracy(found),
+            "minus_most": _minus(named, boot, str(steps), str(max(scores))),
+        }
+        for steps, found in scores.items()
+    ]
 
 
 def mean_accuracy(scores: Sequence[Score]) -> float:
@@ -76,13 +98,13 @@ def _gap(scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array]) -> di
 
 
 def _minus(
-    scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array], name: str
+    scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array], one: str, other: str
 ) -> dict[str, Any]:
-    pairs = zip(scores[TINA], scores[name], strict=True)
+    pairs = zip(scores[one], scores[other], strict=True)
     return {
-        "diff": mean_accuracy(scores[TINA]) - mean_accuracy(scores[name]),
-        "ci95": interval(boot[TINA] - boot[name]),
-        "tasks_below": mean(mine.accuracy < other.accuracy for mine, other in pairs),
+        "diff": mean_accuracy(scores[one]) - mean_accuracy(scores[other]),
+        "ci95": interval(boot[one] - boot[other]),
+        "tasks_below": mean(a.accuracy < b.accuracy for a, b in pairs),
     }
 
 

@@ -27,7 +27,7 @@ from tina.baselines import (
     ridge,
 )
 from tina.classifiers import InputStore, predict
-from tina.comparison import DIRECT, SELECTION, TINA, compare, mean_accuracy
+from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
 from tina.controls import nothing, other_classes, shuffled_classes
@@ -127,10 +127,11 @@ class Evaluation:
             "classifier": config_to_dict(config.classifier),
             "zoo": self._zoo_facts(),
             "axes": axes,
-            "accuracy_by_steps": [
-                {"steps": steps, "accuracy": mean_accuracy(found[VALIDATION][_at(steps)])}
-                for steps in self._steps
-            ],
+            "accuracy_by_steps": by_steps(
+                {steps: found[VALIDATION][_at(steps)] for steps in self._steps},
+                [self._images(task).index.numpy() for task in self.space.val],
+                bootstrap=self.config.bootstrap,
+            ),
             "by_unseen_classes": [
                 {"unseen": count, **self._axis(tasks, found[_unseen(count)])}
                 for count, tasks in self.space.unseen.items()

@@ -245,10 +245,15 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
     figure, panel = plt.subplots(figsize=(5.5, 3.8))
     curve = report["accuracy_by_steps"]
     panel.plot([c["steps"] for c in curve], [c["accuracy"] for c in curve], "o-", color="tab:red")
+    for point in curve:
+        diff = point["minus_most"]
+        spread = _spread(diff["diff"], diff["ci95"])
+        panel.errorbar(point["steps"], point["accuracy"], yerr=spread, color="tab:red", capsize=3)
     panel.set_xscale("log")
     panel.set_xticks([c["steps"] for c in curve], [str(c["steps"]) for c in curve])
     panel.set_xlabel("sampling steps")
     panel.set_ylabel("accuracy on validation tasks (select images)")
+    panel.set_title("bars: 95 % interval of the difference to the most steps", fontsize=10)
     save(figure, "steps.png")
 
     if groups := report["by_num_classes"]:
