@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tina.batches import Batch, Source, encode_zoo
+from tina.config import DiffusionConfig
 from tina.diffusion import signal_level
 from tina.engine import LocalEngine
 from tina.errors import CheckpointError, NonFiniteError
@@ -618,6 +619,17 @@ def test_from_min_snr_on_a_p_model_counts_in_full():
     abar = snr / (1 + snr)
     assert shown(abar, 5.0).tolist() == pytest.approx([0.0, 2e-4, 0.2, 0.5, 1.0, 1.0])
     assert shown(abar, 0.0).tolist() == [1.0] * 6
+
+
+def test_without_noise_min_snr_says_nothing(tiny_run, base, short):
+    diffusion = DiffusionConfig(schedule="none", timesteps=1, sampling_steps=1)
+    noiseless = replace(base, config=replace(base.config, diffusion=diffusion))
+    batch = tiny_run.source(noiseless, replace(short, function_loss=0.0)).batch(2)
+    answer = Answer(torch.randn(batch.tokens.shape))
+    abar = signal_level(diffusion)
+    found = [losses(answer, noiseless, batch, abar, min_snr=most) for most in (0.0, 0.1)]
+    assert found[0]["weight_loss"] > 0
+    assert found[0] == found[1]
 
 
 def test_weight_loss_does_not_see_padding(tiny_run, tiny_generator, short):

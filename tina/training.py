@@ -136,7 +136,8 @@ def losses(
     guess = denoise(x, batch.t, batch.cond, batch.mask, batch.drop).float()
     valid = generator.codec.valid(batch.mask[:z])
     error = (guess[:z] - batch.tokens).square() * valid
-    share = shown(abar[batch.t[:z]], min_snr)
+    noiseless = generator.config.diffusion.schedule == "none"
+    share = shown(abar[batch.t[:z]], 0.0 if noiseless else min_snr)
     found = {"weight_loss": (share * error.sum((1, 2)) / valid.sum((1, 2))).mean()}
     if len(batch.first):
         body, rows = generator.codec.decode(guess[z:])
