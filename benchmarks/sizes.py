@@ -96,14 +96,16 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for axis, curve, key in zip(axes, (ZOO, GENERATOR), ("size", "parameters"), strict=True):
-        for objective in (WEIGHT, BOTH):
+        for objective, color in ((WEIGHT, "tab:blue"), (BOTH, "tab:orange")):
             chosen = [r for r in rows if (r["curve"], r["objective"]) == (curve, objective)]
             gains = [r["over_selection"]["accuracy_points"] for r in chosen]
             errors = [2 * r["over_selection"]["accuracy_points_se"] for r in chosen]
             if chosen:
                 label = "weight-space loss alone" if objective == WEIGHT else "both losses"
                 where = [r[key] for r in chosen]
-                axis.errorbar(where, gains, errors, marker="o", capsize=3, label=label)
+                axis.errorbar(
+                    where, gains, errors, marker="o", capsize=3, color=color, label=label
+                )
         axis.set_xscale("log")
         axis.axhline(0, color="gray", linewidth=0.8)
     axes[0].set(xlabel="p-models in the zoo", ylabel="points above selection")
