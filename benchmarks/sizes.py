@@ -103,9 +103,7 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             if chosen:
                 label = "weight-space loss alone" if objective == WEIGHT else "both losses"
                 where = [r[key] for r in chosen]
-                axis.errorbar(
-                    where, gains, errors, marker="o", capsize=3, color=color, label=label
-                )
+                axis.errorbar(where, gains, errors, marker="o", capsize=3, color=color, label=label)
         axis.set_xscale("log")
         axis.axhline(0, color="gray", linewidth=0.8)
     axes[0].set(xlabel="p-models in the zoo", ylabel="points above selection")
