@@ -45,6 +45,10 @@ from tina.run import Run
 ZOO, GENERATOR = "zoo", "generator"
 ZOO_PARTS = (30, 10, 3, 1)  # of the whole zoo
 WIDTHS = (48, 96, 192, 384)
+LINES = (
+    (WEIGHT, "weight-space loss alone", "tab:blue"),
+    (BOTH, "both losses", "tab:orange"),
+)
 
 Point = tuple[str, str, int]
 """A curve, the objective it is trained by, and the size."""
@@ -96,12 +100,11 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for axis, curve, key in zip(axes, (ZOO, GENERATOR), ("size", "parameters"), strict=True):
-        for objective, color in ((WEIGHT, "tab:blue"), (BOTH, "tab:orange")):
+        for objective, label, color in LINES:
             chosen = [r for r in rows if (r["curve"], r["objective"]) == (curve, objective)]
             gains = [r["over_selection"]["accuracy_points"] for r in chosen]
             errors = [2 * r["over_selection"]["accuracy_points_se"] for r in chosen]
             if chosen:
-                label = "weight-space loss alone" if objective == WEIGHT else "both losses"
                 where = [r[key] for r in chosen]
                 axis.errorbar(where, gains, errors, marker="o", capsize=3, color=color, label=label)
         axis.set_xscale("log")

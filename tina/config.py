@@ -224,7 +224,7 @@ class TrainConfig:
         near_tasks: Share, at the end, of fresh tasks of neighbouring classes; grows from none.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
-        min_snr: SNR below which it counts in proportion (Hang et al. 2023), given noise; 0: all.
+        min_snr: Below this SNR it counts in proportion (Hang et al. 2023); 0, or no noise: in full.
         function_loss: Factor of the function-space loss (cross-entropy through theta).
         condition_dropout: Share of samples trained without condition, for guidance.
         lr: Peak learning rate; linear warm-up, cosine to zero.
