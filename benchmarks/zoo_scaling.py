@@ -29,7 +29,7 @@ from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig
 from tina.run import Run
 from tina.zoo import build_rows
 
-MODELS, STEPS, ROUNDS = 240, 300, 3
+MODELS, STEPS, ROUNDS = 120, 300, 5
 SMALL, LARGE = 24, 240
 RAYS_NICENESS = 15  # of its workers, by default
 

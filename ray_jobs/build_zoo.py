@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ray_jobs.job import on_gpu, run_job, start_ray
+from ray_jobs.job import capacity, on_gpu, run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
 from ray_jobs.process import settle_in
 from tina.config import JobConfig
@@ -159,10 +159,30 @@ def build_zoo(run: Run, kind: str) -> Build:
 
 def finetuned(run: Run, kind: str, task_ids: list[str]) -> Iterator[pa.Table]:
     """Tables of finished p-models with their notes, in the order in which they are done."""
-    gpu, size = on_gpu(), run.config.cluster.zoo_block
-    blocks = [{"task_ids": " ".join(task_ids[i : i + size])} for i in range(0, len(task_ids), size)]
+    gpu, cluster = on_gpu(), run.config.cluster
+    # a stacked block takes a GPU about as long however few it holds
+    workers = 1 if gpu else min(cluster.zoo_workers, capacity(CPU))
+    blocks = [
+        {"task_ids": " ".join(task_ids[place])}
+        for place in blocks_of(len(task_ids), most=cluster.zoo_block, workers=workers)
+    ]
     arguments = (run.config, run.base, kind, "cuda" if gpu else "cpu")
-    return stream(Teacher, arguments, blocks, each=GPU if gpu else CPU, cluster=run.config.cluster)
+    return stream(Teacher, arguments, blocks, each=GPU if gpu else CPU, cluster=cluster)
+
+
+def blocks_of(n: int, *, most: int, workers: int) -> list[slice]:
+    """Where n tasks are cut: the last blocks are smaller, so that several workers end together.
+
+    Guided self-scheduling (Polychronopoulos & Kuck 1987), with half of its shares: a worker has
+    its next block before it has done the one.
+    """
+    blocks, begin = [], 0
+    while begin < n:
+        fair = most if workers <= 1 else -(-(n - begin) // (2 * workers))
+        end = min(n, begin + min(most, fair))
+        blocks.append(slice(begin, end))
+        begin = end
+    return blocks
 
 
 def work(run: Run) -> None:

@@ -13,8 +13,11 @@ import psutil
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ray_jobs import job
+from ray_jobs.build_zoo import blocks_of
 from tina.config import JobConfig
 from tina.configio import config_from_dict
 from tina.errors import ConfigError, DataError
@@ -235,6 +238,19 @@ def test_capacity_counts_whole_workers_on_living_nodes(nodes, each, expected):
     found, _ = nodes
     found += [node(CPU=8.0, GPU=2.0), node(CPU=5.0, GPU=1.0), node(GPU=4.0), node(False, CPU=64.0)]
     assert job.capacity(each) == expected
+
+
+@given(st.integers(0, 300), st.integers(1, 9), st.integers(0, 20))
+def test_blocks_hold_each_task_once_and_none_is_long_at_the_end(n, most, workers):
+    blocks = [range(n)[place] for place in blocks_of(n, most=most, workers=workers)]
+    assert [task for block in blocks for task in block] == list(range(n))
+    sizes = [len(block) for block in blocks]
+    if workers <= 1:
+        assert sizes == [most] * (n // most) + [n % most] * (n % most > 0)
+    else:
+        assert sizes == sorted(sizes, reverse=True) and all(0 < size <= most for size in sizes)
+        # while one worker does a block, the others have as much of what is left, and more
+        assert all(2 * workers * (len(b) - 1) < n - b.start for b in blocks)
 
 
 def test_what_the_cluster_holds_is_not_asked_for(nodes):
