@@ -75,7 +75,7 @@ class Making:
 
     def _join(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
         failed: dict[int, GeneratedModel | Exception] = {}
-        walks = []
+        alike: dict[tuple[int, float], list[Task]] = {}  # by steps and guidance: begun together
         known = {task.ticket for task in self._tasks}
         for ticket in [ticket for ticket in asked if ticket not in known]:
             recipe = asked[ticket]
@@ -89,18 +89,21 @@ class Making:
                     reason = "this server has no encoder for new texts"
                 failed[ticket] = Problem.of_field(field, f"cannot be encoded: {reason}")
                 continue
-            walk = self._pipe.generator.begin(
-                *pad([embedding]),
-                seeds=[recipe.seed],
-                steps=recipe.steps,
-                guidance=recipe.guidance,
-            )
-            walks.append(walk)
-            self._tasks.append(
+            alike.setdefault((recipe.steps, recipe.guidance), []).append(
                 Task(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
             )
-        if walks:
-            self._walk = join([*([self._walk] if self._walk else []), *walks])
+        walks = [self._walk] if self._walk else []
+        for (steps, guidance), tasks in alike.items():
+            walk = self._pipe.generator.begin(
+                *pad([task.embedding for task in tasks]),
+                seeds=[task.recipe.seed for task in tasks],
+                steps=steps,
+                guidance=guidance,
+            )
+            walks.append(walk)
+            self._tasks += tasks
+        if alike:
+            self._walk = join(walks)
         return failed
 
     def _embed(self, recipe: Recipe) -> Tensor:

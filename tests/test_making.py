@@ -8,6 +8,7 @@ from serve.making import Making
 from serve.problems import Problem
 from tina import TinaPipeline
 from tina.errors import DataError, NonFiniteError, PromptError
+from tina.generator import Generator
 
 CLASSES = ("three", "five", "eight", "nine")
 
@@ -80,6 +81,23 @@ def test_prompts_that_join_a_running_pass_get_the_librarys_models(pipe):
     for ticket, (_, of) in enumerate(ARRIVALS):
         check(pipe, of, found[ticket])
     assert sizes == [1, 3, 3, 3, 3, 3, 2, 2, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_prompts_that_come_at_once_are_begun_together_where_steps_and_guidance_are_the_same(
+    pipe, monkeypatch
+):
+    asked = [recipe(2, seed=5), recipe(4, seed=2, steps=3, guidance=2.0), recipe(3, seed=3)]
+    begun, begin = [], Generator.begin
+
+    def counted(self, embeddings, mask, **options):
+        begun.append(len(embeddings))
+        return begin(self, embeddings, mask, **options)
+
+    monkeypatch.setattr(Generator, "begin", counted)
+    found, _ = run(new(pipe), [(0, of) for of in asked])
+    assert begun == [2, 1]
+    for ticket, of in enumerate(asked):
+        check(pipe, of, found[ticket])
 
 
 def test_a_prompt_that_is_no_longer_wanted_leaves_and_the_others_stay(pipe):
