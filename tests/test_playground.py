@@ -117,6 +117,16 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
     page.locator('#shown[alt="zero.png"]').wait_for()
 
 
+def test_a_picture_is_chosen_by_keyboard_and_by_mouse(page):
+    page.get_by_label("Choose a picture, or drop one here").focus()
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(SAMPLE)
+    page.locator(f'#shown[alt="{SAMPLE.name}"]').wait_for()
+    with page.expect_file_chooser():
+        page.locator("#drop").click()
+
+
 def test_a_refusal_is_shown_and_can_be_mended(page):
     left = page.locator(".side").first
     clear(left)

@@ -191,14 +191,6 @@ function show(file, panels) {
 function takePictures(panels) {
   const drop = $("#drop");
   const input = $("#file");
-  drop.addEventListener("click", () => input.click());
-  drop.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" || event.key === " ") {
-      event.preventDefault();
-      input.click();
-    }
-  });
-  input.addEventListener("click", (event) => event.stopPropagation());
   input.addEventListener("change", () => input.files.length && show(input.files[0], panels));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     drop.addEventListener(kind, (event) => {
