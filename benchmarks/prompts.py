@@ -9,8 +9,8 @@ an encoder cannot encode is left out and listed. Nothing here reads `report` ima
 
 picture     one `fit` picture of the class in place of its name
 pictures    five of them
-wording     the same name out of another vocabulary, with another template (table encoders); the
-            table's last, which mixed prompts leave out of training
+wording     the same name out of another vocabulary, with another template (table encoders): the
+            table's last
 typo        two neighbouring letters exchanged
 chatter     the name in a sentence about something else
 hypernym    what the class is a kind of

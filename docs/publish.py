@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -40,7 +41,8 @@ def table(name: str, axis: str | None = None) -> str:
         f"parameters, {generator['steps']} sampling steps: "
         f"{timing['ms_per_model_batch1']:.0f} ms per model alone, "
         f"{timing['ms_per_model_batch64']:.1f} ms in a batch of 64; direct fine-tuning "
-        f"{timing['finetune_s_per_model']:.0f} s. Measured on {report['hardware']}, commit "
+        f"{timing['finetune_s_per_model']:.2g} s (timed over a twentieth of its steps). "
+        f"Measured on {report['hardware']}, commit "
         f"`{report['commit']}`, by {_commands(name, report)}."
     )
     return f"{facts}\n\n{markdown(report, axis)}"
@@ -54,8 +56,12 @@ def _commands(name: str, report: Mapping[str, Any]) -> str:
     demo = f"`make demo CONFIG=configs/{name}.yaml`"
     if not more:
         return demo
-    flags = " ".join(f"--evaluation.{key} {value}" for key, value in more.items())
-    return f"{demo}, then `python -m ray_jobs.evaluate --config configs/{name}.yaml {flags}`"
+    flags = " ".join(f"--evaluation.{k} {shlex.quote(str(v))}" for k, v in more.items())
+    after = " after the regressor's training in `make reproduce`" if "regressor" in more else ""
+    return (
+        f"{demo}, then{after} `python -m ray_jobs.evaluate --config configs/{name}.yaml "
+        f"--storage $PWD/runs {flags}`"
+    )
 
 
 def rewrite(text: str) -> str:

@@ -32,8 +32,13 @@ LESS_MEMORY = {
 }
 
 
-def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, about: str) -> int:
+def run_job(
+    work: Callable[[Run], None], argv: Sequence[str], *, name: str, about: str, needs: str = ""
+) -> int:
     """Parse, run, and turn every error into a last line on stderr.
+
+    Args:
+        needs: Flags that the example in its help cannot do without.
 
     Returns:
         0 when the work is done, 2 for what the user can mend, 1 for any other failure.
@@ -46,7 +51,8 @@ def run_job(work: Callable[[Run], None], argv: Sequence[str], *, name: str, abou
             [word for word in argv if word != "--dry-run"],
             prog=f"python -m ray_jobs.{name}",
             description=f"{about} Example: python -m ray_jobs.{name} "
-            "--config configs/quickstart.yaml --storage $PWD/runs --train.lr 3e-4 "
+            f"{needs}--config configs/quickstart.yaml --storage $PWD/runs --name mine "
+            "--train.lr 3e-4 "
             "(--dry-run prints the resolved configuration)",
         )
         if dry:

@@ -36,10 +36,8 @@ DRIVER_CPUS = 0.01
 """Of a trial's own process, which starts its ranks and waits for them."""
 
 SNAPSHOT_S = "2"
-ABOUT = (
-    "Search a space of configurations. --space FILE (required) is its YAML, such as "
-    "configs/tune_digits.yaml."
-)
+ABOUT = "Search a space of configurations: --space FILE (required) is its YAML."
+NEEDS = "--space configs/tune_digits.yaml "
 
 
 def claim(folder: Path, search: Search) -> None:
@@ -169,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
     """Read the space, which the other jobs do not have, and leave the rest to `run_job`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--space")
-    start = partial(run_job, name="tune", about=ABOUT)
+    start = partial(run_job, name="tune", about=ABOUT, needs=NEEDS)
     try:
         given, rest = parser.parse_known_args(list(argv))
         if {"-h", "--help"} & set(rest):

@@ -1,4 +1,4 @@
-"""Errors as problem details (RFC 9457). `type` is stable; README lists them."""
+"""Errors as problem details (RFC 9457). `type` is stable; `KINDS` has them."""
 
 from __future__ import annotations
 

@@ -911,7 +911,7 @@ def test_markdown_has_every_method_and_only_measured_axes(report):
     groups = [str(found["classes"][0]) for found in report["by_num_classes"]]
     assert rows == ["method", *ORDER, "classes", *groups]
     assert set(ORDER) == report["axes"][AXIS]["methods"].keys()
-    assert "unseen combination: 4 tasks, 5 report images per class" in text
+    assert "unseen combination: 4 tasks, at least 5 report images per class" in text
     assert "shifted" not in text
     accuracy = report["axes"][AXIS]["methods"]["tina"]["accuracy"]
     assert f"| tina | {100 * accuracy:.1f} |" in text

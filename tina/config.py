@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """How many tasks there are and of how many classes (DESIGN: the three axes).
+    """How many tasks there are and of how many classes; `tina/tasks.py` has the three axes.
 
     Args:
         min_classes: Fewest classes of a task.
@@ -270,7 +270,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the report measures (DESIGN section 5).
+    """What the report measures.
 
     Args:
         direct_tasks: Unseen combinations that direct fine-tuning is run on.
@@ -319,7 +319,7 @@ class ClusterConfig:
     Args:
         zoo_workers: Most actors that fine-tune p-models (each on a GPU, or a CPU where none is) or
             evaluate (each on a CPU); the pool grows up to it.
-        zoo_block: Tasks that an actor fine-tunes at once and that are then written together.
+        zoo_block: Most tasks that an actor fine-tunes at once and that are then written together.
         train_workers: Ranks of the generator's training.
         train_cpus: CPUs of each rank; without a GPU also its threads.
         zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients, 3 and weights.

@@ -1,4 +1,4 @@
-"""The report: every method of DESIGN 4.7 on held-out tasks and `report` images, with intervals.
+"""The report: every method on held-out tasks and `report` images, with intervals.
 
 Its costly part is a list of cells, a method on a few tasks each, that can be scored anywhere and in
 any order. What is generated for a cell is one batch, so a cell's scores do not depend on where.

@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 
 
 def zoo_schema(theta_size: int) -> pa.Schema:
-    """Arrow types of a zoo row (DESIGN 4.3)."""
+    """Arrow types of a zoo row."""
     import pyarrow as pa
 
     return pa.schema(
