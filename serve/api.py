@@ -97,13 +97,11 @@ def negotiate(request: Request, format: Format | None) -> Format:
     """
     if format:
         return format
-    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
+    accept = ", ".join(request.headers.getlist("accept")).lower() or "*/*"
     names: dict[str, Format] = {media: name for name, media in MEDIA_TYPES.items()}
-    try:
-        # the last of equals is taken
-        best = mimeparse.best_match(list(reversed(names)), accept)
-    except mimeparse.MimeTypeParseException:
-        best = ""
+    ranges = [media for media in accept.split(",") if re.match(r"\s*(\S+/\S|\*)", media)]
+    # the last of equals is taken
+    best = mimeparse.best_match(list(reversed(names)), ",".join(ranges)) if ranges else ""
     if not best:
         raise Problem("not-acceptable", f"to be had: {', '.join(names)}")
     return names[best]
@@ -144,11 +142,12 @@ def build_api(backend: Backend, ids: Ids, access: Access) -> FastAPI:
         chosen = negotiate(request, format)
         recipe = await run_in_threadpool(ids.read, id)
         tag = entity_tag(id, chosen)
-        if not _matches(request.headers.get("if-none-match", ""), tag):
+        if _matches(request.headers.get("if-none-match", ""), tag):
+            recipe.require((await backend.info()).checkpoint)
+            response = Response(status_code=304, headers=VARY)
+        else:
             made = await backend.fetch(recipe, chosen)
             response = _answer(made, id, chosen)
-        else:
-            response = Response(status_code=304, headers=VARY)
         kept = "private" if access.token else "public"
         response.headers["Cache-Control"] = f"{kept}, max-age=31536000, immutable"
         response.headers["ETag"] = tag

@@ -9,6 +9,7 @@ Two deployments: a light ingress that speaks HTTP, and the generator, which alon
 # and passes a plain dictionary where it finds a string.
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,11 +161,25 @@ def storage_of(args: ServeArgs) -> str:
     return str(folder.parent / "serve")
 
 
+def read_token() -> str:
+    """The bearer token of the environment; empty for none.
+
+    Raises:
+        ConfigError: It is none that a header could carry (RFC 6750).
+    """
+    token = os.environ.get("TINA_SERVE_TOKEN", "").strip()
+    if token and not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
+        raise ConfigError(
+            "TINA_SERVE_TOKEN may hold letters, digits and ._~+/- alone, = at its end"
+        )
+    return token
+
+
 def build_app(args: ServeArgs) -> "Application":
     """The application.
 
     Raises:
-        ConfigError: A path that is not absolute.
+        ConfigError: A path that is not absolute, or a token that no header could carry.
     """
     from serve.replica import Replica
 
@@ -212,7 +227,5 @@ def build_app(args: ServeArgs) -> "Application":
         storage=storage_of(args),
         key=os.environ.get("TINA_SERVE_KEY", "").encode(),
         keep_s=args.keep_s,
-        access=Access(
-            token=os.environ.get("TINA_SERVE_TOKEN", ""), origins=tuple(args.cors_origins)
-        ),
+        access=Access(token=read_token(), origins=tuple(args.cors_origins)),
     )

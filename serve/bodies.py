@@ -106,7 +106,9 @@ async def read_form(
     try:
         async with Request(request.scope, receive).form(**most) as form:
             for name, value in form.multi_items():
+                name.encode()  # an odd charset may make of it what is no text
                 if isinstance(value, str):
+                    value.encode()
                     texts[name] = value
                 elif not files.fullmatch(name):
                     raise Problem.of_field(name, f"is a file part; known are {files.pattern}")
@@ -116,6 +118,8 @@ async def read_form(
                     found.append((name, content))
     except HTTPException as error:
         raise Problem("malformed", str(error.detail)) from None
+    except UnicodeError as error:
+        raise Problem("malformed", f"a part is no text: {error}") from None
     return texts, found
 
 

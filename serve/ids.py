@@ -60,6 +60,15 @@ class Recipe:
             found[key] = tuple(found[key])
         return cls(**found)
 
+    def require(self, served: str) -> None:
+        """Make sure that it is for the checkpoint that is served.
+
+        Raises:
+            Problem: It is for another.
+        """
+        if self.checkpoint != served:
+            raise Problem("checkpoint-gone", f"checkpoint {served} is served now")
+
 
 def load_key(storage: Path) -> bytes:
     """The key in the shared storage; whoever comes first makes it."""
@@ -128,9 +137,12 @@ class Ids:
         if packed.startswith(STORED):
             file = self._storage / packed.removeprefix(STORED).decode()
             try:
-                if file.stat().st_mtime < time.time() - self._keep_s:
+                age = time.time() - file.stat().st_mtime
+                if age > self._keep_s:
                     raise FileNotFoundError
                 packed = file.read_bytes()
+                if age > self._keep_s / 10:
+                    os.utime(file)  # in use
             except FileNotFoundError:
                 raise Problem("prompt-gone", "its pictures or texts are no longer stored") from None
         return Recipe.unpack(zlib.decompress(packed))

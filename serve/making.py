@@ -110,21 +110,27 @@ class Making:
         if recipe.embeddings:
             values = np.frombuffer(base64.b64decode(recipe.embeddings), np.float32)
             return torch.from_numpy(values.copy()).view(len(recipe.classes), -1)
-        if recipe.descriptions:
-            return self._pipe.encoder.encode_text(recipe.descriptions)
-        return self._pipe.embed_names(recipe.classes)
+        return self._pipe.embed_names(recipe.descriptions or recipe.classes)
 
     def _finish(self, walk: Walk) -> dict[int, GeneratedModel | Exception]:
         """The models of the samples that are at their end, which leave."""
         ended = [i for i, ahead in enumerate(walk.ahead) if not ahead]
         if not ended:
             return {}
+        tasks, models = [self._tasks[i] for i in ended], self._models(walk, ended)
+        now = time.perf_counter()
+        for task in tasks:
+            self._made(len(walk.ahead), now - task.begun)
+        self._keep([i for i, ahead in enumerate(walk.ahead) if ahead])
+        return {task.ticket: model for task, model in zip(tasks, models, strict=True)}
+
+    def _models(self, walk: Walk, ended: Sequence[int]) -> Sequence[GeneratedModel | Exception]:
+        """What the samples at these places have become; no failure is another's."""
         tasks = [self._tasks[i] for i in ended]
-        models: Sequence[GeneratedModel | Exception]
+        embeddings = [task.embedding for task in tasks]
         try:
-            embeddings = [task.embedding for task in tasks]
             body, rows = self._pipe.generator.finish(walk.take(ended).x, *pad(embeddings))
-            models = self._pipe.models(
+            return self._pipe.models(
                 body,
                 rows,
                 embeddings,
@@ -132,10 +138,7 @@ class Making:
                 seeds=[task.recipe.seed for task in tasks],
                 steps=[task.recipe.steps for task in tasks],
             )
-        except TinaError as error:  # no failure of those that go on
-            models = [error] * len(tasks)
-        now = time.perf_counter()
-        for task in tasks:
-            self._made(len(walk.ahead), now - task.begun)
-        self._keep([i for i, ahead in enumerate(walk.ahead) if ahead])
-        return {task.ticket: model for task, model in zip(tasks, models, strict=True)}
+        except TinaError as error:
+            if len(ended) == 1:
+                return [error]
+            return [model for i in ended for model in self._models(walk, [i])]

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.bodies import faults_of
@@ -69,6 +70,8 @@ class Mistakes:
 
         try:
             await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            return  # in the middle of its upload: nobody is there to be answered
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise
@@ -76,6 +79,24 @@ class Mistakes:
             log.error("%s failed", request.state.request_id, exc_info=error)
             problem = Problem("internal", "see the server's log for this request")
             await respond(request, problem)(scope, receive, send)
+
+
+class Head:
+    """Answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def bodiless(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        await self.app({**scope, "method": "GET"}, receive, bodiless)
 
 
 def respond(request: Request, problem: Problem) -> Response:
@@ -109,6 +130,7 @@ def install(app: FastAPI, *, origins: Sequence[str]) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    app.add_middleware(Head)
     app.add_middleware(Mistakes)
     app.add_middleware(
         CORSMiddleware,

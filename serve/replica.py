@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -37,7 +38,7 @@ from tina.schemas import MAX_PIXELS, Fault, Format, Info, Limits, ModelRequest
 
 DECODERS = 2  # threads
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-OVERHEAD = 1024  # bytes of a cached model beside its theta
+OVERHEAD = 1024  # bytes of a cached model beside its theta and names
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,10 +88,8 @@ class Replica:
         self.metrics = Metrics()
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-        self._graphs: dict[int, OnnxGraph] = {}
-        self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(
-            cache_bytes, getsizeof=lambda model: model.theta.nbytes + OVERHEAD
-        )
+        self._graph = OnnxGraph(self.pipe.generator.family)
+        self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(cache_bytes, getsizeof=size_of)
         making = Making(self.pipe, made=partial(self.metrics.batch, "generate"))
         self._generations = Batcher(making, most=max_batch, executor=self._torch)
         self._predictions = Batcher(self._predict, most=max_batch, executor=self._torch)
@@ -206,9 +205,8 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(self._torch, work)
 
     async def _model(self, recipe: Recipe) -> GeneratedModel:
-        if recipe.checkpoint != self.pipe.checkpoint:
-            raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
-        key = recipe.pack()
+        recipe.require(self.pipe.checkpoint)
+        key = hashlib.sha256(recipe.pack()).digest()  # a recipe of pictures is larger than a model
         model = self._cache.get(key)
         self.metrics.lookup(hit=model is not None)
         if model is None:
@@ -217,7 +215,7 @@ class Replica:
                 model = await self._generations(recipe)
             finally:
                 self.metrics.waiting.set(len(self._generations))
-            if model.theta.nbytes + OVERHEAD <= self._cache.maxsize:
+            if size_of(model) <= self._cache.maxsize:
                 self._cache[key] = model
         return model
 
@@ -229,9 +227,7 @@ class Replica:
         if format == "safetensors":
             content = model.to_safetensors()
         elif format == "onnx":
-            k = len(model.class_names)
-            graph = self._graphs.setdefault(k, OnnxGraph(model.family, num_classes=k))
-            fill = partial(graph.fill, model.tensors, model.class_names)
+            fill = partial(self._graph.fill, model.tensors, model.class_names)
             content = await self._in_torch(fill)
         family = model.family
         far = "is not close to anything the generator was trained on"
@@ -273,8 +269,16 @@ class Replica:
             shots = [
                 await self._picture(f, f"images[{i}][{j}]", shrink) for j, f in enumerate(files)
             ]
-            rows.append(await self._in_torch(partial(embed, shots)))
+            try:
+                rows.append(await self._in_torch(partial(embed, shots)))
+            except PromptError as error:
+                raise Problem.of_field(f"images[{i}]", f"are refused: {error}") from None
         return torch.cat(rows)
+
+
+def size_of(model: GeneratedModel) -> int:
+    """Bytes of a cached model."""
+    return model.theta.nbytes + 4 * sum(map(len, model.class_names)) + OVERHEAD
 
 
 def _refuse(check: Callable[..., T], *args: object, field: str, **options: object) -> T:

@@ -244,6 +244,12 @@ def test_probabilities_are_sorted_and_those_of_the_classifier(tina, made, workpl
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=0)
 
 
+def test_a_picture_that_is_named_twice_is_answered_twice(tina, made, workplace):
+    file = write_image(workplace / "a.png")
+    found = json.loads(tina("classify", "--json", made / "mine.safetensors", file, file).out)
+    assert [row["image"] for row in found] == [str(file)] * 2
+
+
 def test_bars_for_people(tina, made, workplace):
     file = write_image(workplace / "a.png")
     name, *rows = tina("classify", made / "mine.safetensors", file).out.splitlines()

@@ -124,9 +124,9 @@ def test_weights_are_bytes(kind):
 
 @kinds
 def test_an_overloaded_service_is_asked_again_when_it_says(kind, waits):
-    service = Service((503, 7), (429, 2), 502)
-    assert ask(kind, service, "create", ["a", "b"]) == REPLY
-    assert waits == [7.0, 2.0, 1.0]
+    service = Service((503, 7), (429, 2), 502, 408)
+    assert ask(kind, service, "create", ["a", "b"], retries=4) == REPLY
+    assert waits == [7.0, 2.0, 1.0, 2.0]
     assert len({request.content for request in service.sent}) == 1
 
 
@@ -170,6 +170,8 @@ def test_an_answer_of_another_kind(kind, monkeypatch):
         ("create", [["a", "b"]], {"images": []}),
         ("create", [["a", "b"]], {"images": [[b"x"], []]}),
         ("predict", ["an-id", []], {}),
+        ("predict", ["an-id", "photo.png"], {}),
+        ("predict", ["an-id", b"x"], {}),
     ],
 )
 def test_prompts_that_are_refused_before_they_are_sent(kind, call, args, options):

@@ -248,7 +248,8 @@ def test_blocks_hold_each_task_once_and_none_is_long_at_the_end(n, most, workers
     if workers <= 1:
         assert sizes == [most] * (n // most) + [n % most] * (n % most > 0)
     else:
-        assert sizes == sorted(sizes, reverse=True) and all(0 < size <= most for size in sizes)
+        assert sizes == sorted(sizes, reverse=True)
+        assert all(0 < size <= most for size in sizes)
         # while one worker does a block, the others have as much of what is left, and more
         assert all(2 * workers * (len(b) - 1) < n - b.start for b in blocks)
 

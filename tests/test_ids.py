@@ -118,6 +118,16 @@ def test_a_stored_recipe_expires_and_is_removed(tmp_path):
     assert ids.read(name) == LARGE
 
 
+def test_a_stored_recipe_that_is_asked_for_is_kept(tmp_path):
+    ids = Ids(b"k", storage=tmp_path, keep_s=1000)
+    name = ids.issue(LARGE)
+    (file,) = (tmp_path / "prompts").iterdir()
+    old = time.time() - 900
+    os.utime(file, (old, old))
+    assert ids.read(name) == LARGE
+    assert file.stat().st_mtime > time.time() - 100
+
+
 def test_replicas_that_start_together_share_one_key(tmp_path):
     found = []
     threads = [threading.Thread(target=lambda: found.append(load_key(tmp_path))) for _ in range(8)]

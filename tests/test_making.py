@@ -111,8 +111,9 @@ def test_a_prompt_that_is_no_longer_wanted_leaves_and_the_others_stay(pipe):
     assert made == [2, 1]
 
 
-def test_a_model_that_is_not_finite_is_an_error_of_its_own(pipe):
-    arrivals = [(0, recipe(steps=2, guidance=1e38)), (0, recipe(steps=3))]
+@pytest.mark.parametrize("steps", [2, 3], ids=["they end together", "it ends before the other"])
+def test_a_model_that_is_not_finite_is_an_error_of_its_own(pipe, steps):
+    arrivals = [(0, recipe(steps=2, guidance=1e38)), (0, recipe(steps=steps))]
     found, _ = run(new(pipe), arrivals)
     assert isinstance(found[0], NonFiniteError)
     check(pipe, arrivals[1][1], found[1])

@@ -257,6 +257,15 @@ def test_thresholds_are_where_the_application_puts_its_limits():
     assert 1.5 * p99 < limit < 3 * p99
 
 
+def test_what_takes_too_long_counts_as_failed():
+    """Ray answers 408 after `request_timeout_s`: a generator that hangs gives no 5xx."""
+    served = (ROOT / "cluster" / "kuberay" / "base" / "rayservice.yaml").read_text()
+    assert "request_timeout_s:" in served
+    failed = [query for query in queries() if "error_code" in query]
+    assert failed
+    assert all('error_code=~"5..|408"' in query for query in failed)
+
+
 def test_alerts_and_dashboards_name_each_other():
     alerts = {rule["alert"] for group in RULES["groups"] for rule in group["rules"]}
     described = " ".join(panel["description"] for b in BOARDS.values() for panel in b["panels"])

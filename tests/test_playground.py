@@ -118,7 +118,7 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
 
 
 def test_a_picture_is_chosen_by_keyboard_and_by_mouse(page):
-    page.get_by_label("Choose a picture, or drop one here").focus()
+    page.get_by_label(page.locator("#hint").inner_text()).focus()
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(SAMPLE)
@@ -158,6 +158,25 @@ def test_bars_are_the_shown_pictures(page):
     page.wait_for_timeout(500)
     assert bars.all_inner_texts() == shown
     page.unroute("**/predict")
+
+
+def test_a_picture_that_comes_while_a_model_is_made_waits_for_it(page):
+    left = page.locator(".side").first
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="parameters").wait_for()
+    held, asked = [], []
+    page.route("**/v1/models", held.append)
+    page.on("request", lambda request: asked.append(request.url))
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="Generating").wait_for()
+    page.locator("#file").set_input_files(SAMPLE)
+    page.wait_for_timeout(300)
+    assert not [url for url in asked if url.endswith("/predict")]
+    assert not left.locator(".links").is_visible()
+    held.pop().continue_()
+    left.locator(".bars li").nth(1).wait_for()
+    assert left.locator(".links").is_visible()
+    page.unroute("**/v1/models")
 
 
 def test_nothing_stays_of_a_picture_that_cannot_be_read(page):

@@ -16,10 +16,12 @@ from safetensors.torch import load
 
 import serve.replica
 from serve.api import Access, build_api, entity_tag
+from serve.app import read_token
 from serve.ids import Ids, Recipe
 from serve.problems import KINDS
 from tina import TinaPipeline
 from tina.classifiers import Classifier
+from tina.errors import ConfigError
 from tina.prompts import MAX_CHARACTERS
 from tina.schemas import MAX_BODY_BYTES, MAX_IMAGES, ModelReply, PredictReply, ProblemDocument
 from tina.schemas import MAX_CHARACTERS as MAX_CHARACTERS_OVER_HTTP
@@ -167,6 +169,24 @@ def test_onnx_over_http_classifies_as_torch_does(get, model, library):
     assert json.loads(names) == CLASSES
 
 
+def test_one_export_serves_every_number_of_classes(post, library, monkeypatch):
+    """It takes seconds, in which nobody else is served."""
+    post("/v1/models?format=onnx", json=THREE)
+
+    def again(*args, **options):
+        raise AssertionError("exported once more")
+
+    monkeypatch.setattr(torch.onnx, "export", again)
+    images = torch.rand(3, 1, 17, 12)
+    for classes in (["one", "two"], ["one", "two", "four", "nine"]):
+        prompt = {"classes": classes, "seed": 7}
+        session = onnxruntime.InferenceSession(post("/v1/models?format=onnx", json=prompt).content)
+        assert session.get_outputs()[0].shape[1] == len(classes)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        expected = library(classes, seed=7).classifier(images)
+        np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_predictions_are_the_classifiers(post, model, library, count):
     files = [picture(i, size=(5 + 3 * i, 9)) for i in range(count)]
@@ -255,9 +275,13 @@ def test_a_model_is_made_once_and_again_after_it_was_evicted(backend, post, get,
 
 def test_the_cache_is_bounded_by_bytes(backend, post):
     replica = backend.replica
+    long = [letter * MAX_CHARACTERS for letter in "abc"]  # a recipe larger than its model
     for seed in range(80):
         post("/v1/models", json={"classes": CLASSES, "seed": seed, "steps": 1})
+        post("/v1/models", json={"classes": long, "seed": seed, "steps": 1})
     assert 0 < replica._cache.currsize <= replica._cache.maxsize
+    content = [(len(key), model.theta.nbytes) for key, model in replica._cache.items()]
+    assert sum(map(sum, content)) <= replica._cache.maxsize
     assert len(replica._cache) < 80
 
 
@@ -291,6 +315,12 @@ def test_downloads_can_be_cached(get, model):
 def test_the_answer_is_what_is_accepted(get, model, accept, media):
     response = get(f"/v1/models/{model.id}", headers={"accept": accept})
     assert response.headers["content-type"] == media
+
+
+@pytest.mark.parametrize("accept", ["Application/ONNX", "application/onnx, nonsense, ;q=1"])
+def test_case_and_what_cannot_be_read_do_not_matter(get, model, accept):
+    response = get(f"/v1/models/{model.id}", headers={"accept": accept})
+    assert response.headers["content-type"] == "application/onnx"
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/*", "nonsense", "application/json;q=0"])
@@ -350,6 +380,15 @@ def test_request_ids(get):
         made = get("/healthz", headers={"x-request-id": odd}).headers["x-request-id"]
         assert len(made) == 32
     assert get("/healthz").headers["x-request-id"] != get("/healthz").headers["x-request-id"]
+
+
+def test_head_is_get_without_the_body(http, model):
+    for path in ("/", "/healthz", "/v1/info", f"/v1/models/{model.id}", "/static/app.js"):
+        head, get = http("HEAD", path), http("GET", path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == get.headers["content-length"]
+    assert http("HEAD", "/v1/nothing").status_code == 404
+    assert http("HEAD", "/v1/models").status_code == 405
 
 
 def test_the_playground_needs_nothing_from_elsewhere(get):
@@ -465,6 +504,14 @@ def test_pictures_that_cannot_be_read(post, model, images, field):
     refused(post(f"/v1/models/{model.id}/predict", json={"images": images}), 422, field)
 
 
+def test_a_white_picture_is_none_too_bright(post):
+    """Antialiasing overshoots by a rounding."""
+    buffer = io.BytesIO()
+    Image.new("L", (1000, 700), 255).save(buffer, "PNG")
+    shots = [[b64(buffer.getvalue())], [b64(picture())], [b64(picture(1))]]
+    assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
+
+
 def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, monkeypatch):
     """Each is made small before the next is read, and none is scaled up to another's size."""
     shapes, stack = [], serve.replica.stack_images
@@ -509,12 +556,29 @@ def test_broken_multipart(post):
     assert response.status_code in (400, 422)
 
 
+@pytest.mark.parametrize(
+    ("charset", "name", "text"),
+    [
+        ("utf-7", "prompt", b"+2AA-"),
+        ("raw_unicode_escape", "prompt", b"\\ud800"),
+        ("raw_unicode_escape", "\\ud800", b"x"),
+        ("undefined", "prompt", b"x"),
+    ],
+)
+def test_multipart_of_an_odd_charset(post, charset, name, text):
+    kind = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
+    head = f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode()
+    refused(post("/v1/models", content=head + text + b"\r\n--b--\r\n", headers=kind), 400)
+
+
 def test_ids_that_name_no_model(get, post, ids, library):
     for name in ("x", "A" * 400, "%00", "é"):
         refused(get(f"/v1/models/{name}"), 404)
         refused(post(f"/v1/models/{name}/predict", json={"images": [b64(picture())]}), 404)
     gone = Recipe(checkpoint="0" * 64, classes=("a", "b"), seed=0, steps=1, guidance=1.0)
-    assert refused(get(f"/v1/models/{ids.issue(gone)}"), 410).type.endswith("checkpoint-gone")
+    for headers in ({}, {"if-none-match": "*"}):
+        response = get(f"/v1/models/{ids.issue(gone)}", headers=headers)
+        assert refused(response, 410).type.endswith("checkpoint-gone")
 
 
 def test_paths_and_methods_that_there_are_not(http):
@@ -541,6 +605,40 @@ def test_a_mistake_of_the_server_is_a_problem_too(ids):
     # it has all that other answers have
     assert response.headers["x-request-id"] in response.json()["instance"]
     assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_client_that_leaves_in_its_upload_is_no_failure(backend, ids, caplog):
+    app, sent = build_api(backend, ids, Access()), []
+    messages = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/models", "headers": headers}
+    asyncio.run(app(scope | {"query_string": b""}, receive, send))
+    assert sent == []
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("token", ["sésame", "a b", "a\nb", "=", "a=b"])
+def test_a_token_that_no_header_carries_is_refused(monkeypatch, token):
+    monkeypatch.setenv("TINA_SERVE_TOKEN", token)
+    with pytest.raises(ConfigError, match="TINA_SERVE_TOKEN"):
+        read_token()
+
+
+def test_the_token_of_a_file_with_an_end_of_line(monkeypatch):
+    monkeypatch.setenv("TINA_SERVE_TOKEN", "abc.DEF_123~+/-==\n")
+    assert read_token() == "abc.DEF_123~+/-=="
+    monkeypatch.delenv("TINA_SERVE_TOKEN")
+    assert read_token() == ""
 
 
 def test_texts_are_bounded_alike_everywhere():

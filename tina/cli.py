@@ -97,15 +97,15 @@ def classify(args: argparse.Namespace) -> None:
 
     classifier = load_classifier(args.model)
     images = [read_image(file, channels=classifier.family.channels) for file in args.images]
-    found = {}
+    found = []
     for file, image in zip(args.images, images, strict=True):
         values = classifier(image)[0].softmax(0).tolist()
         ranked = sorted(zip(classifier.class_names, values, strict=True), key=lambda x: -x[1])
-        found[str(file)] = dict(ranked)
+        found.append((str(file), dict(ranked)))
     if args.json:
-        print(json.dumps([{"image": k, "probabilities": v} for k, v in found.items()], indent=1))
+        print(json.dumps([{"image": k, "probabilities": v} for k, v in found], indent=1))
         return
-    for name, ranks in found.items():
+    for name, ranks in found:
         print(name)
         _print_table({f"  {k}": f"{p:6.1%}  {'#' * round(30 * p)}" for k, p in ranks.items()})
 

@@ -5,8 +5,8 @@
         Path("mine.safetensors").write_bytes(tina.weights(model.id))
         print(tina.predict(model.id, [Path("photo.png")]).predictions[0].label)
 
-Every call may be repeated: an answer of 429, 502, 503 or 504, a time-out and a broken connection
-are retried, after the seconds that `Retry-After` names, or a delay that doubles.
+Every call may be repeated: an answer of 408, 429, 502, 503 or 504, a time-out and a broken
+connection are retried, after the seconds that `Retry-After` names, or a delay that doubles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tina.schemas import (
     ProblemDocument,
 )
 
-RETRIED = {429, 502, 503, 504}
+RETRIED = {408, 429, 502, 503, 504}
 PASSING = (httpx.TimeoutException, httpx.NetworkError, httpx.ProxyError, httpx.RemoteProtocolError)
 FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 30.0
@@ -180,6 +180,8 @@ class _Calls:
         return response.content
 
     def _predict(self, id: str, images: Sequence[Picture]) -> Flow[PredictReply]:
+        if isinstance(images, (str, bytes, Path)):
+            raise PromptError("pictures are a list, also where there is one")
         if not images:
             raise PromptError("there is no picture to classify")
         files = [("images", ("image", _file(image))) for image in images]

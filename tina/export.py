@@ -1,4 +1,4 @@
-"""A classifier as ONNX: one exported graph per family and class count, its weights swapped in.
+"""A classifier as ONNX: one exported graph per family, its weights swapped in.
 
 torch's exporter takes seconds, a swap a millisecond.
 """
@@ -18,24 +18,22 @@ from tina.classifiers import Classifier, Family
 OPSET = 18
 PREFIX = "network."
 """Of the generated tensors' names in a graph; a trunk's begin with `trunk.`."""
+EXPORTED_CLASSES = 2
 
 
 class OnnxGraph:
-    """The graph of a family's K-class classifiers (opset 18): `images` in, `logits` out.
+    """The graph of a family's classifiers (opset 18): `images` in, `logits` out.
 
     Takes float32 images (N, C, H, W) in [0, 1] of any N, H and W; resizes and normalises inside.
-
-    Args:
-        num_classes: K.
     """
 
-    def __init__(self, family: Family, *, num_classes: int) -> None:
-        self.family, self.layout = family, family.layout(num_classes)
+    def __init__(self, family: Family) -> None:
+        self.family = family
 
     @cached_property
     def _model(self) -> onnx.ModelProto:
-        k, side = self.layout.num_classes, self.family.image_size + 1
-        blank = Classifier(self.family, torch.ones(self.layout.size), ("",) * k)
+        k, side = EXPORTED_CLASSES, self.family.image_size + 1
+        blank = Classifier(self.family, torch.ones(self.family.layout(k).size), ("",) * k)
         program = torch.onnx.export(
             blank,
             (torch.rand(2, self.family.channels, side, side + 1),),
@@ -62,8 +60,12 @@ class OnnxGraph:
         filled = onnx.ModelProto()
         filled.CopyFrom(self._model)
         weights = {tensor.name: tensor for tensor in filled.graph.initializer}
-        for slot in self.layout.slots:
+        for slot in self.family.layout(len(class_names)).slots:
             value = tensors[slot.name].detach().cpu().float().contiguous()
-            weights[PREFIX + slot.name].raw_data = value.numpy().tobytes()
+            weight = weights[PREFIX + slot.name]
+            weight.dims[:] = value.shape
+            weight.raw_data = value.numpy().tobytes()
+        # beside the head's weights nothing but the answer's shape depends on the number of classes
+        filled.graph.output[0].type.tensor_type.shape.dim[1].dim_value = len(class_names)
         filled.metadata_props.add(key="class_names", value=json.dumps(list(class_names)))
         return filled.SerializeToString(deterministic=True)

@@ -89,8 +89,8 @@ class GeneratedModel:
 
 def export_onnx(classifier: Classifier, file: Path) -> None:
     """Write a classifier as ONNX; see `tina.export`."""
-    graph = OnnxGraph(classifier.family, num_classes=len(classifier.class_names))
-    content = graph.fill(dict(classifier.network.named_parameters()), classifier.class_names)
+    tensors = dict(classifier.network.named_parameters())
+    content = OnnxGraph(classifier.family).fill(tensors, classifier.class_names)
     write_whole(file, lambda temporary: temporary.write_bytes(content))
 
 
@@ -229,7 +229,7 @@ class TinaPipeline:
                     f"{len(names[0])} classes need as many descriptions, got {len(descriptions)}"
                 )
             check_task(descriptions, max_classes=most)
-            embeddings = [self.encoder.encode_text(descriptions)]
+            embeddings = [self.embed_names(descriptions)]
         else:
             embeddings = [self.embed_names(task) for task in names]
         models = self.generate(
@@ -257,11 +257,11 @@ class TinaPipeline:
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
         if new and self.generator.config.prompt.encoder == "table":
-            close = difflib.get_close_matches(normalise_name(new[0]), vocabulary.names, cutoff=0)
+            close = difflib.get_close_matches(normalise_name(new[0]), vocabulary.names)
+            closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
             raise PromptError(
-                f"the checkpoint does not know {shorten(new[0], 60)!r}; the closest that it knows "
-                f"are {', '.join(close)}; free text needs one trained with prompt.encoder "
-                "open_clip or sentence"
+                f"the checkpoint does not know {shorten(new[0], 60)!r}{closest}; free text needs "
+                "one trained with prompt.encoder open_clip or sentence"
             )
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         return torch.stack([next(encoded) if vector is None else vector for vector in known])
@@ -344,6 +344,8 @@ class TinaPipeline:
 
 
 def _is_batch(prompt: Sequence[object]) -> bool:
+    if odd := [item for item in prompt if not isinstance(item, (str, list, tuple))]:
+        raise PromptError(f"class names are text, got {odd[0]!r}")
     kinds = {isinstance(item, str) for item in prompt}
     if len(kinds) > 1:
         raise PromptError("a prompt is a list of names or a list of lists, not a mixture")

@@ -80,8 +80,9 @@ def _gap(axis: Mapping[str, Any]) -> str:
 def _caption(name: str, axis: Mapping[str, Any]) -> str:
     below = axis["tina_minus"][SELECTION]["tasks_below"]
     return (
-        f"{name.replace('_', ' ')}: {axis['tasks']} tasks, at least {axis['images_per_class']} report "
-        f"images per class, chance {_percent(axis['chance'])} %; {_gap(axis)}; "
+        f"{name.replace('_', ' ')}: {axis['tasks']} tasks, "
+        f"at least {axis['images_per_class']} report images per class, "
+        f"chance {_percent(axis['chance'])} %; {_gap(axis)}; "
         f"below selection on {100 * below:.0f} % of the tasks"
     )
 

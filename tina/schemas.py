@@ -87,7 +87,13 @@ class ModelRequest(_Schema):
 class ModelReply(_Schema):
     """A generated classifier, without its weights."""
 
-    id: Annotated[str, Field(description="Names the model for ever, on every replica.")]
+    id: Annotated[
+        str,
+        Field(
+            description="Names the model on every replica while its checkpoint is served; one made "
+            "of pictures or long texts for a day after its last use."
+        ),
+    ]
     classes: list[str]
     familiarity: Annotated[
         list[float],

@@ -10,10 +10,10 @@ let picture = null; // the file that both models classify
 async function call(path, options = {}) {
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   const response = await fetch(path, { ...options, headers });
-  if (response.status === 401 && (token = prompt("This service wants a token") || "")) {
-    sessionStorage.setItem("token", token);
+  if (response.status === 401 && (token = (prompt("This service wants a token") || "").trim())) {
     return call(path, options);
   }
+  sessionStorage.setItem("token", token);
   if (!response.ok) {
     const problem = await response.json().catch(() => ({ title: `Status ${response.status}` }));
     throw new Error(problem.detail ? `${problem.title}: ${problem.detail}` : problem.title);
@@ -96,6 +96,9 @@ class Panel {
 
   async generate() {
     const turn = ++this.latest;
+    this.model = null; // a picture that comes meanwhile waits for the new one
+    this.part(".links").hidden = true;
+    this.part(".bars").replaceChildren();
     this.say("Generating…");
     const begin = performance.now();
     try {
@@ -121,9 +124,6 @@ class Panel {
       await this.classify();
     } catch (error) {
       if (turn !== this.latest) return;
-      this.model = null; // what is shown must not be another prompt's
-      this.part(".links").hidden = true;
-      this.part(".bars").replaceChildren();
       this.say(error.message, true);
     }
   }
