@@ -34,9 +34,14 @@ from tina.zoo import build_rows, open_zoo, zoo_schema
 
 
 def ensure_generic(run: Run) -> None:
-    """Train the generic model unless the run has one."""
+    """Train the generic model unless the run has one.
+
+    Raises:
+        ConfigError, DataError: The configured prompts cannot be had, which would be known too late.
+    """
     if run.generic_file.exists():
         return
+    run.check_prompts()
     recipe = run.config.classifier.generic
     passes = 1 + run.family.has_trunk  # the trunk, then the head on it
     with tqdm(total=passes * recipe.steps, desc="generic model", unit="step") as bar:

@@ -118,6 +118,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         raise ConfigError(
             f"{run.checkpoint} holds another generator than {run.trained}: remove one of them"
         )
+    run.regressor()  # a wrong one must not be told of at the end
     start_ray()
     build_zoo(run, "direct")
     report = run.evaluate(generator, spread=partial(spread, run))

@@ -63,7 +63,11 @@ def run_job(
         run = Run(config)
         run.claim()
         settle_in()
-        work(run)
+        try:
+            work(run)
+        except Exception:
+            run.give_up()
+            raise
     except Exception as error:
         return _fail(error, name)
     return 0
@@ -147,7 +151,8 @@ def _layers(error: BaseException) -> Iterator[BaseException]:
 def variables() -> dict[str, str]:
     """Environment variables that travel with a job, for those of its workers and for `submit`."""
     names = ("TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
-    found = {name: os.environ[name] for name in names if name in os.environ}
+    # a job runs in another working directory than yours
+    found = {name: os.path.abspath(os.environ[name]) for name in names if os.environ.get(name)}
     return found | {"TINA_COMMIT": commit()}
 
 

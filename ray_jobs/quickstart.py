@@ -23,6 +23,7 @@ def work(run: Run) -> None:
     """The whole job."""
     begin = time.monotonic()
     if not run.checkpoint.exists():
+        run.regressor()  # a wrong one must not be told of at the end
         start_ray()
         check_ready(run)
         ensure_generic(run)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.safetensors"
 LOG_EVERY = 10  # steps
+VALIDATED = {"val_accuracy", "val_step"}  # figures of a report that are an earlier state's
 MOST_VALIDATED = 8  # trainings whose data a judge keeps
 
 
@@ -109,7 +110,10 @@ def train_on_rank(settings: dict[str, Any]) -> None:
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
-        log(progress.step, figures)
+        log(progress.step, {k: v for k, v in figures.items() if k not in VALIDATED})
+
+    def on_validated(step: int, accuracy: float) -> None:
+        log(step, {"val_accuracy": accuracy})
 
     def on_step(step: int, figures: Mapping[str, float]) -> None:
         show(step)
@@ -126,6 +130,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
         rank=rank,
         world=world,
         on_step=on_step,
+        on_validated=on_validated,
     )
     close()
 
@@ -290,6 +295,8 @@ def train_generator(run: Run) -> Generator:
     print(json.dumps({"train": result.metrics}))
     generator = load_generator(run.start)
     generator.denoiser.load_state_dict(dict(progress.best))
+    if not run.config.train.condition_dropout:
+        generator.denoiser.null_cond.zero_()  # nothing has trained it: `Generator.takes_guidance`
     card = f"Trained for {progress.step} steps; accuracy on select images of validation tasks: "
     save_generator(generator, run.trained, card=f"{card}{progress.best_accuracy:.4f}.\n")
     return generator

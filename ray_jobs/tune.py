@@ -146,7 +146,6 @@ def work(run: Run, search: Search) -> None:
     """The whole job."""
     # what the run has settled, with a trial's own resources
     search = replace(search, config=replace(run.config, cluster=search.config.cluster))
-    claim(run.folder / "tune" / search.sweep.name, search)
     # how much of a sweep Tune has forgotten after a crash
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
     # one process less per trial: what is taken away goes on from its last state all the same
@@ -154,6 +153,7 @@ def work(run: Run, search: Search) -> None:
     start_ray()
     check_tracking(run)
     at_once(search)
+    claim(run.folder / "tune" / search.sweep.name, search)
     ensure_generic(run)
     build_zoo(run, "zoo")
     results = build_tuner(run, search).fit()

@@ -126,6 +126,8 @@ class Replica:
             steps=request.steps or diffusion.sampling_steps,
             guidance=diffusion.guidance if request.guidance is None else request.guidance,
         )
+        if recipe.guidance != 1 and not self.pipe.generator.takes_guidance:
+            raise Problem.of_field("guidance", "must be 1: this generator takes no other")
         if recipe.steps > diffusion.timesteps:
             raise Problem.of_field("steps", f"must be at most {diffusion.timesteps}")
         model = await self._model(recipe)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ray_jobs.build_zoo import ensure_generic
 from ray_jobs.job import run_job
 from tina import TinaPipeline, load_classifier
 from tina.checkpoint import check_manifest
@@ -331,6 +332,7 @@ def test_what_git_and_the_hub_add_is_no_part_of_a_checkpoint(checkpoint):
     before = check_manifest(checkpoint)
     (checkpoint / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     (checkpoint / ".git").mkdir()
+    (checkpoint / ".cache").mkdir()
     assert check_manifest(checkpoint) == before
 
 
@@ -604,10 +606,6 @@ def _column_less(file):
     pq.write_table(pq.read_table(file).drop_columns(["accuracy"]), file)
 
 
-def _twice(file):
-    shutil.copy(file, file.with_name("part-1.parquet"))
-
-
 def _gone(file):
     file.unlink()
 
@@ -628,7 +626,6 @@ def test_a_corrupt_zoo_json(text, tiny_run, workplace):
         (_text, "unreadable zoo file"),
         (_empty, "unreadable zoo file"),
         (_nan_theta, "NaN or infinite weights"),
-        (_twice, "more than once"),
         (_gone, "holds no zoo rows"),
     ],
 )
@@ -652,6 +649,19 @@ def _no_work(run):
         (["--train.learning_rate", "1"], "valid keys: name, storage, tracking, data.name"),
         (["--train.lr", "fast"], "train.lr"),
         (["--train.lr", "-1"], "TrainConfig.lr must be above 0, got -1"),
+        (["--train.seed", "-1"], "TrainConfig.seed must not be negative, got -1"),
+        (["--data.seed", "-1"], "DataConfig.seed must not be negative, got -1"),
+        (["--tasks.seed", "-1"], "TaskConfig.seed must not be negative, got -1"),
+        (["--classifier.seed", "-1"], "ClassifierConfig.seed must not be negative, got -1"),
+        (["--tasks.unseen_counts", "[1, 1]"], "TaskConfig.unseen_counts holds a value twice"),
+        (
+            ["--evaluation.sampling_steps", "[4, 1, 4]"],
+            "EvaluationConfig.sampling_steps holds a value twice",
+        ),
+        (
+            ["--diffusion.guidance", "2", "--train.condition_dropout", "0"],
+            "diffusion.guidance other than 1 needs train.condition_dropout above 0",
+        ),
         (["--train.condition_dropout", "-0.1"], "TrainConfig.condition_dropout is a share"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--data.root", "images"], "data.root must be an absolute path"),
@@ -696,6 +706,31 @@ def test_a_mended_typo_runs(workplace):
     job = partial(run_job, lambda run: run.family, name="train", about="Train.")
     assert job([*given, "--data.name", "digit"]) == 2
     assert job(given) == 0
+
+
+def test_a_configuration_that_comes_to_nothing_leaves_its_name(workplace, capsys):
+    given = ["--name", "tiny", "--storage", str(workplace / "runs")]
+    job = partial(run_job, lambda run: run.space, name="train", about="Train.")
+    assert job([*given, "--tasks.max_classes", "12"]) == 2
+    assert "10 classes" in capsys.readouterr().err
+    assert not list((workplace / "runs").iterdir())
+    assert job(given) == 0
+
+    def breaks(run):
+        run.generic_file.touch()
+        raise DataError("later")
+
+    given[1] = "begun"
+    assert run_job(breaks, given, name="train", about="Train.") == 2
+    assert run_job(_no_work, [*given, "--tasks.max_classes", "5"], name="train", about="") == 2
+
+
+def test_prompts_that_cannot_be_had_are_refused_before_anything_is_trained(workplace, capsys):
+    given = ["--name", "tiny", "--storage", str(workplace / "runs"), "--prompt.encoder", "table"]
+    weights = ["--prompt.weights", str(workplace / "none.parquet"), "--prompt.model", "x"]
+    assert run_job(ensure_generic, given + weights, name="build_zoo", about="Build.") == 2
+    assert "no table of prompt vectors" in capsys.readouterr().err
+    assert not list((workplace / "runs").iterdir())
 
 
 def test_a_run_is_not_continued_with_another_configuration(tiny_run, capsys):

@@ -150,6 +150,13 @@ def submit(run):
     return out
 
 
+def test_a_wrong_regressor_is_told_of_before_anything_is_fine_tuned(run, monkeypatch):
+    asked = replace(run.config.evaluation, regressor="nowhere")
+    monkeypatch.setattr(ray_jobs.evaluate, "start_ray", None)
+    with pytest.raises(ConfigError, match="holds no run"):
+        evaluate(Run(replace(run.config, evaluation=asked)))
+
+
 @pytest.mark.ray
 def test_the_report_is_the_in_process_one(tiny_run, tiny_generator, tmp_path, monkeypatch):
     """To the last bit, with one thread on both sides; only times differ."""

@@ -1,5 +1,6 @@
 """The pipeline: forms of prompts, seeds and batches, pictures, files and graphs."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -84,6 +85,15 @@ def test_a_batch_is_a_list_in_its_order(pipe):
     assert [model.seed for model in models] == [5, 6, 7]
     assert isinstance(pipe([["one", "two"]]), list)
     assert isinstance(pipe((("one", "two"), ("one", "three"))), list)
+
+
+def test_a_generator_that_was_never_trained_without_condition_takes_no_guidance(pipe):
+    denoiser = copy.deepcopy(pipe.generator.denoiser)
+    denoiser.null_cond.data.zero_()
+    led = TinaPipeline(replace(pipe.generator, denoiser=denoiser), checkpoint="x")
+    assert torch.equal(led(TASK, guidance_scale=1.0).theta, pipe(TASK).theta)
+    with pytest.raises(ConfigError, match="guidance can but be 1"):
+        led(TASK, guidance_scale=2.0)
 
 
 def test_guidance_of_one_is_none(pipe):
@@ -235,6 +245,11 @@ def test_descriptions_take_the_place_of_names(pipe):
     close(described.theta, pipe(TASK).theta)
     other = pipe(["a", "b", "c"], descriptions=["a round ring", "two slim strokes", "a chair"])
     assert not torch.allclose(other.theta, described.theta, atol=1e-3)
+
+
+def test_descriptions_in_words_that_are_known_need_no_encoder(pipe, monkeypatch):
+    monkeypatch.setattr(TinaPipeline, "encoder", None)
+    close(pipe(["a", "b"], descriptions=["two", "one"]).theta, pipe(["two", "one"]).theta)
 
 
 def test_descriptions_win_over_known_names(pipe):

@@ -165,7 +165,7 @@ def test_a_picture_that_comes_while_a_model_is_made_waits_for_it(page):
     left.get_by_role("button", name="Generate").click()
     left.locator(".status", has_text="parameters").wait_for()
     held, asked = [], []
-    page.route("**/v1/models", held.append)
+    page.route("**/v1/models", lambda route: held.append(route))
     page.on("request", lambda request: asked.append(request.url))
     left.get_by_role("button", name="Generate").click()
     left.locator(".status", has_text="Generating").wait_for()

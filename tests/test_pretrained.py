@@ -8,7 +8,7 @@ import torch
 
 from tina import TinaPipeline
 from tina.checkpoint import PRETRAINED
-from tina.errors import CheckpointError, PromptError
+from tina.errors import CheckpointError, ConfigError, PromptError
 from tina.pipeline import pretrained
 from tina.report import markdown
 
@@ -43,8 +43,17 @@ def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
     pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
     laptop, tiger, otter = pipe(["Laptop", "tiger cat", "otter"], seed=0).familiarity
     assert laptop < tiger < otter == pytest.approx(1)
-    with pytest.raises(PromptError, match=r"does not know 'lap top'; the closest .* are laptop, "):
+    with pytest.raises(PromptError, match=r"does not know 'lap top'; the closest .* are laptop; "):
         pipe(["otter", "lap top"])
+    with pytest.raises(PromptError, match="does not know 'zzzzzz'; free text needs"):
+        pipe(["otter", "zzzzzz"])
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_guidance_that_nothing_has_trained_is_refused(name):
+    pipe = TinaPipeline.from_pretrained(name)
+    with pytest.raises(ConfigError, match="guidance"):
+        pipe(list(pipe.generator.vocabulary.trained_names[:3]), guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("name", pretrained())

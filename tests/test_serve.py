@@ -22,6 +22,7 @@ from serve.problems import KINDS
 from tina import TinaPipeline
 from tina.classifiers import Classifier
 from tina.errors import ConfigError
+from tina.generator import Generator
 from tina.prompts import MAX_CHARACTERS
 from tina.schemas import MAX_BODY_BYTES, MAX_IMAGES, ModelReply, PredictReply, ProblemDocument
 from tina.schemas import MAX_CHARACTERS as MAX_CHARACTERS_OVER_HTTP
@@ -248,6 +249,12 @@ def test_descriptions(post, library):
     expected = library(["3", "5"], descriptions=texts, seed=2)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_guidance_that_the_generator_does_not_take_is_refused(post, monkeypatch):
+    monkeypatch.setattr(Generator, "takes_guidance", False)
+    refused(post("/v1/models", json=THREE | {"guidance": 2.0}), 422, "guidance")
+    assert post("/v1/models", json=THREE | {"guidance": 1.0}).status_code == 201
 
 
 def test_unfamiliar_prompts_are_warned_of_and_strictly_refused(post):

@@ -255,11 +255,13 @@ def test_a_validation_is_not_waited_for_before_the_next_report(tiny_run, fresh, 
         ),
         validate=begin,
         on_step=lambda step, figures: events.append(f"step {step}") if step in (1, 6, 11) else None,
+        on_validated=lambda step, accuracy: events.append(f"{accuracy:.2f} at {step}"),
     )
     assert events == [
-        *["begin 0", "step 1", "wait 0", "begin 1", "report 5: 0.50 at 0"],
-        *["step 6", "wait 1", "begin 2", "report 10: 0.51 at 5"],
-        *["step 11", "wait 2", "begin 3", "wait 3", "report 12: 0.53 at 12"],
+        *["begin 0", "step 1", "wait 0", "0.50 at 0", "begin 1", "report 5: 0.50 at 0"],
+        *["step 6", "wait 1", "0.51 at 5", "begin 2", "report 10: 0.51 at 5"],
+        *["step 11", "wait 2", "0.52 at 10", "begin 3", "wait 3", "0.53 at 12"],
+        "report 12: 0.53 at 12",
     ]
 
 

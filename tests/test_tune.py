@@ -122,7 +122,8 @@ def test_help_names_the_space(capsys):
     assert left.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "--space FILE (required)" in printed
-    assert "python -m ray_jobs.tune --config configs/quickstart.yaml" in printed
+    example = "python -m ray_jobs.tune --space configs/tune_digits.yaml --config configs/quick"
+    assert example in printed
 
 
 # --- going on with a sweep ------------------------------------------------------------------------

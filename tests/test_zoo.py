@@ -191,11 +191,13 @@ def test_truncated_parquet(copied, keep):
         read_zoo(copied)
 
 
-def test_a_task_twice(tmp_path):
-    write(tmp_path, [row("a"), row("b")], "part-0")
-    write(tmp_path, [row("b")], "part-1")
-    with pytest.raises(DataError, match="a task more than once"):
-        read_zoo(tmp_path)
+def test_a_task_that_two_jobs_have_made_is_read_once(tmp_path):
+    first, second = [row("a"), row("b")], [row("b")]
+    write(tmp_path, first, "part-0")
+    write(tmp_path, second, "part-1")
+    zoo = read_zoo(tmp_path)
+    assert zoo.task_ids == ("a", "b")
+    assert zoo.theta[1].tolist() == list(map(float, first[1]["theta"]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -116,8 +116,8 @@ def check_manifest(directory: Path) -> str:
     if not file.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: it has no manifest.json")
     manifest = read_table(file, CheckpointError)
-    # a repository has .gitattributes and, cloned, .git: nothing of them is read
-    found = {f.name for f in directory.iterdir() if not f.name.startswith(".git")}
+    # a repository has .gitattributes and, cloned, .git, or downloaded, .cache: none is read
+    found = {f.name for f in directory.iterdir() if not f.name.startswith((".git", ".cache"))}
     found -= {"manifest.json"}
     if found != set(manifest):
         odd = ", ".join(sorted(found ^ set(manifest)))

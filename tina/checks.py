@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from tina.errors import ConfigError
 
 
+def absolute(paths: Mapping[str, str | None]) -> None:
+    """Absolute paths by their keys, where there are any."""
+    for key, path in paths.items():
+        if path is not None and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{key} must be an absolute path, got {path!r}: "
+                "a job runs in another working directory than yours"
+            )
+
+
+def plain_name(key: str, name: str) -> None:
+    """A folder's name and no path."""
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"{key} must be a plain folder name, got {name!r}")
+
+
 def positive(owner: object, *keys: str) -> None:
-    """Above zero."""
+    """Above zero, where there is one."""
     for key in keys:
-        if not (got := getattr(owner, key)) > 0:
+        if (got := getattr(owner, key)) is not None and not got > 0:
             raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
+
+
+def distinct(owner: object, *keys: str) -> None:
+    """No value twice."""
+    for key in keys:
+        if len(set(got := getattr(owner, key))) < len(got):
+            raise ConfigError(f"{type(owner).__name__}.{key} holds a value twice, got {got}")
 
 
 def not_negative(owner: object, *keys: str) -> None:
@@ -17,6 +43,13 @@ def not_negative(owner: object, *keys: str) -> None:
     for key in keys:
         if not (got := getattr(owner, key)) >= 0:
             raise ConfigError(f"{type(owner).__name__}.{key} must not be negative, got {got}")
+
+
+def inside(owner: object, *keys: str) -> None:
+    """Between zero and one."""
+    for key in keys:
+        if not 0 < (got := getattr(owner, key)) < 1:
+            raise ConfigError(f"{type(owner).__name__}.{key} must lie between 0 and 1, got {got}")
 
 
 def shares(owner: object, *keys: str) -> None:

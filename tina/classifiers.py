@@ -298,8 +298,10 @@ def features_of(
             raise DataError(f"{file} holds no features: remove it ({error})") from error
     family.trunk.to(device)
     views = images.to(device)
+    # CLIP's tower stays where it is
+    place = next((value.device for value in family.trunk.parameters()), torch.device("cpu"))
     places = torch.arange(len(views)).split(256)
-    features = torch.cat([family.embed(views[x]) for x in places])
+    features = torch.cat([family.embed(views[x].to(place)) for x in places]).to(device)
     if file:
         write_tensors(file, {"features": features})
     return features

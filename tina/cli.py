@@ -123,9 +123,13 @@ def evaluate(args: argparse.Namespace) -> None:
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     run = Run(replace(config, evaluation=replace(config.evaluation, **changes)))
     generator = load_generator(run.checkpoint)
-    total = 8 * sum(len(tasks) for tasks in run.space.held_out.values())
-    with tqdm(total=total, desc="evaluation", unit="task", disable=None) as bar:
-        report = run.evaluate(generator, on_progress=bar.update)
+    with tqdm(desc="evaluation", unit="cell", disable=None) as bar:
+
+        def show(done: int, cells: int) -> None:
+            bar.total = cells
+            bar.update(done - bar.n)
+
+        report = run.evaluate(generator, on_progress=show)
     print_report(report)
     print(f"{run.folder}: report.json, plots/")
 

@@ -6,10 +6,9 @@ A value's own checks stand with it; `tina.configio` reads them from YAML, flags 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from tina.checks import not_negative, positive, shares
+from tina.checks import absolute, distinct, inside, not_negative, plain_name, positive, shares
 from tina.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "auto"]
@@ -42,12 +41,9 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("report_fraction", "select_fraction"):
-            if not 0 < getattr(self, key) < 1:
-                raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(self, key)}")
-        not_negative(self, "shift")
-        if self.image_size is not None:
-            positive(self, "image_size")
+        inside(self, "report_fraction", "select_fraction")
+        not_negative(self, "shift", "seed")
+        positive(self, "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +84,8 @@ class TaskConfig:
                 f"tasks.excluded_fraction must lie in [0, 1), got {self.excluded_fraction}"
             )
         positive(self, "train", "val", "held_out")
+        not_negative(self, "seed")
+        distinct(self, "unseen_counts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +154,9 @@ class ClassifierConfig:
     direct: RecipeConfig = field(default_factory=RecipeConfig)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        not_negative(self, "seed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
@@ -211,6 +212,7 @@ class DiffusionConfig:
             raise ConfigError(f"diffusion.sampling_steps must lie in 1..{most}, got {steps}")
         if self.schedule == "none" and (most, self.prediction) != (1, "x0"):
             raise ConfigError("diffusion.schedule none needs diffusion.timesteps 1, prediction x0")
+        not_negative(self, "guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +262,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         positive(self, *keys, "checkpoint_every")
-        not_negative(self, "weight_loss", "min_snr", "function_loss", "weight_decay")
+        not_negative(self, "weight_loss", "min_snr", "function_loss", "weight_decay", "seed")
         shares(self, "near_tasks", "condition_dropout", "warmup", "ema")
         if not self.weight_loss and not self.function_loss:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
@@ -294,10 +296,9 @@ class EvaluationConfig:
     regressor: str = ""
 
     def __post_init__(self) -> None:
-        positive(self, "direct_tasks", "seeds", "bootstrap")
+        positive(self, "direct_tasks", "seeds", "bootstrap", "images_per_class")
         not_negative(self, "direct_tasks_elsewhere", "mixer_steps")
-        if self.images_per_class is not None:
-            positive(self, "images_per_class")
+        distinct(self, "sampling_steps")
         if min(steps := self.sampling_steps, default=0) < 1:
             raise ConfigError(f"evaluation.sampling_steps must be positive, got {steps}")
 
@@ -373,14 +374,12 @@ class JobConfig:
         paths = {"storage": self.storage, "data.root": self.data.root}
         if self.prompt.encoder == "table" and self.prompt.weights:
             paths["prompt.weights"] = self.prompt.weights
-        for key, path in paths.items():
-            if path is not None and not Path(path).is_absolute():
-                raise ConfigError(
-                    f"{key} must be an absolute path, got {path!r}: "
-                    "a job runs in another working directory than yours"
-                )
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"name must be a plain folder name, got {self.name!r}")
+        absolute(paths)
+        plain_name("name", self.name)
+        if self.diffusion.guidance != 1 and not self.train.condition_dropout:
+            raise ConfigError(
+                "diffusion.guidance other than 1 needs train.condition_dropout above 0"
+            )
         parts = self.cluster.train_workers * self.train.accumulation
         for key in ("zoo_batch", "fresh_tasks"):
             if getattr(self.train, key) % parts:

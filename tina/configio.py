@@ -48,6 +48,8 @@ def _build(cls: type[T], parse: Callable[[], T]) -> T:
                 raise ConfigError(str(cause)) from error
             cause = cause.__cause__ or cause.__context__
         reason = " ".join(str(error).split())
+        if "must be a mapping, not NoneType" in reason:
+            reason = "a section is empty: give it a key, or leave it out"
         signs = ("not accept option", "is not accepted", "unrecognized arguments")
         unknown_key = any(sign in reason for sign in signs)
         known = f"; valid keys: {', '.join(_keys(cls))}" if unknown_key else ""

@@ -16,7 +16,7 @@ from tina.classifiers import Family
 from tina.codec import Codec
 from tina.config import GeneratorConfig
 from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, noise_scale, sample
-from tina.errors import NonFiniteError
+from tina.errors import ConfigError, NonFiniteError
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
 from tina.transformer import Denoiser
@@ -39,6 +39,11 @@ class Generator:
     generic: GenericModel
     denoiser: Denoiser
     max_classes: int
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether it was trained without condition too; else the place of one holds zeros."""
+        return bool(self.denoiser.null_cond.any())
 
     def inherit(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone."""
@@ -67,8 +72,16 @@ class Generator:
             seeds: One per prompt.
             steps: Denoising steps; default: the configuration's.
             guidance: Default: the configuration's.
+
+        Raises:
+            ConfigError: Steps out of range, or guidance of a generator that takes none.
         """
         diffusion = self.config.diffusion
+        guidance = diffusion.guidance if guidance is None else guidance
+        if guidance != 1 and not self.takes_guidance:
+            raise ConfigError(
+                "this generator was trained without train.condition_dropout: guidance can but be 1"
+            )
         device = self.denoiser.position.device
         length = self.codec.body_tokens + embeddings.shape[1]
         cond, mask = self.vocabulary.condition(embeddings).to(device), mask.to(device)
@@ -78,7 +91,7 @@ class Generator:
             cond=self.denoiser.prepare(cond, mask),
             mask=mask,
             steps=diffusion.sampling_steps if steps is None else steps,
-            guidance=diffusion.guidance if guidance is None else guidance,
+            guidance=guidance,
             seeds=seeds,
         )
 

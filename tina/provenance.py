@@ -14,10 +14,21 @@ def commit() -> str:
     """The code's commit: `TINA_COMMIT` where a job has no git, else git's word, else unknown."""
     if "TINA_COMMIT" in os.environ:
         return os.environ["TINA_COMMIT"]
+    # an environment may lie in a repository of somebody else's, which does not track this file
+    tracked = _git("ls-files", Path(__file__).name)
+    return (tracked and _git("describe", "--always", "--dirty", "--abbrev=12")) or "unknown"
+
+
+def _git(*words: str) -> str:
+    """What git answers beside this file; nothing where there is no git."""
     here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    try:
+        found = subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return found.stdout.strip()
 
 
 def hardware() -> str:

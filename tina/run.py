@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -73,6 +74,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint"
         self.start = self.folder / "start"
         self.trained = self.folder / "trained"
+        self._new = False
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -96,7 +98,7 @@ class Run:
         Raises:
             ConfigError: It was made with another; evaluation and cluster may differ.
         """
-        # a typo in a name must not claim the folder for ever
+        # a typo in a name need not claim the folder at all
         find_source(self.config.data)
         family = build_family(self.config.classifier.family, channels=1, image_size=8)
         if isinstance(family, VitB32Head) and self.config.data.shift:
@@ -118,7 +120,13 @@ class Run:
                     f"{self.folder} holds a run with another {', '.join(differing)}: "
                     "choose another name or remove it"
                 )
+        self._new = not found
         write_text(file, yaml.safe_dump(mine, sort_keys=False))
+
+    def give_up(self) -> None:
+        """Leave the name to a mended configuration, where this one has come to nothing."""
+        if self._new and [file.name for file in self.folder.iterdir()] == ["config.yaml"]:
+            shutil.rmtree(self.folder)
 
     @cached_property
     def all_views(self) -> Dataset:
@@ -200,6 +208,14 @@ class Run:
     def read_zoo(self, kind: str) -> Zoo:
         """The rows of a folder."""
         return read_zoo(self.base / kind)
+
+    def check_prompts(self) -> None:
+        """Make sure before anything is trained that the class names can be embedded.
+
+        Raises:
+            ConfigError, DataError: They cannot.
+        """
+        build_encoder(self.config.prompt).encode_text(self.dataset.class_names)
 
     def vocabulary(self) -> Vocabulary:
         """The data set's class names in the configured embedding space.
@@ -332,20 +348,19 @@ class Run:
         generator: Generator,
         *,
         spread: Spread = Evaluation.score_here,
-        on_progress: Callable[[int], object] = lambda tasks: None,
+        on_progress: Callable[[int, int], object] = lambda done, cells: None,
     ) -> dict[str, Any]:
         """Measure a generator and write `report.json` and the plots.
 
         Args:
             spread: Where the cells are scored.
-            on_progress: Called with the number of tasks that one of the contenders is done with.
+            on_progress: Called with the number of cells that are scored, and of all.
         """
         evaluation = self.evaluation(generator)
         scores: dict[Cell, list[Score]] = {}
         for cell, found in spread(evaluation):
             scores[cell] = found
-            if cell.method in evaluation.contenders:
-                on_progress(len(cell.tasks))
+            on_progress(len(scores), len(evaluation.cells))
         weights = {k: v.contiguous() for k, v in generator.denoiser.state_dict().items()}
         report = evaluation.report(
             scores,

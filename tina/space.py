@@ -22,6 +22,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from tina.checks import not_negative, plain_name
 from tina.config import DenoiserConfig, DiffusionConfig, JobConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.errors import ConfigError
@@ -71,8 +72,8 @@ class SweepConfig:
     reduction_factor: float = 3
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"sweep.name must be a plain folder name, got {self.name!r}")
+        not_negative(self, "seed")
+        plain_name("sweep.name", self.name)
         least = {"trials": self.trials, "workers": self.workers, "concurrent": self.concurrent}
         for key, value in least.items():
             if value is not None and value < 1:

@@ -175,6 +175,7 @@ def train(
     rank: int = 0,
     world: int = 1,
     on_step: Callable[[int, Mapping[str, float]], object] = lambda step, figures: None,
+    on_validated: Callable[[int, float], object] = lambda step, accuracy: None,
 ) -> Progress:
     """Run from `start` to `config.steps`.
 
@@ -186,6 +187,7 @@ def train(
         validate: Called with each report's averaged weights; None on ranks other than 0. Training
             goes on meanwhile: a result is waited for at the next report, the last one at the end.
         on_step: Called with the number of steps done and this rank's losses.
+        on_validated: Called with the step of each state that was validated, and its accuracy.
 
     Raises:
         NonFiniteError: A loss is NaN or infinite; the step is not taken.
@@ -214,6 +216,7 @@ def train(
             val_step=now.step,
             best_accuracy=now.best_accuracy,
         )
+        on_validated(now.step, figures["val_accuracy"])
 
     own = range(rank * config.accumulation, (rank + 1) * config.accumulation)
     batches = source.batches(range(start.step, config.steps), own, parts=parts)

@@ -1,0 +1,40 @@
+"""The commit that numbers name: the code's own, or none."""
+
+import subprocess
+
+import pytest
+
+from tina import provenance
+
+
+@pytest.fixture(autouse=True)
+def _no_name(monkeypatch):
+    monkeypatch.delenv("TINA_COMMIT", raising=False)
+
+
+def git(folder, *words):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() == "unknown"
+
+
+def test_a_variable_is_believed(monkeypatch):
+    monkeypatch.setenv("TINA_COMMIT", "abc")
+    assert provenance.commit() == "abc"
+
+
+def test_a_repository_counts_where_it_holds_the_code(monkeypatch, tmp_path):
+    file = tmp_path / "environment" / "provenance.py"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "somebody else's")
+    assert provenance.commit() == "unknown"
+    git(tmp_path, "add", str(file))
+    git(tmp_path, "commit", "-m", "the code")
+    assert provenance.commit() == git(tmp_path, "rev-parse", "--short=12", "HEAD").strip()
