@@ -1,6 +1,7 @@
 """Curvature: orthogonal directions, and along each what a step costs."""
 
 from dataclasses import fields
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -128,7 +129,8 @@ def test_a_head_alone_has_the_curvature_of_softmax_regression(tiny_run):
     generic = GenericModel(class_ids=tuple(range(10)), body=torch.zeros(0), rows=rows)
     dataset = tiny_run.dataset
     store = InputStore(family, dataset.views)
-    tasks = tiny_run.space.sample_fresh(np.random.default_rng(0), 60, num_classes=3)
+    three = [task for task in combinations(range(10), 3) if tiny_run.space.admits(task)]
+    tasks = three[::2][:60]
     found = measure_curvature(family, generic, dataset, store, tasks, seed=0)
     assert found.left == found.right == ()
     assert found.body.shape == (0,)

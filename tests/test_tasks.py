@@ -298,10 +298,8 @@ def test_fresh_tasks_reach_every_set_that_is_free():
 
 
 def test_fresh_tasks_follow_the_generator_and_the_size_asked_for():
-    space = cifar()
-    one, same, other = (
-        space.sample_fresh(np.random.default_rng(seed), 20, num_classes=7) for seed in (0, 0, 1)
-    )
+    space = cifar(min_classes=7, max_classes=7)
+    one, same, other = (space.sample_fresh(np.random.default_rng(seed), 20) for seed in (0, 0, 1))
     assert one == same
     assert one != other
     assert {len(class_ids) for class_ids in one} == {7}
@@ -309,7 +307,8 @@ def test_fresh_tasks_follow_the_generator_and_the_size_asked_for():
 
 
 def test_fresh_order_is_random():
-    fresh = digits().sample_fresh(np.random.default_rng(0), 4000, num_classes=3)
+    space = digits(min_classes=3, max_classes=3, train=4, val=4, held_out=4)
+    fresh = space.sample_fresh(np.random.default_rng(0), 4000)
     rising = sum(list(c) == sorted(c) for c in fresh)
     assert abs(rising - 4000 / 6) < 4 * math.sqrt(4000 * 5 / 36)
 

@@ -97,17 +97,6 @@ class Dataset:
             return index
         return index[torch.isin(self.labels[index], torch.as_tensor(class_ids))]
 
-    def take(self, partition: str, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images of a task, labelled by position in the task.
-
-        Returns:
-            Images uint8 (n, C, H, W), and labels int64 (n,) in [0, K) that index `class_ids`.
-        """
-        index = self.indices(partition, class_ids)
-        position = torch.full((self.num_classes,), -1)
-        position[torch.as_tensor(class_ids)] = torch.arange(len(class_ids))
-        return self.views[index], position[self.labels[index]]
-
     def class_ids(self, names: Sequence[str]) -> tuple[int, ...]:
         """Class ids of `names`, in their order; underscores count as spaces.
 

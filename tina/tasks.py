@@ -130,9 +130,7 @@ class TaskSpace:
         """Whether seen classes may be trained on together: in no held-out set, not concentrated."""
         return frozenset(class_ids) not in self._reserved and not self.is_concentrated(class_ids)
 
-    def sample_fresh(
-        self, rng: np.random.Generator, n: int, *, num_classes: int | None = None
-    ) -> list[ClassIds]:
+    def sample_fresh(self, rng: np.random.Generator, n: int) -> list[ClassIds]:
         """Draw `n` training tasks anew: ordered ids of seen classes, repeats possible.
 
         Validation and held-out sets of every axis are rejected, and so are concentrated sets where
@@ -141,17 +139,14 @@ class TaskSpace:
         Args:
             rng: Source of the draw.
             n: Number of tasks.
-            num_classes: K of every task; default: drawn for each as for the training tasks.
 
         Raises:
             ConfigError: every one of very many draws in a row was rejected.
         """
-        assert num_classes is None or num_classes <= len(self.seen), num_classes
         fresh: list[ClassIds] = []
         rejects = 0
         while (wanted := n - len(fresh)) > 0:
-            sizes = _sizes(rng, self, wanted) if num_classes is None else [num_classes] * wanted
-            for class_ids in _random_sets(rng, self, sizes):
+            for class_ids in _random_sets(rng, self, _sizes(rng, self, wanted)):
                 rejects = 0 if self.admits(class_ids) else rejects + 1
                 if not rejects:
                     fresh.append(class_ids)
@@ -334,9 +329,7 @@ def _sizes(rng: np.random.Generator, space: TaskSpace, n: int) -> np.ndarray:
     return rng.choice(sizes, n, p=odds / odds.sum() if odds.sum() <= FEW_SETS else None)
 
 
-def _random_sets(
-    rng: np.random.Generator, space: TaskSpace, sizes: Sequence[int] | np.ndarray
-) -> list[ClassIds]:
+def _random_sets(rng: np.random.Generator, space: TaskSpace, sizes: np.ndarray) -> list[ClassIds]:
     """One ordered set of seen classes for each size."""
     order = rng.random((len(sizes), len(space.seen))).argsort(axis=1)
     shuffled = np.asarray(space.seen)[order].tolist()
