@@ -41,11 +41,16 @@ def table(name: str, axis: str | None = None) -> str:
         f"parameters, {generator['steps']} sampling steps: "
         f"{timing['ms_per_model_batch1']:.0f} ms per model alone, "
         f"{timing['ms_per_model_batch64']:.1f} ms in a batch of 64; direct fine-tuning "
-        f"{timing['finetune_s_per_model']:.2g} s (timed over a twentieth of its steps). "
+        f"{_seconds(timing['finetune_s_per_model'])} s (timed over a twentieth of its steps). "
         f"Measured on {report['hardware']}, commit "
         f"`{report['commit']}`, by {_commands(name, report)}."
     )
     return f"{facts}\n\n{markdown(report, axis)}"
+
+
+def _seconds(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _commands(name: str, report: Mapping[str, Any]) -> str:

@@ -67,5 +67,7 @@ def open_tracking(run: Run, *, start: int) -> tuple[Log, Close]:
             config=config_to_dict(run.config),
             resume="allow",
         )
-        return lambda step, figures: logged.log(dict(figures), step=step), logged.finish
+        # its own steps never go back, and a validation's accuracy is an earlier state's
+        logged.define_metric("*", step_metric="step")
+        return lambda step, figures: logged.log({"step": step, **figures}), logged.finish
     return NOWHERE

@@ -40,18 +40,16 @@ ABOUT = "Search a space of configurations: --space FILE (required) is its YAML."
 NEEDS = "--space configs/tune_digits.yaml "
 
 
-def claim(folder: Path, search: Search) -> None:
-    """Save the search, or make sure that the folder was made by the same one.
+def refuse_another(file: Path, search: Search) -> None:
+    """Make sure that a sweep's file, where there is one, says the same search.
 
     Raises:
-        ConfigError: It was made by another.
+        ConfigError: It says another.
     """
-    file, plain = folder / "sweep.yaml", search.plain()
-    if file.is_file() and yaml.safe_load(file.read_text()) != plain:
+    if file.is_file() and yaml.safe_load(file.read_text()) != search.plain():
         raise ConfigError(
-            f"{folder} holds a sweep of another space: choose another sweep.name or remove it"
+            f"{file.parent} holds a sweep of another space: choose another sweep.name or remove it"
         )
-    write_text(file, yaml.safe_dump(plain, sort_keys=False))
 
 
 def restorable(folder: Path) -> bool:
@@ -146,6 +144,8 @@ def work(run: Run, search: Search) -> None:
     """The whole job."""
     # what the run has settled, with a trial's own resources
     search = replace(search, config=replace(run.config, cluster=search.config.cluster))
+    file = run.folder / "tune" / search.sweep.name / "sweep.yaml"
+    refuse_another(file, search)
     # how much of a sweep Tune has forgotten after a crash
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
     # one process less per trial: what is taken away goes on from its last state all the same
@@ -153,9 +153,9 @@ def work(run: Run, search: Search) -> None:
     start_ray()
     check_tracking(run)
     at_once(search)
-    claim(run.folder / "tune" / search.sweep.name, search)
     ensure_generic(run)
     build_zoo(run, "zoo")
+    write_text(file, yaml.safe_dump(search.plain(), sort_keys=False))
     results = build_tuner(run, search).fit()
     from ray_jobs.sweep_report import publish
 

@@ -60,15 +60,6 @@ class Recipe:
             found[key] = tuple(found[key])
         return cls(**found)
 
-    def require(self, served: str) -> None:
-        """Make sure that it is for the checkpoint that is served.
-
-        Raises:
-            Problem: It is for another.
-        """
-        if self.checkpoint != served:
-            raise Problem("checkpoint-gone", f"checkpoint {served} is served now")
-
 
 def load_key(storage: Path) -> bytes:
     """The key in the shared storage; whoever comes first makes it."""
@@ -141,7 +132,7 @@ class Ids:
                 if age > self._keep_s:
                     raise FileNotFoundError
                 packed = file.read_bytes()
-                if age > self._keep_s / 10:
+                if age > self._keep_s / 100:
                     os.utime(file)  # in use
             except FileNotFoundError:
                 raise Problem("prompt-gone", "its pictures or texts are no longer stored") from None

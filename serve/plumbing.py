@@ -135,7 +135,7 @@ def install(app: FastAPI, *, origins: Sequence[str]) -> None:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(origins),
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "HEAD", "POST"],
         allow_headers=["Authorization", "Content-Type", HEADER],
         expose_headers=["Location", "ETag", "Retry-After", HEADER],
     )

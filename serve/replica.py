@@ -207,7 +207,8 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(self._torch, work)
 
     async def _model(self, recipe: Recipe) -> GeneratedModel:
-        recipe.require(self.pipe.checkpoint)
+        if recipe.checkpoint != self.pipe.checkpoint:
+            raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
         key = hashlib.sha256(recipe.pack()).digest()  # a recipe of pictures is larger than a model
         model = self._cache.get(key)
         self.metrics.lookup(hit=model is not None)

@@ -23,7 +23,7 @@ from tina.checkpoint import check_manifest
 from tina.classifiers import build_family
 from tina.cli import main
 from tina.config import DataConfig, JobConfig
-from tina.configio import config_from_dict, config_to_dict
+from tina.configio import config_from_dict, config_to_dict, parse_config
 from tina.datasets import load_dataset
 from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PromptError
 from tina.images import read_image
@@ -701,6 +701,14 @@ def test_jobs_refuse_what_their_configuration_only_names(words, reason, workplac
     assert reason in line
 
 
+@pytest.mark.parametrize("change", [{"train": {"lr": None}}, {"cluster": {"zoo_block": None}}])
+def test_nothing_is_no_number(change):
+    given = {"name": "x", "storage": "/tmp"}
+    with pytest.raises(ConfigError):
+        config_from_dict(JobConfig, given | change)
+    config_from_dict(JobConfig, given | {"data": {"image_size": None}})
+
+
 def test_a_mended_typo_runs(workplace):
     given = ["--name", "tiny", "--storage", str(workplace / "runs")]
     job = partial(run_job, lambda run: run.family, name="train", about="Train.")
@@ -719,6 +727,12 @@ def test_a_configuration_that_comes_to_nothing_leaves_its_name(workplace, capsys
     def breaks(run):
         run.generic_file.touch()
         raise DataError("later")
+
+    first, second = (Run(parse_config(JobConfig, given)) for _ in range(2))
+    first.claim()
+    second.claim()  # goes on with what the first began
+    first.give_up()
+    assert (first.folder / "config.yaml").exists()
 
     given[1] = "begun"
     assert run_job(breaks, given, name="train", about="Train.") == 2

@@ -445,7 +445,7 @@ def test_onnx_equals_torch(exported, size, batch):
 def test_onnx_says_what_it_is(exported):
     _, file = exported
     graph = onnx.load(str(file))
-    onnx.checker.check_model(graph)
+    onnx.checker.check_model(graph, full_check=True)
     assert {p.key: p.value for p in graph.metadata_props}["class_names"] == json.dumps(TASK)
     (opset,) = [o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")]
     assert opset == 18

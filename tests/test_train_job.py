@@ -5,21 +5,24 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from ray.train import Checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ray_jobs.engine import deepspeed_config
 from ray_jobs.job import start_ray
 from ray_jobs.tracking import check_tracking
-from ray_jobs.train import check_zoo, train_generator
+from ray_jobs.train import PROGRESS, check_zoo, train_generator
 from tina import TinaPipeline
-from tina.checkpoint import load_generator
+from tina.checkpoint import load_generator, save_generator
 from tina.config import ClusterConfig
 from tina.errors import ConfigError, DataError
 from tina.run import Run
+from tina.training import Progress
 
 # Ray in this process: it sets deprecated options of its own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -85,6 +88,24 @@ def test_a_tracker_that_is_not_installed(tiny_run, tmp_path, kind, monkeypatch):
     run = Run(replace(trial(tiny_run, tmp_path).config, tracking=kind))
     with pytest.raises(ConfigError, match=f"pip install {kind}"):
         check_tracking(run)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_what_no_training_has_reached_is_zero_in_the_end(tiny_run, tmp_path, monkeypatch, share):
+    """Guidance would lead away from it; see `Generator.takes_guidance`."""
+    run = trial(tiny_run, tmp_path, train={"condition_dropout": share})
+    save_generator(run.new_generator(), run.start, card="x")
+
+    state = tmp_path / "state"
+    state.mkdir()
+    Progress.start(load_generator(run.start).denoiser).save(state / PROGRESS)
+    result = SimpleNamespace(checkpoint=Checkpoint.from_directory(str(state)), metrics={})
+    trainer = SimpleNamespace(fit=lambda: result)
+    for name in ("check_zoo", "check_stage", "check_tracking"):
+        monkeypatch.setattr(f"ray_jobs.train.{name}", lambda run: None)
+    monkeypatch.setattr("ray_jobs.train.build_trainer", lambda run: trainer)
+    assert train_generator(run).takes_guidance is (share > 0)
+    assert load_generator(run.trained).takes_guidance is (share > 0)
 
 
 def test_without_a_zoo(tiny_run, tmp_path):

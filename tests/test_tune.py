@@ -130,16 +130,16 @@ def test_help_names_the_space(capsys):
 
 
 def test_a_sweep_of_another_space_is_refused(search, tmp_path):
-    tune.claim(tmp_path, search)
-    tune.claim(tmp_path, search)
-    before = (tmp_path / "sweep.yaml").read_bytes()
+    file = tmp_path / "sweep.yaml"
+    tune.refuse_another(file, search)
+    file.write_text(yaml.safe_dump(search.plain()))
+    tune.refuse_another(file, search)
     for other in (
         replace(search, sweep=replace(search.sweep, trials=5)),
         replace(search, space={"train.lr": Domain("uniform", (1e-4, 1e-2))}),
     ):
         with pytest.raises(ConfigError, match=r"another space: choose another sweep\.name"):
-            tune.claim(tmp_path, other)
-    assert (tmp_path / "sweep.yaml").read_bytes() == before
+            tune.refuse_another(file, other)
 
 
 def test_a_snapshot_that_was_cut_off_gives_way_to_the_one_before(tmp_path):

@@ -24,10 +24,10 @@ def plain_name(key: str, name: str) -> None:
         raise ConfigError(f"{key} must be a plain folder name, got {name!r}")
 
 
-def positive(owner: object, *keys: str) -> None:
-    """Above zero, where there is one."""
+def positive(owner: object, *keys: str, optional: bool = False) -> None:
+    """Above zero; or None, where that is possible."""
     for key in keys:
-        if (got := getattr(owner, key)) is not None and not got > 0:
+        if not ((got := getattr(owner, key)) is None and optional) and not got > 0:
             raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
 
 

@@ -43,7 +43,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         inside(self, "report_fraction", "select_fraction")
         not_negative(self, "shift", "seed")
-        positive(self, "image_size")
+        positive(self, "image_size", optional=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +296,8 @@ class EvaluationConfig:
     regressor: str = ""
 
     def __post_init__(self) -> None:
-        positive(self, "direct_tasks", "seeds", "bootstrap", "images_per_class")
+        positive(self, "direct_tasks", "seeds", "bootstrap")
+        positive(self, "images_per_class", optional=True)
         not_negative(self, "direct_tasks_elsewhere", "mixer_steps")
         distinct(self, "sampling_steps")
         if min(steps := self.sampling_steps, default=0) < 1:

@@ -48,6 +48,10 @@ class OnnxGraph:
         )
         assert program is not None
         model: onnx.ModelProto = program.model_proto
+        # they say the weights' shapes a second time
+        noted = [value for value in model.graph.value_info if value.name.startswith(PREFIX)]
+        for value in noted:
+            model.graph.value_info.remove(value)
         return model
 
     def fill(self, tensors: Mapping[str, Tensor], class_names: tuple[str, ...]) -> bytes:

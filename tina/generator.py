@@ -42,7 +42,7 @@ class Generator:
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether it was trained without condition too; else the place of one holds zeros."""
+        """Whether it was trained without condition too; else zeros stand in the place of one."""
         return bool(self.denoiser.null_cond.any())
 
     def inherit(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:

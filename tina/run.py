@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint"
         self.start = self.folder / "start"
         self.trained = self.folder / "trained"
-        self._new = False
+        self._claimed: int | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -120,13 +121,16 @@ class Run:
                     f"{self.folder} holds a run with another {', '.join(differing)}: "
                     "choose another name or remove it"
                 )
-        self._new = not found
         write_text(file, yaml.safe_dump(mine, sort_keys=False))
+        self._claimed = None if found else file.stat().st_mtime_ns
 
     def give_up(self) -> None:
         """Leave the name to a mended configuration, where this one has come to nothing."""
-        if self._new and [file.name for file in self.folder.iterdir()] == ["config.yaml"]:
-            shutil.rmtree(self.folder)
+        file = self.folder / "config.yaml"
+        with suppress(OSError):
+            mine = file.stat().st_mtime_ns == self._claimed  # and no other job's, which goes on
+            if mine and list(self.folder.iterdir()) == [file]:
+                shutil.rmtree(self.folder)
 
     @cached_property
     def all_views(self) -> Dataset:

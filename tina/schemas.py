@@ -91,7 +91,7 @@ class ModelReply(_Schema):
         str,
         Field(
             description="Names the model on every replica while its checkpoint is served; one made "
-            "of pictures or long texts for a day after its last use."
+            "of pictures or long texts for about a day after its last use."
         ),
     ]
     classes: list[str]
