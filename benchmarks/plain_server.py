@@ -89,8 +89,8 @@ def under_load(classes: list[str], seconds: float) -> dict[str, dict[str, float]
     rows = {}
     for clients in CLIENTS:
         answers = elsewhere(closed_loop, classes, clients, seconds)
-        times = percentiles([t for _, t, status in answers if status == 201])
-        refused = sum(status != 201 for *_, status in answers)
+        times = percentiles([answer.latency for answer in answers if answer.status == 201])
+        refused = sum(answer.status != 201 for answer in answers)
         rate = round(rate_of(answers, seconds), 1)
         rows[str(clients)] = times | {"models_per_s": rate, "refused": refused}
     return rows

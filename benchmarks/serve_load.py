@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import aiohttp
 import psutil
@@ -30,21 +31,42 @@ from benchmarks.record import append, load, percentiles
 CLIENTS, OVERLOAD = 32, 5
 CONNECTIONS = 1000  # one for each request would fill the kernel's queues, not the service
 PORT = 8123
-Answers = list[tuple[float, float, int]]
-"""Start (s), latency (s), status; 0 for a connection that broke or was never answered."""
+
+
+class Answer(NamedTuple):
+    """What became of a request.
+
+    Args:
+        begin: When it was asked, in seconds.
+        latency: Seconds from there, a wait for a connection included.
+        answered_in: Seconds from when it was sent.
+        status: 0 for a connection that broke or was never answered.
+    """
+
+    begin: float
+    latency: float
+    answered_in: float
+    status: int
+
+
+Answers = list[Answer]
 
 
 async def ask(session: aiohttp.ClientSession, body: dict[str, object], answers: Answers) -> None:
     """One request for weights."""
     begin = time.perf_counter()
+    options = {
+        "headers": {"accept": "application/vnd.safetensors"},
+        "trace_request_ctx": (seen := {"sent": begin}),
+    }
     try:
-        headers = {"accept": "application/vnd.safetensors"}
-        async with session.post("/v1/models", json=body, headers=headers) as response:
+        async with session.post("/v1/models", json=body, **options) as response:
             await response.read()
             status = response.status
     except (aiohttp.ClientError, TimeoutError):
         status = 0
-    answers.append((begin, time.perf_counter() - begin, status))
+    end = time.perf_counter()
+    answers.append(Answer(begin, end - begin, end - seen["sent"], status))
 
 
 async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> Answers:
@@ -79,12 +101,19 @@ async def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answ
     return answers
 
 
+async def _sent(session: aiohttp.ClientSession, context: Any, params: object) -> None:
+    context.trace_request_ctx["sent"] = time.perf_counter()
+
+
 def session_of(connections: int) -> aiohttp.ClientSession:
     """A session of at most so many connections."""
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(_sent)
     return aiohttp.ClientSession(
         f"http://127.0.0.1:{PORT}",
         connector=aiohttp.TCPConnector(limit=connections),
         timeout=aiohttp.ClientTimeout(total=120),
+        trace_configs=[trace],
     )
 
 
@@ -109,9 +138,14 @@ def rate_of(answers: Answers, seconds: float) -> float:
 
     Its start has no answers yet; what is answered after its end came from no full load.
     """
-    begin = min(begin for begin, *_ in answers)
-    ends = [begin + latency for begin, latency, status in answers if status == 201]
+    begin = min(answer.begin for answer in answers)
+    ends = [answer.begin + answer.latency for answer in answers if answer.status == 201]
     return sum(begin + seconds / 4 < end <= begin + seconds for end in ends) / (0.75 * seconds)
+
+
+def waits(answers: Answers) -> dict[str, float]:
+    """Percentiles of the latencies."""
+    return percentiles([answer.latency for answer in answers])
 
 
 def processor_seconds() -> Counter[str]:
@@ -183,15 +217,15 @@ def main() -> None:
     options |= {"min_replicas": args.replicas, "max_replicas": args.replicas, "cache_mb": 0}
     with service(checkpoint, **options):
         elsewhere(closed_loop, classes, CLIENTS, 5)  # warm
-        lone = [t for _, t, _ in elsewhere(closed_loop, classes, 1, args.seconds)]
+        lone = waits(elsewhere(closed_loop, classes, 1, args.seconds))
         before = processor_seconds()
         loaded = elsewhere(closed_loop, classes, CLIENTS, args.seconds)
         spent = processor_seconds()
         spent.subtract(before)
-        rate, made = rate_of(loaded, args.seconds), sum(status == 201 for *_, status in loaded)
+        rate, made = rate_of(loaded, args.seconds), sum(a.status == 201 for a in loaded)
         flood = elsewhere(open_loop, classes, OVERLOAD * rate, args.overload_seconds)
-        after = [t for _, t, _ in elsewhere(closed_loop, classes, 1, 5)]
-    served = [t for _, t, status in flood if status == 201]
+        after = waits(elsewhere(closed_loop, classes, 1, 5))
+    served = [answer for answer in flood if answer.status == 201]
     figures = {
         "dataset": generator.dataset,
         "steps": generator.config.diffusion.sampling_steps,
@@ -200,20 +234,22 @@ def main() -> None:
         "ha_proxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0"),
         "throughput_optimized": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "0"),
         "bare": alone,
-        "one_client": percentiles(lone),
-        "added_p50_ms": round(percentiles(lone)["p50_ms"] - alone["alone"]["p50_ms"], 1),
-        "clients_32": percentiles([t for _, t, _ in loaded]) | {"models_per_s": round(rate, 1)},
+        "one_client": lone,
+        "added_p50_ms": round(lone["p50_ms"] - alone["alone"]["p50_ms"], 1),
+        "clients_32": waits(loaded) | {"models_per_s": round(rate, 1)},
         "share_of_bare": round(rate / best, 2),
         "cpu_ms_per_model": {
             kind: round(1000 * s / made, 2) for kind, s in spent.most_common() if s
         },
-        "overload": percentiles(served)
+        "overload": waits(served)
         | {
+            # where the load outruns the service's refusals, requests wait for a connection first
+            "once_sent": percentiles([answer.answered_in for answer in served]),
             "asked_per_s": round(OVERLOAD * rate, 1),
             "served_per_s": round(len(served) / args.overload_seconds, 1),
-            "statuses": {str(k): n for k, n in Counter(s for *_, s in flood).items()},
+            "statuses": {str(k): n for k, n in Counter(a.status for a in flood).items()},
         },
-        "one_client_after_it": percentiles(after),
+        "one_client_after_it": after,
     }
     append("serve_load", figures, load_before=load_before)
 

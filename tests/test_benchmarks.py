@@ -1,5 +1,6 @@
 """The benchmarks compute what they say; how fast anything is no test can hold."""
 
+import asyncio
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 from safetensors.torch import load
 
 from benchmarks import (
@@ -218,6 +220,33 @@ def test_every_size_is_trained_and_measured(started_run, monkeypatch, tmp_path, 
     narrow, wide = (found["generator", "both", width] for width in (16, 32))
     assert narrow["parameters"] < wide["parameters"]
     assert (started_run.folder / "plots" / "sizes.png").stat().st_size > 1000
+
+
+# --- serve load -----------------------------------------------------------------------------------
+
+
+def test_a_wait_for_a_connection_counts_as_latency_and_not_as_the_services():
+    async def slow(request):
+        await asyncio.sleep(0.2)
+        return web.Response(status=201)
+
+    async def main():
+        app = web.Application()
+        app.router.add_post("/v1/models", slow)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", serve_load.PORT).start()
+        answers = []
+        async with serve_load.session_of(1) as session:
+            await asyncio.gather(*[serve_load.ask(session, {}, answers) for _ in range(3)])
+        await runner.cleanup()
+        return answers
+
+    answers = asyncio.run(main())
+    assert [answer.status for answer in answers] == [201] * 3
+    for place, answer in enumerate(answers):
+        assert answer.latency > 0.2 * (place + 1) - 0.01
+        assert answer.latency - answer.answered_in > 0.2 * place - 0.01
 
 
 # --- plain server ---------------------------------------------------------------------------------
