@@ -55,12 +55,11 @@ Answers = list[Answer]
 async def ask(session: aiohttp.ClientSession, body: dict[str, object], answers: Answers) -> None:
     """One request for weights."""
     begin = time.perf_counter()
-    options = {
-        "headers": {"accept": "application/vnd.safetensors"},
-        "trace_request_ctx": (seen := {"sent": begin}),
-    }
+    seen, headers = {"sent": begin}, {"accept": "application/vnd.safetensors"}
     try:
-        async with session.post("/v1/models", json=body, **options) as response:
+        async with session.post(
+            "/v1/models", json=body, headers=headers, trace_request_ctx=seen
+        ) as response:
             await response.read()
             status = response.status
     except (aiohttp.ClientError, TimeoutError):

@@ -177,7 +177,7 @@ def build_app(args: ServeArgs) -> "Application":
     """The application.
 
     Raises:
-        ConfigError: A path that is not absolute, or a token that no header could carry.
+        ConfigError: A path that is not absolute, or a token; see `read_token`.
     """
     from serve.replica import Replica
 

@@ -272,10 +272,7 @@ class Replica:
             shots = [
                 await self._picture(f, f"images[{i}][{j}]", shrink) for j, f in enumerate(files)
             ]
-            try:
-                rows.append(await self._in_torch(partial(embed, shots)))
-            except PromptError as error:
-                raise Problem.of_field(f"images[{i}]", f"are refused: {error}") from None
+            rows.append(await self._in_torch(partial(embed, shots)))
         return torch.cat(rows)
 
 

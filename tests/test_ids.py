@@ -103,12 +103,18 @@ def test_one_recipe_may_be_stored_by_many_at_once(tmp_path):
         assert len(list((tmp_path / str(turn)).rglob("*.tmp"))) == 0
 
 
-def test_a_stored_recipe_expires_and_is_removed(tmp_path):
+def stored(tmp_path, age):
+    """Ids that keep a recipe for 1,000 s, the id of one stored so many seconds ago, its file."""
     ids = Ids(b"k", storage=tmp_path, keep_s=1000)
     name = ids.issue(LARGE)
     (file,) = (tmp_path / "prompts").iterdir()
-    old = time.time() - 2000
+    old = time.time() - age
     os.utime(file, (old, old))
+    return ids, name, file
+
+
+def test_a_stored_recipe_expires_and_is_removed(tmp_path):
+    ids, name, _ = stored(tmp_path, 2000)
     with pytest.raises(Problem) as error:
         ids.read(name)
     assert error.value.kind == "prompt-gone"
@@ -119,11 +125,7 @@ def test_a_stored_recipe_expires_and_is_removed(tmp_path):
 
 
 def test_a_stored_recipe_that_is_asked_for_is_kept(tmp_path):
-    ids = Ids(b"k", storage=tmp_path, keep_s=1000)
-    name = ids.issue(LARGE)
-    (file,) = (tmp_path / "prompts").iterdir()
-    old = time.time() - 900
-    os.utime(file, (old, old))
+    ids, name, file = stored(tmp_path, 900)
     assert ids.read(name) == LARGE
     assert file.stat().st_mtime > time.time() - 100
 

@@ -27,7 +27,10 @@ def plain_name(key: str, name: str) -> None:
 def positive(owner: object, *keys: str, optional: bool = False) -> None:
     """Above zero; or None, where that is possible."""
     for key in keys:
-        if not ((got := getattr(owner, key)) is None and optional) and not got > 0:
+        got = getattr(owner, key)
+        if optional and got is None:
+            continue
+        if not got > 0:
             raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
 
 

@@ -172,7 +172,7 @@ def zoo_of(table: pa.Table) -> Zoo:
         raise DataError("no zoo rows: build the zoo first")
     # two jobs at once may each have made a task's row: they are the same
     table = table.take([i for i, name in enumerate(ids) if not i or name != ids[i - 1]])
-    ids = table["task_id"].to_pylist()
+    ids = list(dict.fromkeys(ids))
     flat = table["theta"].combine_chunks().flatten().to_numpy().copy()
     theta = torch.from_numpy(flat).view(len(ids), -1)
     if not bool(torch.isfinite(theta).all()):
