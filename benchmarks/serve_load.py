@@ -3,8 +3,9 @@
     python -m benchmarks.serve_load --checkpoint runs/cifar100_cnn5k/checkpoint
 
 One run on one machine: the pipeline alone at several batch sizes, then the service under one client
-at a time, under 32, and at five times its capacity over at most 1,000 connections, which are kept
-open. The load comes from a process of its own, on the same cores. Appends a row to
+at a time, under 32, and at five times its capacity over 1,000 connections, which are kept open. The
+load comes from a process of its own, on the same cores; the last from h2load (`apt install
+nghttp2-client`), for one in Python would take them from the service. Appends a row to
 results/serve_load.jsonl.
 """
 
@@ -12,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -21,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import aiohttp
 import psutil
@@ -31,6 +35,8 @@ from benchmarks.record import append, load, percentiles
 CLIENTS, OVERLOAD = 32, 5
 CONNECTIONS = 1000  # one for each request would fill the kernel's queues, not the service
 PORT = 8123
+ACCEPT = "application/vnd.safetensors"
+PATIENCE_S = 120
 
 
 class Answer(NamedTuple):
@@ -38,14 +44,12 @@ class Answer(NamedTuple):
 
     Args:
         begin: When it was asked, in seconds.
-        latency: Seconds from there, a wait for a connection included.
-        answered_in: Seconds from when it was sent.
+        latency: Seconds from there.
         status: 0 for a connection that broke or was never answered.
     """
 
     begin: float
     latency: float
-    answered_in: float
     status: int
 
 
@@ -55,17 +59,13 @@ Answers = list[Answer]
 async def ask(session: aiohttp.ClientSession, body: dict[str, object], answers: Answers) -> None:
     """One request for weights."""
     begin = time.perf_counter()
-    seen, headers = {"sent": begin}, {"accept": "application/vnd.safetensors"}
     try:
-        async with session.post(
-            "/v1/models", json=body, headers=headers, trace_request_ctx=seen
-        ) as response:
+        async with session.post("/v1/models", json=body, headers={"accept": ACCEPT}) as response:
             await response.read()
             status = response.status
     except (aiohttp.ClientError, TimeoutError):
         status = 0
-    end = time.perf_counter()
-    answers.append(Answer(begin, end - begin, end - seen["sent"], status))
+    answers.append(Answer(begin, time.perf_counter() - begin, status))
 
 
 async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> Answers:
@@ -84,35 +84,30 @@ async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> A
     return answers
 
 
-async def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
-    """Requests at a fixed rate, whatever becomes of them.
-
-    The latency of one includes its wait for a connection.
-    """
-    answers: Answers = []
-    begin, tasks = time.perf_counter(), []
-    async with session_of(CONNECTIONS) as session:
-        for i in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, begin + i / rate - time.perf_counter()))
-            body: dict[str, object] = {"classes": list(classes), "seed": 10**9 + i}
-            tasks.append(asyncio.create_task(ask(session, body, answers)))
-        await asyncio.gather(*tasks)
-    return answers
-
-
-async def _sent(session: aiohttp.ClientSession, context: Any, params: object) -> None:
-    context.trace_request_ctx["sent"] = time.perf_counter()
+def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
+    """Requests at a fixed rate, whatever becomes of them: each connection at its own moments."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, body = Path(folder, "log"), Path(folder, "body")
+        body.write_text(json.dumps({"classes": list(classes), "seed": 0}))
+        options = ["--h1", "-c", CONNECTIONS, "-n", round(rate * seconds), "-d", body]
+        options += ["-H", "content-type: application/json", "-H", f"accept: {ACCEPT}"]
+        # connections begin one after the other, over the time in which each asks once
+        options += ["-r", max(1, round(rate / 100)), "--rate-period", "10ms"]
+        options += ["--rps", rate / CONNECTIONS, "-N", f"{PATIENCE_S}s", f"--log-file={log}"]
+        command = ["h2load", *map(str, options), f"http://127.0.0.1:{PORT}/v1/models"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        lines = [line.split() for line in log.read_text().splitlines()]
+    answers = [Answer(int(at) / 1e6, int(spent) / 1e6, int(code)) for at, code, spent in lines]
+    unanswered = Answer(answers[-1].begin, PATIENCE_S, 0)
+    return answers + [unanswered] * (round(rate * seconds) - len(answers))
 
 
 def session_of(connections: int) -> aiohttp.ClientSession:
     """A session of at most so many connections."""
-    trace = aiohttp.TraceConfig()
-    trace.on_request_headers_sent.append(_sent)
     return aiohttp.ClientSession(
         f"http://127.0.0.1:{PORT}",
         connector=aiohttp.TCPConnector(limit=connections),
-        timeout=aiohttp.ClientTimeout(total=120),
-        trace_configs=[trace],
+        timeout=aiohttp.ClientTimeout(total=PATIENCE_S),
     )
 
 
@@ -205,6 +200,8 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     args, load_before = parser.parse_args(), load()
+    if not shutil.which("h2load"):
+        parser.error("h2load is not there: apt install nghttp2-client")
     from tina.checkpoint import load_generator
 
     checkpoint = args.checkpoint.resolve()
@@ -222,7 +219,7 @@ def main() -> None:
         spent = processor_seconds()
         spent.subtract(before)
         rate, made = rate_of(loaded, args.seconds), sum(a.status == 201 for a in loaded)
-        flood = elsewhere(open_loop, classes, OVERLOAD * rate, args.overload_seconds)
+        flood = open_loop(classes, OVERLOAD * rate, args.overload_seconds)
         after = waits(elsewhere(closed_loop, classes, 1, 5))
     served = [answer for answer in flood if answer.status == 201]
     figures = {
@@ -242,8 +239,6 @@ def main() -> None:
         },
         "overload": waits(served)
         | {
-            # where the load outruns the service's refusals, requests wait for a connection first
-            "once_sent": percentiles([answer.answered_in for answer in served]),
             "asked_per_s": round(OVERLOAD * rate, 1),
             "served_per_s": round(len(served) / args.overload_seconds, 1),
             "statuses": {str(k): n for k, n in Counter(a.status for a in flood).items()},

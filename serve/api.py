@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -43,7 +43,7 @@ STATIC = Path(__file__).parent / "static"
 
 
 class Backend(Protocol):
-    """What makes models; raises `Problem` for what a request gets wrong."""
+    """What makes models; raises `Problem` for what a request gets wrong, or where it is full."""
 
     async def create(self, request: ModelRequest, format: Format) -> Made:
         """A model for a new prompt."""
@@ -115,8 +115,14 @@ def _readable(media: str) -> bool:
     return True
 
 
-def build_api(backend: Backend, ids: Ids, access: Access) -> FastAPI:
-    """The service as an ASGI application."""
+def build_api(
+    backend: Backend, ids: Ids, access: Access, *, full: Callable[[], bool] = lambda: False
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        full: Whether the backend would refuse whatever is asked of it.
+    """
     app = FastAPI(docs_url=None, redoc_url=None)  # their pages come from elsewhere
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(Guard(access))])
 
@@ -203,7 +209,7 @@ def build_api(backend: Backend, ids: Ids, access: Access) -> FastAPI:
     async def playground() -> Response:
         return FileResponse(STATIC / "index.html")
 
-    install(app, origins=access.origins)
+    install(app, origins=access.origins, full=full)
     describe(app)
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

@@ -8,6 +8,7 @@ Two deployments: a light ingress that speaks HTTP, and the generator, which alon
 # Annotations are not put off here: Serve looks at `build_app`'s for what its arguments are,
 # and passes a plain dictionary where it finds a string.
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.api import Access, build_api
+from serve.gate import Gate
 from serve.ids import Ids, Recipe, load_key
 from serve.made import Made
-from serve.plumbing import RETRY_AFTER_S
-from serve.problems import Problem
+from serve.problems import RETRY_AFTER_S, Problem, overloaded
 from tina.errors import ConfigError
 from tina.schemas import Format, Info, ModelRequest
 
@@ -59,6 +60,7 @@ class ServeArgs(BaseModel):
     ingress_cpus: float = Field(0.25, gt=0)
     max_batch: int = Field(32, ge=1, description="Prompts of one denoising step.")
     max_queued: int = Field(64, ge=1, description="Requests that wait for a replica, then 503.")
+    in_time_s: float = Field(1, gt=0, description="Seconds; requests that would take longer: 503.")
     cache_mb: float = Field(64, ge=0, description="Generated models kept by a replica.")
     keep_s: float = Field(86_400, gt=0, description="Seconds that large prompts are kept.")
     familiarity_threshold: float = Field(0.5, ge=0, le=1)
@@ -76,8 +78,8 @@ class ServeArgs(BaseModel):
 class Remote:
     """The generator deployment as the backend of the HTTP calls."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle[Any], gate: Gate) -> None:
+        self._handle, self.gate = handle, gate
 
     async def _call(self, method: str, *args: object) -> Any:
         handle = self._handle.options(
@@ -96,21 +98,24 @@ class Remote:
             if isinstance(found, Problem):
                 raise found
             return found
-        raise Problem("overloaded", f"try again in {RETRY_AFTER_S} s")
+        raise overloaded()
 
     async def create(self, request: ModelRequest, format: Format) -> "Made":
         """See `serve.api.Backend`."""
-        made: Made = await self._call("create", request, format)
+        with self.gate():
+            made: Made = await self._call("create", request, format)
         return made
 
     async def fetch(self, recipe: Recipe, format: Format) -> "Made":
         """See `serve.api.Backend`."""
-        made: Made = await self._call("fetch", recipe, format)
+        with self.gate():
+            made: Made = await self._call("fetch", recipe, format)
         return made
 
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """See `serve.api.Backend`."""
-        found: list[list[float]] = await self._call("predict", recipe, images)
+        with self.gate():
+            found: list[list[float]] = await self._call("predict", recipe, images)
         return found
 
     async def info(self) -> Info:
@@ -124,6 +129,7 @@ class Ingress:
 
     Args:
         key: Of the ids' HMAC; empty for the storage's.
+        at_once: Requests that are let in however long they take.
     """
 
     def __init__(
@@ -134,13 +140,16 @@ class Ingress:
         key: bytes,
         keep_s: float,
         access: Access,
+        in_time_s: float,
+        at_once: int,
     ) -> None:
         folder = Path(storage)
         self._ids = Ids(key or load_key(folder), storage=folder, keep_s=keep_s)
-        self._generator, self._access = generator, access
+        self._access = access
+        self._remote = Remote(generator, Gate(in_time_s, least=at_once))
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
-        return build_api(Remote(self._generator), self._ids, self._access)
+        return build_api(self._remote, self._ids, self._access, full=self._remote.gate.full)
 
 
 def storage_of(args: ServeArgs) -> str:
@@ -226,4 +235,7 @@ def build_app(args: ServeArgs) -> "Application":
         key=os.environ.get("TINA_SERVE_KEY", "").encode(),
         keep_s=args.keep_s,
         access=Access(token=read_token(), origins=tuple(args.cors_origins)),
+        in_time_s=args.in_time_s,
+        # a batch for each replica that there may be: autoscaling sees no less
+        at_once=math.ceil(args.max_batch * args.max_replicas / args.ingress_replicas),
     )

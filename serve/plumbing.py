@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,10 +16,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.bodies import faults_of
-from serve.problems import MEDIA_TYPE, Problem, kind_of
+from serve.problems import MEDIA_TYPE, RETRY_AFTER_S, Problem, kind_of, overloaded
 
 log = logging.getLogger("ray.serve")
-RETRY_AFTER_S = 1
 HEADER = "X-Request-ID"
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
@@ -99,6 +98,23 @@ class Head:
         await self.app({**scope, "method": "GET"}, receive, bodiless)
 
 
+class TurnAway:
+    """Refuses, before it is read, what would be refused anyway: in a flood that is what counts.
+
+    Every POST asks something of a generator.
+    """
+
+    def __init__(self, app: ASGIApp, full: Callable[[], bool]) -> None:
+        self.app, self.full = app, full
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] == "http" and scope["method"] == "POST" and self.full():
+            await respond(Request(scope), overloaded())(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
 def respond(request: Request, problem: Problem) -> Response:
     """A problem as an answer."""
     name = request.state.request_id
@@ -113,7 +129,7 @@ def respond(request: Request, problem: Problem) -> Response:
     return Response(body, problem.status, headers, media_type=MEDIA_TYPE)
 
 
-def install(app: FastAPI, *, origins: Sequence[str]) -> None:
+def install(app: FastAPI, *, origins: Sequence[str], full: Callable[[], bool]) -> None:
     """Add all of this to an application."""
 
     @app.exception_handler(Problem)
@@ -130,6 +146,7 @@ def install(app: FastAPI, *, origins: Sequence[str]) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    app.add_middleware(TurnAway, full=full)
     app.add_middleware(Head)
     app.add_middleware(Mistakes)
     app.add_middleware(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tina.schemas import Fault, ProblemDocument
 
 MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 1
 KINDS = {
     "malformed": (400, "The body cannot be read"),
     "unauthorised": (401, "A bearer token is needed"),
@@ -54,6 +55,11 @@ class Problem(Exception):
             instance=f"urn:tina:request:{request_id}",
             errors=self.faults,
         )
+
+
+def overloaded() -> Problem:
+    """There is more to do than can be done in time."""
+    return Problem("overloaded", f"try again in {RETRY_AFTER_S} s")
 
 
 def kind_of(status: int) -> str:

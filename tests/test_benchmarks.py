@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import tomllib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -225,28 +226,34 @@ def test_every_size_is_trained_and_measured(started_run, monkeypatch, tmp_path, 
 # --- serve load -----------------------------------------------------------------------------------
 
 
-def test_a_wait_for_a_connection_counts_as_latency_and_not_as_the_services():
-    async def slow(request):
-        await asyncio.sleep(0.2)
-        return web.Response(status=201)
+@pytest.mark.skipif(not shutil.which("h2load"), reason="needs h2load")
+def test_a_flood_comes_at_its_rate_whatever_the_answers():
+    asked = []
+
+    async def answer(request):
+        asked.append(await request.json())
+        taken = len(asked) % 2
+        await asyncio.sleep(0.1 * taken)
+        return web.Response(status=201 if taken else 503)
 
     async def main():
         app = web.Application()
-        app.router.add_post("/v1/models", slow)
+        app.router.add_post("/v1/models", answer)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", serve_load.PORT).start()
-        answers = []
-        async with serve_load.session_of(1) as session:
-            await asyncio.gather(*[serve_load.ask(session, {}, answers) for _ in range(3)])
+        answers = await asyncio.to_thread(serve_load.open_loop, ["two", "nine"], 400, 4)
         await runner.cleanup()
         return answers
 
     answers = asyncio.run(main())
-    assert [answer.status for answer in answers] == [201] * 3
-    for place, answer in enumerate(answers):
-        assert answer.latency > 0.2 * (place + 1) - 0.01
-        assert answer.latency - answer.answered_in > 0.2 * place - 0.01
+    assert asked == [{"classes": ["two", "nine"], "seed": 0}] * 1600
+    assert Counter(answer.status for answer in answers) == {201: 800, 503: 800}
+    assert min(answer.latency for answer in answers if answer.status == 201) > 0.09
+    begins = np.array([answer.begin for answer in answers])
+    counts, _ = np.histogram(begins - begins.min(), bins=8, range=(0, 4))
+    assert counts.min() > 100
+    assert counts.max() < 300
 
 
 # --- plain server ---------------------------------------------------------------------------------

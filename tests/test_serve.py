@@ -632,6 +632,22 @@ def test_a_mistake_of_the_server_is_a_problem_too(ids):
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
+def test_where_all_would_be_refused_nothing_is_read(backend, ids):
+    full = True
+    app = build_api(backend, ids, Access(), full=lambda: full)
+
+    async def body():
+        raise AssertionError("read")
+        yield b""
+
+    response = calls(app)("POST", "/v1/models", content=body())
+    refused(response, 503)
+    assert response.headers["retry-after"] == "1"
+    assert calls(app)("GET", "/readyz").status_code == 200
+    full = False
+    assert calls(app)("POST", "/v1/models", json=THREE).status_code == 201
+
+
 def test_a_client_that_leaves_in_its_upload_is_no_failure(backend, ids, caplog):
     app, sent = build_api(backend, ids, Access()), []
     messages = [

@@ -1,0 +1,147 @@
+"""The gate in front of the generator, beside a server of one request at a time, in simulated time.
+
+Symbols: mu the server's rate, requests per second.
+"""
+
+import asyncio
+import heapq
+from collections import deque
+from contextlib import ExitStack, suppress
+
+import numpy as np
+import pytest
+
+from serve.app import Remote
+from serve.gate import Gate
+from serve.problems import Problem
+
+
+class Clock:
+    """Time as it is set."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def refused(gate):
+    with pytest.raises(Problem) as caught, gate():
+        pass
+    return caught.value.status == 503
+
+
+def room(gate):
+    """How many it lets in at once."""
+    found = 0
+    with ExitStack() as inside, suppress(Problem):
+        while True:
+            inside.enter_context(gate())
+            found += 1
+    return found
+
+
+def flood(gate, clock, *, mu, rate, seconds, slow=()):
+    """Begin and latency of what is answered, at `rate` requests/s; some take 5 s more: `slow`."""
+    start = free = clock.now
+    ends, answers = [], []
+    for i in range(int(rate * seconds)):
+        clock.now = start + i / rate
+        while ends and ends[0][0] <= clock.now:
+            end, begin, inside = heapq.heappop(ends)
+            now, clock.now = clock.now, end
+            inside.close()
+            clock.now = now
+            answers.append((begin - start, end - begin))
+        inside = ExitStack()
+        try:
+            inside.enter_context(gate())
+        except Problem:
+            continue
+        free = max(free, clock.now) + 1 / mu
+        heapq.heappush(ends, (free + (5 if i in slow else 0), clock.now, inside))
+    return np.array(answers)
+
+
+@pytest.mark.parametrize("mu", [20, 100, 1000])
+def test_what_is_let_in_is_answered_in_time_whatever_the_machine(mu):
+    clock = Clock()
+    answers = flood(Gate(1, least=8, clock=clock), clock, mu=mu, rate=5 * mu, seconds=60)
+    assert np.percentile(answers[:, 1], 99) <= 1.5
+    late = answers[:, 0] > 30
+    assert late.sum() >= 0.95 * 30 * mu - 5  # and the server has never to wait for work
+
+
+def test_a_machine_that_becomes_slower_is_asked_less():
+    clock = Clock()
+    gate = Gate(1, least=8, clock=clock)
+    flood(gate, clock, mu=200, rate=1000, seconds=60)
+    answers = flood(gate, clock, mu=20, rate=100, seconds=60)
+    assert np.percentile(answers[answers[:, 0] > 20, 1], 99) <= 1.5
+
+
+def test_the_least_are_let_in_however_long_they_take():
+    clock = Clock()
+    gate = Gate(1, least=3, clock=clock)
+    waiting = deque()
+    for turn in range(20):
+        while len(waiting) < 3:
+            inside = ExitStack()
+            inside.enter_context(gate())
+            waiting.append(inside)
+        assert refused(gate)
+        clock.now = 10.0 * (turn + 1)
+        waiting.popleft().close()
+
+
+def test_prompts_of_many_steps_are_no_queue():
+    clock = Clock()
+    gate = Gate(1, least=4, clock=clock)
+    flood(gate, clock, mu=100, rate=500, seconds=30)
+    before = room(gate)
+    assert before > 50
+    flood(gate, clock, mu=1000, rate=100, seconds=60, slow=range(0, 6000, 50))
+    assert room(gate) >= before
+
+
+def test_what_fails_leaves_its_place():
+    gate = Gate(1, least=1)
+    inside = ExitStack()
+    inside.enter_context(gate())
+    assert gate.full()
+    assert not inside.__exit__(RuntimeError, RuntimeError(), None)
+    assert not gate.full()
+
+
+def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
+    class Handle:
+        """A generator that is busy until it is told."""
+
+        answer = asyncio.Event()
+
+        def options(self, **options):
+            return self
+
+        async def remote(self, *args):
+            await self.answer.wait()
+
+    async def ask():
+        remote = Remote(Handle(), Gate(1, least=2))
+        asked = [asyncio.create_task(call(remote)) for call in CALLS[:2]]
+        await asyncio.sleep(0)
+        for call in CALLS:
+            with pytest.raises(Problem, match="overloaded"):
+                await call(remote)
+        info = asyncio.create_task(remote.info())  # which tells whether it is ready
+        Handle.answer.set()
+        await asyncio.gather(info, *asked)
+        await CALLS[2](remote)
+
+    asyncio.run(ask())
+
+
+CALLS = [
+    lambda remote: remote.create(None, "json"),
+    lambda remote: remote.fetch(None, "json"),
+    lambda remote: remote.predict(None, []),
+]
