@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import append, load, percentiles
 from tina import TinaPipeline
 from tina.classifiers import InputStore
+from tina.config import RecipeConfig
 from tina.diffusion import advance, as_x0, begin
 from tina.files import write_text
 from tina.finetune import Lesson, accuracy, finetune, initial_theta
@@ -135,6 +136,12 @@ def text_tower() -> Callable[[Sequence[str]], Tensor]:
     return lambda names: clip.encode_text(tokenizer(list(names)))
 
 
+def direct_recipe(generator: Generator) -> RecipeConfig:
+    """The checkpoint's, in the precision that is fast here and not where it was trained."""
+    recipe = generator.config.classifier.direct
+    return replace(recipe, precision="bf16" if has_bf16() else "fp32")
+
+
 def direct_seconds(generator: Generator, share: float, *, threads: int) -> float:
     """Seconds of direct fine-tuning per model, from a share of its steps."""
     family, classes = generator.family, generator.max_classes
@@ -144,7 +151,7 @@ def direct_seconds(generator: Generator, share: float, *, threads: int) -> float
     store = InputStore(family, Views(images=images))
     index = torch.arange(shape[0])
     lesson = Lesson(class_ids=tuple(range(classes)), index=index, labels=index % classes, seed=0)
-    recipe = generator.config.classifier.direct
+    recipe = direct_recipe(generator)
     short = replace(recipe, steps=max(1, round(recipe.steps * share)))
     theta = initial_theta(family, classes, seed=0)
     before = torch.get_num_threads()
@@ -285,7 +292,7 @@ def accuracies(checkpoint: Path, generator: Generator) -> dict[str, object]:
     for steps in FINETUNE_STEPS:
         scores = []
         for task in run.space.val:
-            recipe = replace(generator.config.classifier.direct, steps=steps)
+            recipe = replace(direct_recipe(generator), steps=steps)
             rows = generator.generic.select(task.class_ids)
             start = generator.theta(generator.generic.body, rows)
             lesson = Lesson.of(run.dataset, task.class_ids, seed=task.seed)
