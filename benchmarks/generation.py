@@ -43,7 +43,7 @@ from tina.diffusion import advance, as_x0, begin
 from tina.files import write_text
 from tina.finetune import Lesson, accuracy, finetune, initial_theta
 from tina.generator import Generator, new_denoiser
-from tina.precision import has_bf16
+from tina.precision import has_bf16, settle
 from tina.prompts import pad
 from tina.run import Run
 from tina.views import Views
@@ -139,7 +139,7 @@ def text_tower() -> Callable[[Sequence[str]], Tensor]:
 def direct_recipe(generator: Generator) -> RecipeConfig:
     """The checkpoint's, in the precision that is fast here and not where it was trained."""
     recipe = generator.config.classifier.direct
-    return replace(recipe, precision="bf16" if has_bf16() else "fp32")
+    return replace(recipe, **settle({"precision": "auto"}, {}))
 
 
 def direct_seconds(generator: Generator, share: float, *, threads: int) -> float:

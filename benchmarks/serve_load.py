@@ -86,10 +86,11 @@ async def closed_loop(classes: Sequence[str], clients: int, seconds: float) -> A
 
 def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
     """Requests at a fixed rate, whatever becomes of them: each connection at its own moments."""
+    count = round(rate * seconds)
     with tempfile.TemporaryDirectory() as folder:
         log, body = Path(folder, "log"), Path(folder, "body")
         body.write_text(json.dumps({"classes": list(classes), "seed": 0}))
-        options = ["--h1", "-c", CONNECTIONS, "-n", round(rate * seconds), "-d", body]
+        options = ["--h1", "-c", CONNECTIONS, "-n", count, "-d", body]
         options += ["-H", "content-type: application/json", "-H", f"accept: {ACCEPT}"]
         # connections begin one after the other, over the time in which each asks once
         options += ["-r", max(1, round(rate / 100)), "--rate-period", "10ms"]
@@ -98,8 +99,7 @@ def open_loop(classes: Sequence[str], rate: float, seconds: float) -> Answers:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = [line.split() for line in log.read_text().splitlines()]
     answers = [Answer(int(at) / 1e6, int(spent) / 1e6, int(code)) for at, code, spent in lines]
-    unanswered = Answer(answers[-1].begin, PATIENCE_S, 0)
-    return answers + [unanswered] * (round(rate * seconds) - len(answers))
+    return answers + [Answer(answers[0].begin, PATIENCE_S, 0)] * (count - len(answers))
 
 
 def session_of(connections: int) -> aiohttp.ClientSession:

@@ -100,22 +100,23 @@ class Remote:
             return found
         raise overloaded()
 
+    async def _ask(self, method: str, *args: object) -> Any:
+        with self.gate():
+            return await self._call(method, *args)
+
     async def create(self, request: ModelRequest, format: Format) -> "Made":
         """See `serve.api.Backend`."""
-        with self.gate():
-            made: Made = await self._call("create", request, format)
+        made: Made = await self._ask("create", request, format)
         return made
 
     async def fetch(self, recipe: Recipe, format: Format) -> "Made":
         """See `serve.api.Backend`."""
-        with self.gate():
-            made: Made = await self._call("fetch", recipe, format)
+        made: Made = await self._ask("fetch", recipe, format)
         return made
 
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """See `serve.api.Backend`."""
-        with self.gate():
-            found: list[list[float]] = await self._call("predict", recipe, images)
+        found: list[list[float]] = await self._ask("predict", recipe, images)
         return found
 
     async def info(self) -> Info:
