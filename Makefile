@@ -10,6 +10,7 @@ PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 CHECKPOINT ?= runs/quickstart/checkpoint
 DATA ?=
+PLACE = $(if $(findstring ://,$(DATA)),$(DATA),$(abspath $(DATA)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,11 +48,11 @@ endif
 
 .PHONY: demo
 demo: install ## Zoo, training, generation and report on the embedded digits; CONFIG=, DATA= for others.
-	$(if $(DATA),TINA_DATA=$(abspath $(DATA))) $(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs
+	$(if $(DATA),TINA_DATA='$(PLACE)') $(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs
 
 .PHONY: serve
 serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= a folder or a packaged name.
-	$(BIN)/serve run serve.app:build_app checkpoint=$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT)) storage=$(CURDIR)/runs/serve
+	$(BIN)/serve run serve.app:build_app checkpoint='$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT))' storage=$(CURDIR)/runs/serve
 
 .PHONY: bench
 bench: install ## Measure start-up and generation in their short forms; CHECKPOINT= for another.
@@ -59,7 +60,7 @@ bench: install ## Measure start-up and generation in their short forms; CHECKPOI
 	$(BIN)/python -m benchmarks.generation --short --checkpoint $(CHECKPOINT)
 
 .PHONY: reproduce
-reproduce: export TINA_DATA := $(or $(abspath $(DATA)),$(TINA_DATA))
+reproduce: export TINA_DATA := $(or $(PLACE),$(TINA_DATA))
 reproduce: install ## All that is published on real data, with DATA= or TINA_DATA: about seven hours.
 	for preset in cifar100_cnn5k cifar100_cnn5k_ways cifar100_cnn15k cifar100_cnn33k cifar100_resnet20_head mini_imagenet_cnn5k caltech101_cnn5k; do $(MAKE) demo CONFIG=configs/$$preset.yaml; done
 	for job in build_zoo train; do $(BIN)/python -m ray_jobs.$$job --config configs/cifar100_cnn5k.yaml --storage $(CURDIR)/runs \

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +28,7 @@ from tina.config import JobConfig
 from tina.files import hash_bytes, write_whole
 from tina.generic import save_generic, train_generic
 from tina.run import Run
+from tina.storage import Place
 from tina.tasks import Task
 from tina.zoo import build_rows, open_zoo, zoo_schema
 
@@ -54,6 +54,7 @@ def ensure_generic(run: Run) -> None:
             progress=bar.update,
         )
     save_generic(run.generic_file, generic, run.family)
+    run.base.keep(run.generic_file.name)
 
 
 class Teacher:
@@ -62,7 +63,7 @@ class Teacher:
     All is loaded with the first block: of an error while an actor is made, Ray keeps only the text.
     """
 
-    def __init__(self, config: JobConfig, base: Path, kind: str, device: str) -> None:
+    def __init__(self, config: JobConfig, base: Place, kind: str, device: str) -> None:
         self.run, self.kind, self.device = Run(config, base), kind, device
         self.tasks: dict[str, Task] = {}
         self.tools: dict[str, Any] = {}  # what `build_rows` takes beside tasks
@@ -144,9 +145,12 @@ def build_zoo(run: Run, kind: str) -> Build:
         DataError: The folder holds rows of another recipe.
         ConfigError: The cluster has no place for a worker.
     """
-    folder = run.base / kind
+    folder = run.base.fetch(kind)
     tasks = run.zoo_tasks(kind)
+    begun = (folder / "zoo.json").exists()
     done = open_zoo(folder, run.describe_zoo(kind))
+    if not begun:
+        run.base.keep(f"{kind}/zoo.json")
     missing = [task.task_id for task in tasks if task.task_id not in done]
     label = {"zoo": "zoo", "direct": "direct fine-tuning"}[kind]
     build = Build()
@@ -156,6 +160,7 @@ def build_zoo(run: Run, kind: str) -> Build:
             ids = "".join(table["task_id"].to_pylist())
             file = folder / f"part-{hash_bytes(ids.encode())[:16]}.parquet"
             write_whole(file, partial(pq.write_table, table))
+            run.base.keep(f"{kind}/{file.name}")
             bar.update(len(table))
     if missing:
         print(f"{label}: {build}")

@@ -28,6 +28,7 @@ from tina.files import read_table
 from tina.metrics import Score
 from tina.report import print_report
 from tina.run import Run
+from tina.storage import Place
 
 PACKED = pa.schema(
     {
@@ -75,7 +76,7 @@ class Examiner:
     text alone.
     """
 
-    def __init__(self, config: JobConfig, base: Path) -> None:
+    def __init__(self, config: JobConfig, base: Place) -> None:
         settle_in(threads=1)
         self.run = Run(config, base)
         self.evaluation: Evaluation | None = None
@@ -111,12 +112,15 @@ def evaluate(run: Run) -> dict[str, Any]:
         ConfigError: There is no trained generator, or the checkpoint is of another one.
     """
     if not run.trained.is_dir():
-        raise ConfigError(f"{run.folder} holds no trained generator: run ray_jobs.train first")
+        raise ConfigError(
+            f"{run.place.location} holds no trained generator: run ray_jobs.train first"
+        )
     generator = load_generator(run.trained)
     released = run.checkpoint.exists()
     if released and _tensors_of(run.checkpoint) != _tensors_of(run.trained):
         raise ConfigError(
-            f"{run.checkpoint} holds another generator than {run.trained}: remove one of them"
+            f"checkpoint/ in {run.place.location} holds another generator than trained/: "
+            "remove one of them"
         )
     run.regressor()  # a wrong one must not be told of at the end
     start_ray()
@@ -137,7 +141,7 @@ def _tensors_of(directory: Path) -> dict[str, Any]:
 def work(run: Run) -> None:
     """The whole job."""
     print_report(evaluate(run))
-    print(f"{run.folder}: report.json, plots/, checkpoint/")
+    print(f"{run.place.location}: report.json, plots/, checkpoint/")
 
 
 if __name__ == "__main__":

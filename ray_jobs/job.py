@@ -21,6 +21,7 @@ from tina.configio import config_to_dict, parse_config
 from tina.errors import ConfigError, TinaError
 from tina.provenance import commit
 from tina.run import Run
+from tina.stores import is_uri
 
 MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for the entrypoint of `ray job submit`
@@ -64,7 +65,8 @@ def run_job(
         run.claim()
         settle_in()
         try:
-            work(run)
+            with run.place.named():
+                work(run)
         except Exception:
             run.give_up()
             raise
@@ -152,7 +154,8 @@ def variables() -> dict[str, str]:
     """Environment variables that travel with a job, for those of its workers and for `submit`."""
     names = ("TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
     # a job runs in another working directory than yours
-    found = {name: os.path.abspath(os.environ[name]) for name in names if os.environ.get(name)}
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    found = {k: place if is_uri(place) else os.path.abspath(place) for k, place in given.items()}
     return found | {"TINA_COMMIT": commit()}
 
 

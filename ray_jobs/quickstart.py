@@ -34,7 +34,9 @@ def work(run: Run) -> None:
     print_report(report)
     if report.get("evaluation") != config_to_dict(run.config.evaluation):
         print("the report was made with other evaluation settings; ray_jobs.evaluate makes it anew")
-    print(f"{run.folder}: report.json, plots/, checkpoint/ ({time.monotonic() - begin:.0f} s)")
+    print(
+        f"{run.place.location}: report.json, plots/, checkpoint/ ({time.monotonic() - begin:.0f} s)"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from ray_jobs.train import PROGRESS, last_state
+from ray_jobs.train import PROGRESS, last_state, part_of
 from ray_jobs.trial import read_history
 from tina.checkpoint import load_generator
 from tina.configio import config_to_dict
@@ -20,6 +20,8 @@ from tina.errors import DataError
 from tina.files import write_text
 from tina.run import Run
 from tina.space import Search, config_values
+from tina.storage import Place
+from tina.stores import below
 from tina.sweep import (
     Outcome,
     Scale,
@@ -37,8 +39,8 @@ def last_progress(run: Run) -> Progress | None:
     state = last_state(run)
     if state is None:
         return None
-    with state.as_directory() as folder:
-        return Progress.load(Path(folder) / PROGRESS)
+    with part_of(state, PROGRESS) as folder:
+        return Progress.load(folder / PROGRESS)
 
 
 def is_default(run: Run, search: Search) -> bool:
@@ -48,7 +50,7 @@ def is_default(run: Run, search: Search) -> bool:
 
 def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
     """A trial from its folder; None if it ended before its first validation."""
-    history, progress = read_history(run.folder), last_progress(run)
+    history, progress = read_history(run.place), last_progress(run)
     if not history or not progress or not len(progress.top):
         return None
     state = "done" if progress.step == run.config.train.steps else "stopped"
@@ -75,8 +77,8 @@ def task_accuracies(base: Run, run: Run, *, untrained: bool = False) -> NDArray[
     return np.array(validate(None if untrained else progress.best))
 
 
-def lend(base: Run, folder: Path) -> None:
-    """Give another run's folder the base run's generic model and zoo, as links if it can be."""
+def lend(base: Run, place: Place) -> None:
+    """Give another run's place the base run's generic model and zoo, as links if it can be."""
 
     def link(source: str, target: str) -> None:
         Path(target).unlink(missing_ok=True)
@@ -85,9 +87,11 @@ def lend(base: Run, folder: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
+    folder, file = place.folder, base.generic_file
     folder.mkdir(parents=True, exist_ok=True)
-    link(str(base.generic_file), str(folder / base.generic_file.name))
-    shutil.copytree(base.base / "zoo", folder / "zoo", copy_function=link, dirs_exist_ok=True)
+    link(str(file), str(folder / file.name))
+    shutil.copytree(base.base.fetch("zoo"), folder / "zoo", copy_function=link, dirs_exist_ok=True)
+    place.keep(file.name, "zoo")
 
 
 def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -> None:
@@ -99,9 +103,10 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     Raises:
         Exception: What the run's own configuration failed of: there is nothing to compare with.
     """
-    folder = base.folder / "tune" / search.sweep.name
-    claimed = [name for name in trials if (folder / name / "config.yaml").is_file()]
-    runs = {name: Run(Run.open(folder / name).config, base.folder) for name in claimed}
+    sweep = base.place.below("tune", search.sweep.name)
+    places = {name: sweep.below(name) for name in trials}
+    claimed = [name for name, x in places.items() if x.fetch("config.yaml").is_file()]
+    runs = {name: Run(Run.open(places[name].location).config, base.place) for name in claimed}
     read = [
         read_outcome(run, search, failed=trials[name] is not None) for name, run in runs.items()
     ]
@@ -109,10 +114,10 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     able = [outcome for outcome in outcomes if outcome.state != "failed"]
     default = next((outcome for outcome in able if outcome.default), None)
     if default is None:
-        print(f"the trial of the run's own configuration failed; see {folder}")
+        print(f"the trial of the run's own configuration failed; see {sweep.location}")
         mine = [trials[name] for name, run in runs.items() if is_default(run, search)]
         reasons = [error for error in [*mine, *trials.values()] if error]
-        raise reasons[0] if reasons else DataError(f"{folder}: it reported nothing")
+        raise reasons[0] if reasons else DataError(f"{sweep.location}: it reported nothing")
     best = best_of(able)
     own, other = (runs[o.config.name] for o in (default, best))
     bar = task_accuracies(base, own)
@@ -123,16 +128,17 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     )
     gains = task_accuracies(base, other) - bar
     said = verdict(able, gains, scale, default=default, best=best)
-    write_outcomes(outcomes, scale, folder / "trials.parquet")
+    write_outcomes(outcomes, scale, sweep.folder / "trials.parquet")
     title = f"{base.config.name}: {len(outcomes)} trials of sweep {search.sweep.name}"
-    plot_outcomes(outcomes, scale, title=title, file=folder / "pareto.png")
+    plot_outcomes(outcomes, scale, title=title, file=sweep.folder / "pareto.png")
     name = f"{base.config.name}-{search.sweep.name}-best"
     config = replace(best.config, name=name, storage=base.config.storage)
     plain = yaml.safe_dump(config_to_dict(config), sort_keys=False)
-    write_text(folder / "best.yaml", f"# {said}\n{plain}")
-    lend(base, Path(config.storage) / name)
+    write_text(sweep.folder / "best.yaml", f"# {said}\n{plain}")
+    sweep.keep("trials.parquet", "pareto.png", "best.yaml")
+    lend(base, Place(below(config.storage, name)))
     print_outcomes(outcomes, list(search.space), scale)
     if len(outcomes) < len(trials):
         print(f"{len(trials) - len(outcomes)} trials failed before their first validation.")
-    print(f"{folder}: trials.parquet, pareto.png, best.yaml")
+    print(f"{sweep.location}: trials.parquet, pareto.png, best.yaml")
     print(said)

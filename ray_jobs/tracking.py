@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from tina.configio import config_to_dict
 from tina.errors import ConfigError
 from tina.run import Run
 
-Log = Callable[[int, Mapping[str, float]], None]
-Close = Callable[[], None]
-NOWHERE: tuple[Log, Close] = (lambda step, figures: None, lambda: None)
+
+class Tracker(NamedTuple):
+    """One training's curves: `log` figures at a step, `save` all so far, `close` at the end."""
+
+    log: Callable[[int, Mapping[str, float]], None]
+    save: Callable[[], None]
+    close: Callable[[], None]
+
+
+NOWHERE = Tracker(lambda step, figures: None, lambda: None, lambda: None)
 
 
 def check_tracking(run: Run) -> None:
@@ -25,8 +33,8 @@ def check_tracking(run: Run) -> None:
         raise ConfigError(f"tracking is {kind}, which is not installed: pip install {kind}")
 
 
-def open_tracking(run: Run, *, start: int) -> tuple[Log, Close]:
-    """A function that logs figures at a step, and one that closes.
+def open_tracking(run: Run, *, start: int) -> Tracker:
+    """Where a training's figures go.
 
     Args:
         start: Step that training starts or goes on from; what was logged behind it is dropped or
@@ -42,21 +50,29 @@ def open_tracking(run: Run, *, start: int) -> tuple[Log, Close]:
             for name, value in figures.items():
                 writer.add_scalar(name, value, step)
 
-        return log, writer.close
+        def save() -> None:
+            writer.flush()
+            run.place.keep("tensorboard")
+
+        return Tracker(log, save, writer.close)
     if kind == "mlflow":
         import mlflow
 
         found = mlflow.search_runs(
             search_all_experiments=True,
-            filter_string=f"tags.tina_run = '{run.folder}'",
+            filter_string=f"tags.tina_run = '{run.place.location}'",
             output_format="list",
         )
         mlflow.start_run(
             run_id=found[0].info.run_id if found else None,
             run_name=run.config.name,
-            tags={"tina_run": str(run.folder)},
+            tags={"tina_run": run.place.location},
         )
-        return lambda step, figures: mlflow.log_metrics(dict(figures), step=step), mlflow.end_run
+
+        def log_metrics(step: int, figures: Mapping[str, float]) -> None:
+            mlflow.log_metrics(dict(figures), step=step)
+
+        return Tracker(log_metrics, NOWHERE.save, mlflow.end_run)
     if kind == "wandb":
         import wandb
 
@@ -69,5 +85,14 @@ def open_tracking(run: Run, *, start: int) -> tuple[Log, Close]:
         )
         # its own steps never go back, and a validation's accuracy is an earlier state's
         logged.define_metric("*", step_metric="step")
-        return lambda step, figures: logged.log({"step": step, **figures}), logged.finish
+
+        def log_row(step: int, figures: Mapping[str, float]) -> None:
+            logged.log({"step": step, **figures})
+
+        def finish() -> None:
+            logged.finish()
+            if (run.folder / "wandb").exists():  # what it has written offline
+                run.place.keep("wandb")
+
+        return Tracker(log_row, NOWHERE.save, finish)
     return NOWHERE

@@ -10,7 +10,8 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 import torch
 
-from ray_jobs.engine import DeepSpeedEngine, read_world
+from ray_jobs.engine import WORLD, DeepSpeedEngine, read_world
 from ray_jobs.job import on_gpu, require, run_job, start_ray
 from ray_jobs.process import settle_in
 from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
@@ -28,6 +29,8 @@ from tina.engine import Weights
 from tina.errors import ConfigError, DataError
 from tina.generator import Generator
 from tina.run import Run
+from tina.storage import Place
+from tina.stores import Store, below
 from tina.training import Progress, Validate, train
 from tina.zoo import open_zoo, read_rows, zoo_of
 
@@ -51,12 +54,12 @@ class Judge:
         settle_in(threads=1)
         self._validator = lru_cache(MOST_VALIDATED)(validator)
 
-    def accuracies(self, config: JobConfig, base: Path, weights: Weights) -> list[float]:
+    def accuracies(self, config: JobConfig, base: Place, weights: Weights) -> list[float]:
         """Per validation task, accuracy on its `select` images of what the weights generate."""
         return self._validator(config, base)(weights)
 
 
-def validator(config: JobConfig, base: Path) -> Callable[[Weights], list[float]]:
+def validator(config: JobConfig, base: Place) -> Callable[[Weights], list[float]]:
     """The validation of a run."""
     run = Run(config, base)
     return run.validator(load_generator(run.start))
@@ -97,7 +100,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
             start = Progress.load(Path(folder) / PROGRESS)
     else:
         engine = DeepSpeedEngine(denoiser, config, resume=None)
-    log, close = open_tracking(run, start=start.step) if rank == 0 else NOWHERE
+    log, save, close = open_tracking(run, start=start.step) if rank == 0 else NOWHERE
     show = progress_bar(config.train.steps, start.step) if rank == 0 else lambda step: None
 
     def report(progress: Progress, figures: dict[str, float]) -> None:
@@ -111,6 +114,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
         log(progress.step, {k: v for k, v in figures.items() if k not in VALIDATED})
+        save()
 
     def on_validated(step: int, accuracy: float) -> None:
         log(step, {"val_accuracy": accuracy})
@@ -135,7 +139,7 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     close()
 
 
-def begin_validation(judge: Any, config: JobConfig, base: Path) -> Validate:
+def begin_validation(judge: Any, config: JobConfig, base: Place) -> Validate:
     """A validation that runs in a given actor, or in one of its own."""
     import ray
 
@@ -196,14 +200,15 @@ def check_zoo(run: Run) -> None:
     Raises:
         DataError: It is not.
     """
-    folder = run.base / "zoo"
+    folder = run.base.fetch("zoo")
     if not (folder / "zoo.json").is_file():
-        raise DataError(f"{run.base} holds no zoo: run ray_jobs.build_zoo first")
+        raise DataError(f"{run.base.location} holds no zoo: run ray_jobs.build_zoo first")
     done = open_zoo(folder, run.describe_zoo("zoo"))
     tasks = [task.task_id for task in run.zoo_tasks("zoo")]
     if missing := len(set(tasks) - done):
         raise DataError(
-            f"{folder} lacks {missing} of {len(tasks)} p-models: run ray_jobs.build_zoo again"
+            f"{run.base.below('zoo').location} lacks {missing} of {len(tasks)} p-models: "
+            "run ray_jobs.build_zoo again"
         )
 
 
@@ -212,10 +217,20 @@ def last_state(run: Run) -> Checkpoint | None:
     from ray.train import Result
 
     try:
-        checkpoint = Result.from_path(str(run.folder / "train")).checkpoint
+        place = run.place.for_ray("train")
+        checkpoint = Result.from_path(place.pop("storage_path"), **place).checkpoint
     except RuntimeError:  # it ended before its first
         return None
     return cast("Checkpoint | None", checkpoint)
+
+
+@contextmanager
+def part_of(state: Checkpoint, name: str) -> Iterator[Path]:
+    """A folder with one of a state's files: in an object store the others may be large."""
+    store = Store(state.filesystem, state.path)
+    with tempfile.TemporaryDirectory() as folder:
+        store.bring(store.listing(name), Path(folder))
+        yield Path(folder)
 
 
 def check_stage(run: Run) -> None:
@@ -227,12 +242,12 @@ def check_stage(run: Run) -> None:
     state = last_state(run)
     if state is None:
         return
-    with state.as_directory() as folder:
-        began = read_world(Path(folder))["zero_stage"]
+    with part_of(state, WORLD) as folder:
+        began = read_world(folder)["zero_stage"]
     if began != run.config.cluster.zero_stage:
         raise ConfigError(
-            f"{run.folder} holds a training begun with cluster.zero_stage {began}, and DeepSpeed "
-            f"reads its states in no other: go on with {began} or choose another name"
+            f"{run.place.location} holds a training begun with cluster.zero_stage {began}, and "
+            f"DeepSpeed reads its states in no other: go on with {began} or choose another name"
         )
 
 
@@ -252,9 +267,10 @@ def build_trainer(
     cluster, each = run.config.cluster, require_ranks(run)
     if not run.start.exists():
         save_generator(run.new_generator(), run.start, card="Untrained: classifier selection.\n")
+        run.place.keep("start")
     streams: dict[str, Any] = {}
     if judge is None:
-        streams["zoo"] = ray.data.from_arrow(read_rows(run.base / "zoo"))
+        streams["zoo"] = ray.data.from_arrow(read_rows(run.base.fetch("zoo")))
         streams["zoo"].context.enable_progress_bars = False
     return TorchTrainer(
         train_on_rank,
@@ -267,7 +283,7 @@ def build_trainer(
         dataset_config=DataConfig(datasets_to_split=[]),
         run_config=RunConfig(
             name="train",
-            storage_path=str(run.folder),
+            **run.place.for_ray(),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=list(callbacks),  # type: ignore[arg-type]
@@ -290,8 +306,8 @@ def train_generator(run: Run) -> Generator:
     check_tracking(run)
     result = build_trainer(run).fit()
     assert result.checkpoint, "training reported no state"
-    with result.checkpoint.as_directory() as folder:
-        progress = Progress.load(Path(folder) / PROGRESS)
+    with part_of(result.checkpoint, PROGRESS) as folder:
+        progress = Progress.load(folder / PROGRESS)
     print(json.dumps({"train": result.metrics}))
     generator = load_generator(run.start)
     generator.denoiser.load_state_dict(dict(progress.best))
@@ -299,6 +315,7 @@ def train_generator(run: Run) -> Generator:
         generator.denoiser.null_cond.zero_()  # nothing has trained it: `Generator.takes_guidance`
     card = f"Trained for {progress.step} steps; accuracy on select images of validation tasks: "
     save_generator(generator, run.trained, card=f"{card}{progress.best_accuracy:.4f}.\n")
+    run.place.keep("trained")
     return generator
 
 
@@ -306,7 +323,7 @@ def work(run: Run) -> None:
     """The whole job."""
     start_ray()
     train_generator(run)
-    print(f"{run.trained}: the trained generator")
+    print(f"{below(run.place.location, 'trained')}: the trained generator")
 
 
 if __name__ == "__main__":

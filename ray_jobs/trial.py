@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -24,14 +23,15 @@ from ray_jobs.train import build_trainer
 from tina.files import write_text
 from tina.run import Run
 from tina.space import Domain, Search
+from tina.storage import Place
 
 METRIC, BEST, TIME = "val_accuracy", "best_accuracy", "val_step"
 HISTORY, STOPPED = "history.jsonl", "stopped"
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def read_history(place: Place) -> list[dict[str, Any]]:
     """A trial's reports, oldest first."""
-    file, rows = folder / HISTORY, []
+    file, rows = place.fetch(HISTORY, again=True), []
     for line in file.read_text().splitlines() if file.is_file() else []:
         try:
             rows.append(json.loads(line))
@@ -45,24 +45,24 @@ def last_step(history: Sequence[dict[str, Any]]) -> int:
     return int(history[-1]["step"]) if history else 0
 
 
-def trial_run(search: Search, base: Path, trial_id: str, point: dict[str, Any]) -> Run:
+def trial_run(search: Search, base: Place, trial_id: str, point: dict[str, Any]) -> Run:
     """The run of a trial, on the generic model and the zoo of the base run."""
-    storage = base / "tune" / search.sweep.name
-    return Run(replace(search.trial(point), name=trial_id, storage=str(storage)), base)
+    storage = base.below("tune", search.sweep.name).location
+    return Run(replace(search.trial(point), name=trial_id, storage=storage), base)
 
 
-def run_trial(point: dict[str, Any], search: Search, base: Path, judge: Any) -> None:
+def run_trial(point: dict[str, Any], search: Search, base: Place, judge: Any) -> None:
     """What Tune runs: the training, from its last state if there is one."""
     run = trial_run(search, base, tune.get_context().get_trial_id(), point)
     run.claim()
-    history = read_history(run.folder)
-    if last_step(history) == run.config.train.steps or (run.folder / STOPPED).exists():
+    history = read_history(run.place)
+    if last_step(history) == run.config.train.steps or run.place.fetch(STOPPED).exists():
         # it ended after the last snapshot that Tune was restored from
         tune.report(history[-1])
         return
-    reports = Reports(run.folder, history)
+    reports = Reports(run.place, history)
     result = build_trainer(run, callbacks=[reports], judge=judge).fit()
-    if last_step(read_history(run.folder)) < run.config.train.steps:
+    if last_step(read_history(run.place)) < run.config.train.steps:
         # an earlier start was killed between its last state and the report of it
         reports.after_report(None, [result.metrics], result.checkpoint)
     reports.drain()
@@ -75,17 +75,18 @@ class Reports(TuneReportCallback):
         history: Of the trial before it was interrupted.
     """
 
-    def __init__(self, folder: Path, history: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, place: Place, history: Sequence[dict[str, Any]]) -> None:
         super().__init__()
-        self.file = folder / HISTORY
+        self.place = place
         self.begin = time.time() - (history[-1]["seconds"] if history else 0.0)
 
     def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
         """As `UserCallback` says; rank 0 has validated."""
         row = {key: metrics[0][key] for key in ("step", TIME, METRIC, BEST)}
         row["seconds"] = time.time() - self.begin
-        with self.file.open("a") as stream:
+        with self.place.fetch(HISTORY).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+        self.place.keep(HISTORY)
         super().after_report(run_context, [row], checkpoint)
 
     def drain(self) -> None:
@@ -134,10 +135,10 @@ class Asha(ASHAScheduler):
     folders do.
 
     Args:
-        folder: Of the sweep.
+        sweep: Its place.
     """
 
-    def __init__(self, search: Search, folder: Path) -> None:
+    def __init__(self, search: Search, sweep: Place) -> None:
         varied = search.space.get("train.steps")
         steps = max(varied.values) if varied else search.config.train.steps
         super().__init__(
@@ -149,12 +150,12 @@ class Asha(ASHAScheduler):
             reduction_factor=search.sweep.reduction_factor,
             stop_last_trials=False,
         )
-        self.search, self.folder = search, folder
+        self.search, self.sweep = search, sweep
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Take up what a trial of an earlier start has reported."""
         super().on_trial_add(tune_controller, trial)
-        for row in read_history(self.folder / trial.trial_id):
+        for row in read_history(self.sweep.below(trial.trial_id)):
             super().on_trial_result(tune_controller, trial, row)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -163,7 +164,9 @@ class Asha(ASHAScheduler):
         if self.search.trial(trial.config) == self.search.config:
             return self.CONTINUE
         if decision == self.STOP:
-            write_text(self.folder / trial.trial_id / STOPPED, "")
+            place = self.sweep.below(trial.trial_id)
+            write_text(place.folder / STOPPED, "")
+            place.keep(STOPPED)
         return decision
 
 
@@ -171,17 +174,17 @@ class Counter(tune.Callback):
     """Prints how far a sweep has come.
 
     Args:
-        folder: Of the sweep. A trial's own history holds its last report; Tune may not yet.
+        sweep: Its place. A trial's own history holds its last report; Tune may not yet.
     """
 
-    def __init__(self, search: Search, folder: Path) -> None:
-        self.trials, self.folder = search.sweep.trials, folder
+    def __init__(self, search: Search, sweep: Place) -> None:
+        self.trials, self.sweep = search.sweep.trials, sweep
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any
     ) -> None:
         """One line per trial."""
         done = sum(t.is_finished() or t is trial for t in trials)
-        history = read_history(self.folder / trial.trial_id)
+        history = read_history(self.sweep.below(trial.trial_id))
         best = 100 * history[-1][BEST] if history else 0.0
         print(f"sweep: {done} of {self.trials} trials ended, {trial.trial_id} with {best:.2f} %")

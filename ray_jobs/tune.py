@@ -8,6 +8,7 @@ go on from their last states.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from tina.errors import ConfigError, TinaError
 from tina.files import write_text
 from tina.run import Run
 from tina.space import Search, read_search
+from tina.storage import Place, at_hand
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
@@ -36,29 +38,32 @@ DRIVER_CPUS = 0.01
 """Of a trial's own process, which starts its ranks and waits for them."""
 
 SNAPSHOT_S = "2"
+SWEEP = "sweep.yaml"
 ABOUT = "Search a space of configurations: --space FILE (required) is its YAML."
 NEEDS = "--space configs/tune_digits.yaml "
 
 
-def refuse_another(file: Path, search: Search) -> None:
-    """Make sure that a sweep's file, where there is one, says the same search.
+def refuse_another(sweep: Place, search: Search) -> None:
+    """Make sure that a sweep, where there is one, is the same search.
 
     Raises:
-        ConfigError: It says another.
+        ConfigError: It is another.
     """
+    file = sweep.fetch(SWEEP)
     if file.is_file() and yaml.safe_load(file.read_text()) != search.plain():
         raise ConfigError(
-            f"{file.parent} holds a sweep of another space: choose another sweep.name or remove it"
+            f"{sweep.location} holds a sweep of another space: "
+            "choose another sweep.name or remove it"
         )
 
 
-def restorable(folder: Path) -> bool:
+def restorable(sweep: Place) -> bool:
     """Whether Tune can go on with a sweep. A snapshot that a crash cut off is removed."""
-    for file in sorted(folder.glob("experiment_state-*.json"), reverse=True):
+    for name in sorted(fnmatch.filter(sweep.names(), "experiment_state-*.json"), reverse=True):
         try:
-            json.loads(file.read_text())
+            json.loads(sweep.fetch(name, again=True).read_text())
         except ValueError:  # Tune would start all over at the sight of it
-            file.unlink()
+            sweep.remove(name)
         else:
             return True
     return False
@@ -95,29 +100,32 @@ def build_tuner(run: Run, search: Search) -> Tuner:
     from ray_jobs.train import start_judge
     from ray_jobs.trial import Asha, Counter, distribution, run_trial, searcher
 
-    folder = run.folder / "tune" / search.sweep.name
+    sweep = run.place.below("tune", search.sweep.name)
     trainable = tune.with_resources(
-        partial(run_trial, search=search, base=run.folder, judge=start_judge()),
+        partial(run_trial, search=search, base=run.place, judge=start_judge()),
         {"CPU": DRIVER_CPUS},
     )
     concurrent = at_once(search)
     # what frees a stopped trial's CPUs looks for its cluster anew, and gives up if it sees two
     DEFAULT_ENV_VARS["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    if restorable(folder):
-        return tune.Tuner.restore(str(folder), trainable, resume_errored=True)
+    if restorable(sweep):
+        place = sweep.for_ray()
+        return tune.Tuner.restore(
+            place.pop("storage_path"), trainable, resume_errored=True, **place
+        )
     return tune.Tuner(
         trainable,
         param_space={key: distribution(domain) for key, domain in search.space.items()},
         tune_config=tune.TuneConfig(
             num_samples=search.sweep.trials,
             search_alg=searcher(search, concurrent),
-            scheduler=Asha(search, folder),
+            scheduler=Asha(search, sweep),
             trial_dirname_creator=trial_id,
         ),
         run_config=tune.RunConfig(
             name=search.sweep.name,
-            storage_path=str(folder.parent),
-            callbacks=[Counter(search, folder)],
+            **run.place.for_ray("tune"),
+            callbacks=[Counter(search, sweep)],
             verbose=0,
         ),
     )
@@ -144,8 +152,8 @@ def work(run: Run, search: Search) -> None:
     """The whole job."""
     # what the run has settled, with a trial's own resources
     search = replace(search, config=replace(run.config, cluster=search.config.cluster))
-    file = run.folder / "tune" / search.sweep.name / "sweep.yaml"
-    refuse_another(file, search)
+    sweep = run.place.below("tune", search.sweep.name)
+    refuse_another(sweep, search)
     # how much of a sweep Tune has forgotten after a crash
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
     # one process less per trial: what is taken away goes on from its last state all the same
@@ -155,7 +163,8 @@ def work(run: Run, search: Search) -> None:
     at_once(search)
     ensure_generic(run)
     build_zoo(run, "zoo")
-    write_text(file, yaml.safe_dump(search.plain(), sort_keys=False))
+    write_text(sweep.folder / SWEEP, yaml.safe_dump(search.plain(), sort_keys=False))
+    sweep.keep(SWEEP)
     results = build_tuner(run, search).fit()
     from ray_jobs.sweep_report import publish
 
@@ -175,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
         config = parse_config(JobConfig, [word for word in rest if word != "--dry-run"])
         if given.space is None:
             raise ConfigError("no space to search: give its YAML with --space")
-        search = read_search(Path(given.space), config)
+        search = read_search(at_hand(given.space), config)
     except (argparse.ArgumentError, TinaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -48,7 +48,7 @@ class ServeArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: str = Field(description="Directory, absolute, or a Hugging Face hub id.")
+    checkpoint: str = Field(description="Absolute path, URI, or a Hugging Face hub id.")
     storage: str = Field("", description="Folder all nodes share; default: beside the checkpoint.")
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(2, ge=1)

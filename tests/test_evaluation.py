@@ -410,7 +410,7 @@ def test_a_trunks_features_are_computed_once_for_a_run(head_run, monkeypatch):
     places = torch.arange(len(head_run.dataset.views))
     expected = InputStore(head_run.family, head_run.dataset.views)[places]
     torch.testing.assert_close(head_run.store[places], expected, rtol=0, atol=0)
-    (file,) = head_run.base.glob("features-*")
+    (file,) = head_run.folder.glob("features-*")
     other = Run.open(head_run.folder)
     monkeypatch.setattr(type(other.family), "embed", None)
     torch.testing.assert_close(other.store[places], expected, rtol=0, atol=0)

@@ -13,7 +13,8 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "checks", "config", "configio", "precision", "space", "files", "tensors", "images"],
+    *["errors", "files", "stores", "storage", "checks", "config", "configio", "precision", "space"],
+    *["tensors", "images"],
     *["superclasses", "sources", "views", "datasets", "tasks", "neighbours"],
     *["layout", "classifiers", "finetune", "generic", "zoo"],
     *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],
@@ -24,6 +25,7 @@ STAGES = [
         "mixer",
         "comparison",
         "controls",
+        "validation",
         "evaluation",
         "novelty",
         "report",

@@ -107,6 +107,9 @@ def test_printed_configuration_works_as_a_file(config_file, tmp_path, capsys):
         (["--train.lr", "fast"], "train.lr"),
         (["--train.lr", "-1"], "TrainConfig.lr must be above 0"),
         (["--storage", "runs"], "storage must be an absolute path"),
+        (["--storage", "s3://me:secret@bucket/runs"], "storage holds a password"),
+        (["--storage", "s4://bucket/runs"], "s4://bucket/runs/short is no storage"),
+        (["--storage", "fsspec+file:///proc/runs"], "/proc/runs"),
         (["--name", "../other"], "name must be a plain folder name"),
         (["--cluster.train_workers", "3"], "train.zoo_batch must be a multiple"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
@@ -394,19 +397,29 @@ def test_from_images_to_a_report(tmp_path):
     assert "tina_shuffled_prompt" in again
 
 
+LONGER = {"train": {"steps": 120, "checkpoint_every": 10}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a job that nothing happened to, with its log."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(short_config(folder, **LONGER)))
+    finish(file, folder / "log", timeout=600)
+    return folder
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_job_ends_as_an_undisturbed_one(tmp_path):
+@pytest.mark.parametrize("scheme", ["", "fsspec+file://"], ids=["a folder", "a store"])
+def test_a_killed_job_ends_as_an_undisturbed_one(whole, tmp_path, scheme):
     """SIGKILL to the job in the middle of training; the same command again; the same bytes."""
-    steps = {"train": {"steps": 120, "checkpoint_every": 10}}
-    files = {}
-    for name in ("whole", "killed"):
-        files[name] = tmp_path / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump(short_config(tmp_path / name, **steps)))
-    finish(files["whole"], tmp_path / "whole.log", timeout=600)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(short_config(f"{scheme}{tmp_path}/killed", **LONGER)))
 
     log, training = tmp_path / "killed.log", tmp_path / "killed" / "short" / "train"
-    process = quickstart(files["killed"], log)
+    process = quickstart(file, log)
     family = {}
     try:
         limit = time.monotonic() + 400
@@ -431,12 +444,12 @@ def test_a_killed_job_ends_as_an_undisturbed_one(tmp_path):
     assert not run.report_file.exists(), "training was over"
     zoo = stamps(run.folder / "zoo")
 
-    finish(files["killed"], tmp_path / "resumed.log", timeout=600)
+    finish(file, tmp_path / "resumed.log", timeout=600)
     assert stamps(run.folder / "zoo") == zoo
     # it went on, and did not start again
     first = "Reporting training result 1:"
-    assert first in (tmp_path / "whole.log").read_text()
+    assert first in (whole / "log").read_text()
     assert first not in (tmp_path / "resumed.log").read_text()
     for name in ("model.safetensors", "codec.safetensors", "config.json"):
-        undisturbed = (tmp_path / "whole" / "short" / "checkpoint" / name).read_bytes()
+        undisturbed = (whole / "short" / "checkpoint" / name).read_bytes()
         assert (run.checkpoint / name).read_bytes() == undisturbed, name

@@ -39,7 +39,7 @@ def trial(tiny_run, storage, *, train=None, **cluster):
         train=replace(tiny_run.config.train, **steps | (train or {})),
         cluster=ClusterConfig(**RANKS | cluster),
     )
-    run = Run(config, tiny_run.folder)
+    run = Run(config, tiny_run.place)
     run.claim()
     return run
 

@@ -34,6 +34,7 @@ from tina.configio import parse_config
 from tina.errors import ConfigError, TinaError
 from tina.run import Run
 from tina.space import KEYS, Domain, read_search
+from tina.storage import Place
 from tina.sweep import (
     Outcome,
     Scale,
@@ -131,33 +132,33 @@ def test_help_names_the_space(capsys):
 
 def test_a_sweep_of_another_space_is_refused(search, tmp_path):
     file = tmp_path / "sweep.yaml"
-    tune.refuse_another(file, search)
+    tune.refuse_another(Place(tmp_path), search)
     file.write_text(yaml.safe_dump(search.plain()))
-    tune.refuse_another(file, search)
+    tune.refuse_another(Place(tmp_path), search)
     for other in (
         replace(search, sweep=replace(search.sweep, trials=5)),
         replace(search, space={"train.lr": Domain("uniform", (1e-4, 1e-2))}),
     ):
         with pytest.raises(ConfigError, match=r"another space: choose another sweep\.name"):
-            tune.refuse_another(file, other)
+            tune.refuse_another(Place(tmp_path), other)
 
 
 def test_a_snapshot_that_was_cut_off_gives_way_to_the_one_before(tmp_path):
-    assert not tune.restorable(tmp_path)
+    assert not tune.restorable(Place(tmp_path))
     whole, cut = (tmp_path / f"experiment_state-2026-0{i}.json" for i in (1, 2))
     whole.write_text('{"trial_data": []}')
     cut.write_text('{"trial_da')
-    assert tune.restorable(tmp_path)
+    assert tune.restorable(Place(tmp_path))
     assert whole.exists()
     assert not cut.exists()
     whole.write_text("")
-    assert not tune.restorable(tmp_path)
+    assert not tune.restorable(Place(tmp_path))
 
 
 def test_a_history_survives_a_line_that_was_cut_off(tmp_path):
-    assert read_history(tmp_path) == []
+    assert read_history(Place(tmp_path)) == []
     (tmp_path / HISTORY).write_text('{"step": 4}\n{"step": 8}\n{"ste')
-    assert read_history(tmp_path) == [{"step": 4}, {"step": 8}]
+    assert read_history(Place(tmp_path)) == [{"step": 4}, {"step": 8}]
 
 
 def test_an_interrupted_sweep_is_not_reported(search):
@@ -189,7 +190,7 @@ def fake_trial(search, folder, name, history=(), **point):
 
 
 def test_weak_trials_are_stopped_and_the_default_never(search, tmp_path):
-    asha = Asha(search, tmp_path)
+    asha = Asha(search, Place(tmp_path))
     strong = fake_trial(search, tmp_path, "strong", train_lr=2e-3)
     weak = fake_trial(search, tmp_path, "weak", train_lr=3e-3)
     own = fake_trial(search, tmp_path, "own")
@@ -203,7 +204,7 @@ def test_weak_trials_are_stopped_and_the_default_never(search, tmp_path):
 
 
 def test_rungs_are_filled_from_the_histories_of_an_earlier_start(search, tmp_path):
-    asha = Asha(search, tmp_path)
+    asha = Asha(search, Place(tmp_path))
     ended = fake_trial(search, tmp_path, "ended", rows(0.5, 0.9), train_lr=2e-3)
     weak = fake_trial(search, tmp_path, "weak", train_lr=3e-3)
     for trial in (ended, weak):
@@ -212,7 +213,7 @@ def test_rungs_are_filled_from_the_histories_of_an_earlier_start(search, tmp_pat
 
 
 def test_a_history_that_is_read_again_stops_nobody(search, tmp_path):
-    asha = Asha(search, tmp_path)
+    asha = Asha(search, Place(tmp_path))
     for name, accuracy in (("strong", 0.9), ("weak", 0.8)):
         trial = fake_trial(search, tmp_path, name, rows(0.5, accuracy), train_lr=2e-3)
         asha.on_trial_add(None, trial)
@@ -222,7 +223,7 @@ def test_a_history_that_is_read_again_stops_nobody(search, tmp_path):
 @pytest.mark.parametrize(("stopped", "last"), [(True, 8), (False, 12)])
 def test_a_trial_that_has_ended_trains_no_more(search, tmp_path, monkeypatch, stopped, last):
     """Stopped or done, but Tune was restored from a snapshot that does not know."""
-    run = trial_run(search, tmp_path, "a", {})
+    run = trial_run(search, Place(tmp_path), "a", {})
     assert run.config.train.steps == 12
     run.folder.mkdir(parents=True)
     (run.folder / HISTORY).write_text(json.dumps({"step": last}) + "\n")
@@ -233,7 +234,7 @@ def test_a_trial_that_has_ended_trains_no_more(search, tmp_path, monkeypatch, st
     monkeypatch.setattr("ray_jobs.trial.tune.get_context", lambda: context)
     monkeypatch.setattr("ray_jobs.trial.tune.report", reported.append)
     monkeypatch.setattr("ray_jobs.trial.build_trainer", None)
-    run_trial({}, search, tmp_path, judge=None)
+    run_trial({}, search, Place(tmp_path), judge=None)
     assert reported == [{"step": last}]
 
 
@@ -344,9 +345,9 @@ def test_what_is_lent_is_not_written_twice(tmp_path):
     (base / "zoo").mkdir(parents=True)
     (base / "generic.safetensors").write_bytes(b"generic")
     (base / "zoo" / "part-0.parquet").write_bytes(b"rows")
-    run = SimpleNamespace(base=base, generic_file=base / "generic.safetensors")
+    run = SimpleNamespace(base=Place(base), generic_file=base / "generic.safetensors")
     for _ in range(2):
-        lend(run, tmp_path / "best")
+        lend(run, Place(tmp_path / "best"))
     assert (tmp_path / "best" / "zoo" / "part-0.parquet").read_bytes() == b"rows"
     assert os.path.samefile(tmp_path / "best" / "generic.safetensors", run.generic_file)
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tina.errors import ConfigError
+from tina.stores import is_uri
 
 
 def absolute(paths: Mapping[str, str | None]) -> None:
-    """Absolute paths by their keys, where there are any."""
+    """Absolute paths or URIs by their keys, where there are any."""
     for key, path in paths.items():
-        if path is not None and not Path(path).is_absolute():
+        if path is not None and not is_uri(path) and not Path(path).is_absolute():
             raise ConfigError(
-                f"{key} must be an absolute path, got {path!r}: "
+                f"{key} must be an absolute path or a URI, got {path!r}: "
                 "a job runs in another working directory than yours"
+            )
+        if path is not None and is_uri(path) and urlsplit(path).password:
+            raise ConfigError(
+                f"{key} holds a password, which the run's config.yaml would keep: "
+                "leave it to the environment (AWS_SECRET_ACCESS_KEY)"
             )
 
 

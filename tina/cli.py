@@ -122,7 +122,8 @@ def evaluate(args: argparse.Namespace) -> None:
     keys = ("seeds", "images_per_class", "sampling_steps")
     changes = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     run = Run(replace(config, evaluation=replace(config.evaluation, **changes)))
-    generator = load_generator(run.checkpoint)
+    with run.place.named():
+        generator = load_generator(run.checkpoint)
     with tqdm(desc="evaluation", unit="cell", disable=None) as bar:
 
         def show(done: int, cells: int) -> None:
@@ -131,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
         report = run.evaluate(generator, on_progress=show)
     print_report(report)
-    print(f"{run.folder}: report.json, plots/")
+    print(f"{run.place.location}: report.json, plots/")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -234,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     default = f"(default: the variable TINA_CHECKPOINT, else {DEFAULT_CHECKPOINT})"
-    folder: Any = {"help": f"a checkpoint's folder, tina-cifar100-cnn5k, or a hub id {default}"}
+    folder: Any = {
+        "help": f"a checkpoint's folder or URI, tina-cifar100-cnn5k, or a hub id {default}"
+    }
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
     onnx: Any = {"type": Path, "metavar": "FILE.onnx", "help": "write ONNX, opset 18, here"}
@@ -258,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("images", type=Path, nargs="+", metavar="IMAGE", help="picture files, any size in pixels")
     arg("--json", action="store_true", help="probabilities 0 to 1 as JSON (default: percent bars)")
     arg = add(evaluate, "evaluate runs/quickstart --seeds 5 --steps 1,5,20").add_argument
-    arg("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
+    arg("run", metavar="RUN_DIR", help="folder or URI of a finished run")
     arg("--seeds", type=_number(1), help="sampling seeds per task (default: the run's)")
     arg("--images-per-class", type=_number(1), help="report images at most (default: the run's)")
     arg("--steps", type=_steps, dest="sampling_steps", help="to compare (default: the run's)")

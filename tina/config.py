@@ -22,7 +22,7 @@ class DataConfig:
     Args:
         name: digits, cifar100, caltech101, mini_imagenet, parquet (any Hugging Face image parquet
             folder) or folder (one sub-folder per class).
-        root: Folder that holds the data set; default: the TINA_DATA variable, then the user cache.
+        root: Folder (path or URI) of the data set; default: TINA_DATA, then the user cache.
         image_size: Side in pixels that images are resized to once; default: the data set's own.
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
@@ -353,7 +353,7 @@ class JobConfig:
 
     Args:
         name: The run's name, a folder under `storage`. The same name goes on with the same run.
-        storage: Folder of all runs, an absolute path.
+        storage: Folder of all runs: an absolute path, or a URI (s3://bucket/runs).
         tracking: Where training's curves go: tensorboard (files in the run's folder), mlflow, wandb
             (each needs its package and its own environment variables) or none.
     """

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from tina.errors import ConfigError
+from tina.storage import at_hand
+from tina.stores import is_uri
 
 T = TypeVar("T")
 
@@ -57,15 +61,19 @@ def _build(cls: type[T], parse: Callable[[], T]) -> T:
 
 
 def parse_config(cls: type[T], argv: Sequence[str], *, description: str = "", prog: str = "") -> T:
-    """A config from `--config file.yaml` and flags such as `--train.lr 3e-4`.
+    """A config from `--config file.yaml` (a path or URI) and flags such as `--train.lr 3e-4`.
 
     Raises:
         ConfigError: Unknown key (the message lists the valid ones), wrong type, value out of range.
     """
     parser = _parser(cls, description=description, prog=prog or None)
+    words = [
+        str(at_hand(word)) if before == "--config" and is_uri(word) else word
+        for before, word in pairwise(["", *argv])
+    ]
 
     def parse() -> T:
-        namespace = parser.instantiate(parser.parse_args(list(argv)))
+        namespace = parser.instantiate(parser.parse_args(words))
         return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
 
     return _build(cls, parse)
@@ -84,6 +92,24 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
 
     return _build(cls, parse)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """What a configuration's file holds.
+
+    Raises:
+        ConfigError: It is no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not readable YAML: {reason}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds no configuration")
+    return found
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

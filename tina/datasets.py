@@ -29,7 +29,8 @@ from torch import Tensor
 
 from tina.config import DataConfig
 from tina.errors import DataError
-from tina.sources import Item, Listing, Source, find_source, one_line, user_cache
+from tina.sources import Item, Listing, Source, find_source, one_line
+from tina.storage import user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
 from tina.views import Views
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
-from tina.sources import user_cache
+from tina.storage import at_hand, user_cache
+from tina.stores import below
 
 NAME_WORDS = 4
 CACHED_TEXTS = 4096
@@ -87,8 +88,9 @@ def build_encoder(config: PromptConfig) -> PromptEncoder:
             model, weights = config.model or "ViT-B-32", config.weights or "openai"
             return OpenClipEncoder(model, weights=weights, template=config.template)
         case "table":
-            data = Path(os.environ.get("TINA_DATA") or user_cache() / "data")
-            table = TableEncoder(config.weights or data / TABLE_FILE, vocabulary=config.model)
+            data = os.environ.get("TINA_DATA") or str(user_cache() / "data")
+            file = at_hand(config.weights or below(data, TABLE_FILE))
+            table = TableEncoder(file, vocabulary=config.model)
             if config.template not in ("{}", made := table.space.template):
                 raise ConfigError(f"prompt.template is {config.template!r}, the table's {made!r}")
             return table

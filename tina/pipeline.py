@@ -28,6 +28,8 @@ from tina.files import write_whole
 from tina.generator import Generator
 from tina.images import resize
 from tina.prompts import check_task, normalise_name, pad, split_sentence
+from tina.storage import at_hand
+from tina.stores import is_uri
 from tina.tensors import pack_tensors
 
 
@@ -148,14 +150,14 @@ class TinaPipeline:
         """Load a checkpoint.
 
         Args:
-            name: A checkpoint's folder; the name of one that comes with Tina, as
-                `tina-cifar100-cnn5k`; or a repository of the Hugging Face hub, `owner/name`.
+            name: A checkpoint's folder or URI (`s3://...`); the name of one that comes with Tina,
+                as `tina-cifar100-cnn5k`; or a repository of the Hugging Face hub, `owner/name`.
 
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
         """
-        directory = Path(name)
-        if not directory.is_dir():
+        directory = at_hand(str(name))
+        if not directory.is_dir() and not is_uri(str(name)):
             own = PRETRAINED / str(name)
             directory = own if str(name) in pretrained() else _download(str(name))
         return cls(load_generator(directory), checkpoint=check_manifest(directory))

@@ -1,6 +1,6 @@
 """A run's folder: where each stage leaves what the next one needs.
 
-<storage>/<name>/
+<storage>/<name>/, a folder or a place in an object store (`tina.storage`):
     config.yaml            the resolved configuration
     generic.safetensors    the generic model, with its trunk
     features-*.safetensors what its trunk makes of the images
@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -34,15 +33,13 @@ from tina.checkpoint import attach_trunk, load_generator, save_generator
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
-from tina.configio import config_from_dict, config_to_dict
-from tina.controls import nothing
+from tina.configio import config_from_dict, config_to_dict, read_yaml
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import TableEncoder, build_encoder
 from tina.errors import ConfigError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
-from tina.finetune import Lesson, accuracy
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, load_generic
 from tina.metrics import Score
@@ -52,7 +49,10 @@ from tina.prompts import Vocabulary, normalise_name
 from tina.provenance import commit, hardware
 from tina.report import model_card, plot_report
 from tina.sources import find_source
+from tina.storage import Place
+from tina.stores import below, split
 from tina.tasks import Task, TaskSpace, build_task_space
+from tina.validation import validator
 from tina.zoo import Zoo, describe_zoo, read_zoo
 
 CURVATURE_TASKS = 100
@@ -63,33 +63,59 @@ class Run:
     """One configuration and its folder; what is loaded is loaded once, when asked for.
 
     Args:
-        base: Folder of another run, whose generic model and zoo this one uses.
+        base: Place of another run, whose generic model and zoo this one uses.
     """
 
-    def __init__(self, config: JobConfig, base: Path | None = None) -> None:
+    def __init__(self, config: JobConfig, base: Place | None = None) -> None:
         self.config = config
-        self.folder = Path(config.storage) / config.name
-        self.base = base or self.folder
-        self.generic_file = self.base / "generic.safetensors"
-        self.report_file = self.folder / "report.json"
-        self.checkpoint = self.folder / "checkpoint"
-        self.start = self.folder / "start"
-        self.trained = self.folder / "trained"
+        self.place = Place(below(config.storage, config.name))
+        self.base = base or self.place
         self._claimed: int | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
-        """The run that a folder holds.
+    def open(cls, location: str | Path) -> Run:
+        """The run that a folder or a place in an object store holds.
 
         Raises:
-            ConfigError: The folder holds none.
+            ConfigError: It holds none.
         """
-        file = folder / "config.yaml"
+        place = Place(location)
+        file = place.fetch("config.yaml")
         if not file.is_file():
-            raise ConfigError(f"{folder} holds no run: it has no config.yaml")
-        config = config_from_dict(JobConfig, _read_yaml(file))
-        here = folder.resolve()  # it may have been moved since
-        return cls(replace(config, storage=str(here.parent), name=here.name))
+            raise ConfigError(f"{location} holds no run: it has no config.yaml")
+        storage, name = split(str(location))
+        config = config_from_dict(JobConfig, read_yaml(file))
+        return cls(replace(config, storage=storage, name=name))  # it may have been moved since
+
+    @property
+    def folder(self) -> Path:
+        """Where this process reads and writes the run's files."""
+        return self.place.folder
+
+    @property
+    def generic_file(self) -> Path:
+        """The generic model."""
+        return self.base.fetch("generic.safetensors")
+
+    @property
+    def start(self) -> Path:
+        """The untrained generator."""
+        return self.place.fetch("start", whole=True)
+
+    @property
+    def trained(self) -> Path:
+        """The trained generator."""
+        return self.place.fetch("trained", whole=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained generator with its measured numbers."""
+        return self.place.fetch("checkpoint", whole=True)
+
+    @property
+    def report_file(self) -> Path:
+        """The evaluation's figures."""
+        return self.place.fetch("report.json")
 
     def claim(self) -> None:
         """Save the configuration, or make sure that the folder was made with the same one.
@@ -104,33 +130,35 @@ class Run:
         family = build_family(self.config.classifier.family, channels=1, image_size=8)
         if isinstance(family, VitB32Head) and self.config.data.shift:
             raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
-        file = self.folder / "config.yaml"
+        file = self.place.fetch("config.yaml")
         found = {}
         if file.is_file():  # with today's defaults for keys that it was made without
-            found = config_to_dict(config_from_dict(JobConfig, _read_yaml(file)))
+            found = config_to_dict(config_from_dict(JobConfig, read_yaml(file)))
         asked = config_to_dict(self.config)
         mine = settle(asked, found)
         if mine != asked:
             self.config = config_from_dict(JobConfig, mine)
-            print(f"precision auto: see {file}; bf16 in hardware here: {has_bf16()}")
+            where = below(self.place.location, file.name)
+            print(f"precision auto: see {where}; bf16 in hardware here: {has_bf16()}")
         if found:
             loose = {"evaluation", "cluster", "storage", "tracking"}
             differing = [k for k in mine if k not in loose and found.get(k) != mine[k]]
             if differing:
                 raise ConfigError(
-                    f"{self.folder} holds a run with another {', '.join(differing)}: "
+                    f"{self.place.location} holds a run with another {', '.join(differing)}: "
                     "choose another name or remove it"
                 )
         write_text(file, yaml.safe_dump(mine, sort_keys=False))
-        self._claimed = None if found else file.stat().st_mtime_ns
+        self.place.keep(file.name)
+        self._claimed = None if found else self.place.modified(file.name)
 
     def give_up(self) -> None:
         """Leave the name to a mended configuration, where this one has come to nothing."""
-        file = self.folder / "config.yaml"
+        file = "config.yaml"
         with suppress(OSError):
-            mine = file.stat().st_mtime_ns == self._claimed  # and no other job's, which goes on
-            if mine and list(self.folder.iterdir()) == [file]:
-                shutil.rmtree(self.folder)
+            mine = self.place.modified(file) == self._claimed  # and no other job's, which goes on
+            if mine and self.place.names() == {file}:
+                self.place.clear()
 
     @cached_property
     def all_views(self) -> Dataset:
@@ -175,8 +203,12 @@ class Run:
         assert self.generic  # brings the trunk
         views = self.dataset.views
         key = f"{self.dataset.fingerprint} {views.count} {hash_file(self.generic_file)}"
-        file = self.base / f"features-{hash_bytes(key.encode())[:16]}.safetensors"
-        return InputStore(self.family, views, device=device, features=file)
+        file = self.base.fetch(f"features-{hash_bytes(key.encode())[:16]}.safetensors")
+        missing = self.family.has_trunk and not file.exists()
+        store = InputStore(self.family, views, device=device, features=file)
+        if missing:
+            self.base.keep(file.name)
+        return store
 
     def zoo_tasks(self, kind: str) -> list[Task]:
         """Tasks of the `zoo` or the `direct` folder.
@@ -211,7 +243,7 @@ class Run:
 
     def read_zoo(self, kind: str) -> Zoo:
         """The rows of a folder."""
-        return read_zoo(self.base / kind)
+        return read_zoo(self.base.fetch(kind))
 
     def check_prompts(self) -> None:
         """Make sure before anything is trained that the class names can be embedded.
@@ -278,40 +310,8 @@ class Run:
     def validator(
         self, generator: Generator
     ) -> Callable[[Mapping[str, Tensor] | None], list[float]]:
-        """Per validation task, accuracy on its `select` images of what given weights generate.
-
-        No weights stand for what the tasks inherit: classifier selection.
-        """
-        tasks = self.space.val
-        denoiser = new_denoiser(
-            generator.config, generator.codec, dim=generator.vocabulary.space.dim, seed=0
-        )
-        judge = replace(generator, denoiser=denoiser.eval())
-        lessons = [
-            Lesson.of(self.dataset, task.class_ids, seed=0, partition="select") for task in tasks
-        ]
-
-        def validate(weights: Mapping[str, Tensor] | None) -> list[float]:
-            if weights is not None:
-                denoiser.load_state_dict(dict(weights))
-            embeddings, mask = generator.vocabulary.of([task.class_ids for task in tasks])
-            body, rows = judge.generate(
-                embeddings,
-                mask,
-                seeds=[0] * len(tasks),
-                denoise=nothing if weights is None else None,
-            )
-            return [
-                accuracy(
-                    self.family,
-                    judge.theta(body[i], rows[i, : task.num_classes]),
-                    self.store,
-                    lesson,
-                )
-                for i, (task, lesson) in enumerate(zip(tasks, lessons, strict=True))
-            ]
-
-        return validate
+        """See `tina.validation`."""
+        return validator(generator, self.dataset, self.store, self.space.val)
 
     def evaluation(self, generator: Generator) -> Evaluation:
         """What a generator is measured by."""
@@ -336,12 +336,13 @@ class Run:
         """
         if not (name := self.config.evaluation.regressor):
             return None
-        other = Run.open(self.folder.parent / name)
+        other = Run.open(below(self.config.storage, name))
         mine, its = config_to_dict(self.config), config_to_dict(other.config)
         keys = ("data", "tasks", "classifier", "prompt", "denoiser", "train")
         if differing := [key for key in keys if mine[key] != its[key]]:
             raise ConfigError(
-                f"evaluation.regressor {name} has another {', '.join(differing)} than {self.folder}"
+                f"evaluation.regressor {name} has another {', '.join(differing)} "
+                f"than {self.place.location}"
             )
         if other.config.diffusion.schedule != "none" or not other.trained.is_dir():
             raise ConfigError(f"evaluation.regressor {name} is no trained run of schedule none")
@@ -376,20 +377,11 @@ class Run:
         )
         write_text(self.report_file, json.dumps(report, indent=1))
         plot_report(report, self.folder / "plots")
+        self.place.keep("plots", "report.json")
         return report
 
     def release(self, generator: Generator, report: Mapping[str, Any]) -> None:
         """Write the checkpoint directory, its model card carrying the report's numbers."""
         card = model_card(self.config.name, generator, report)
         save_generator(generator, self.checkpoint, card=card)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{file} is not readable YAML: {reason}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds no configuration")
-    return found
+        self.place.keep("checkpoint")

@@ -19,6 +19,7 @@ import numpy as np
 
 from tina.config import DataConfig
 from tina.errors import ConfigError, DataError
+from tina.storage import at_hand, user_cache
 
 __all__ = ["Item", "Listing", "Source", "find_source", "one_line", "user_cache"]
 
@@ -82,13 +83,16 @@ def find_source(config: DataConfig) -> Source:
     if config.name not in _FINDERS:
         raise ConfigError(f"unknown data set {config.name!r}; valid: {', '.join(_FINDERS)}")
     given = config.root or os.environ.get("TINA_DATA")
-    root = Path(given).expanduser() if given else user_cache() / "data"
-    return _FINDERS[config.name](config.name, root, not given)
-
-
-def user_cache() -> Path:
-    """Tina's folder in the user cache; XDG_CACHE_HOME moves it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tina"
+    if config.name == "digits" or not given:
+        return _FINDERS[config.name](config.name, user_cache() / "data", not given)
+    # of the two kinds that may lie in the folder itself, the whole
+    last = [""] if config.name in ("parquet", "folder") else []
+    parts = [x.partition("/")[0] for name, x in TORCHVISION_FOLDERS.items() if name == config.name]
+    root = at_hand(given, config.name, *parts, *last)
+    try:
+        return _FINDERS[config.name](config.name, root, False)
+    except DataError as error:
+        raise DataError(str(error).replace(str(root), given)) from error
 
 
 def one_line(error: BaseException) -> str:

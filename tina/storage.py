@@ -1,0 +1,230 @@
+"""Where runs are kept: a folder that all nodes see, or a place in an object store.
+
+Readers and writers of this package know files. Of an object store a process has a copy of its own:
+`fetch` brings what it needs when it first needs it, `keep` sends what it has made. Files appear
+whole in the store too, and of a folder with a manifest that is the last. What is only read (data,
+checkpoints to generate with) is copied into the user cache, for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tina.errors import TinaError
+from tina.files import hash_bytes
+from tina.stores import Store, at_once, below, is_uri, split
+
+MANIFEST = "manifest.json"
+
+
+def user_cache() -> Path:
+    """Tina's folder in the user cache; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tina"
+
+
+def at_hand(location: str, *names: str) -> Path:
+    """A folder or file to read, on this machine: of a URI a copy in the user cache, as it is now.
+
+    Args:
+        names: Folders in it, the first of which that holds files is all that is needed; "" stands
+            for the whole. Default: the whole.
+
+    Raises:
+        ConfigError: pyarrow knows no such store.
+        OSError: It cannot be read.
+    """
+    if not is_uri(location):
+        return Path(location).expanduser()
+    store, (_, name) = Store.open(location), split(location)
+    folder = user_cache() / "copies" / hash_bytes(location.encode())[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    copy, part, files = folder / name, "", dict[str, Any]()
+    with FileLock(folder / "lock"):
+        for part in names or ("",):
+            if files := store.listing(part):
+                break
+        if set(files) == {""}:  # the location is that of a file
+            store.bring({name: files[""]}, folder)
+            return copy
+        store.bring(files, copy)
+        _forget(copy / part, {copy / name for name in files})
+    return copy
+
+
+def _forget(here: Path, known: set[Path]) -> None:
+    """Remove from a copy what has left its store."""
+    if here.is_file():
+        here.unlink()
+    for path in sorted(here.rglob("*"), reverse=True):  # a folder after what is in it
+        if path.is_file() and path not in known:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _own_copy(owner: object) -> Path:
+    """A new folder that goes with its owner, or, if its process is killed, when the next is made.
+
+    A lock tells the dead from the living: the kernel takes it back whatever a process dies of.
+    """
+    home = Path(tempfile.gettempdir())
+    for file in home.glob("tina-*.lock"):
+        # it lives, or is another user's
+        with suppress(Timeout, OSError), FileLock(file, timeout=0):
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            file.unlink(missing_ok=True)
+    folder = home / f"tina-{secrets.token_hex(8)}"
+    lock = FileLock(folder.with_suffix(".lock"), thread_local=False)
+    lock.acquire()
+    folder.mkdir(mode=0o700)
+
+    def drop() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+    weakref.finalize(owner, drop)
+    return folder
+
+
+class Place:
+    """A folder of the storage.
+
+    Attributes:
+        location: Its absolute path or URI.
+        remote: Whether that is a URI.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+        self.remote = is_uri(self.location)
+        self._fetched: set[str] = set()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same folder."""
+        return isinstance(other, Place) and other.location == self.location
+
+    def __hash__(self) -> int:
+        """Of the location."""
+        return hash(self.location)
+
+    def __reduce__(self) -> tuple[type[Place], tuple[str]]:
+        """Another process gets a copy of its own."""
+        return Place, (self.location,)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its files are read and written: itself, or this process's copy of it."""
+        return _own_copy(self) if self.remote else Path(self.location)
+
+    @cached_property
+    def _store(self) -> Store:
+        return Store.open(self.location)
+
+    def fetch(self, name: str, *, whole: bool = False, again: bool = False) -> Path:
+        """A file or folder of that name, there or not; from a store it comes at the first call.
+
+        Args:
+            whole: A folder without its manifest was cut off on its way, and is not there.
+            again: Another process may have written to it since.
+
+        Raises:
+            ConfigError: pyarrow knows no such store.
+            OSError: It cannot be read.
+        """
+        here = self.folder / name
+        if self.remote and (again or name not in self._fetched):
+            files = self._store.listing(name)
+            if not whole or f"{name}/{MANIFEST}" in files:
+                try:
+                    self._store.bring(files, self.folder)
+                except BaseException:
+                    shutil.rmtree(here, ignore_errors=True)  # half of it is not it
+                    raise
+            self._fetched.add(name)
+        return here
+
+    def keep(self, *names: str) -> None:
+        """Send files and folders that this process has written, where there is a store.
+
+        Raises:
+            FileExistsError: A folder with a manifest is there already.
+            OSError: The store cannot be written.
+        """
+        for name in names if self.remote else ():
+            inside = [file for file in (self.folder / name).rglob("*") if file.is_file()]
+            files = [str(file.relative_to(self.folder)) for file in inside] or [name]
+            last = f"{name}/{MANIFEST}"
+            if last in files and self._store.listing(last):
+                there = below(self.location, name)
+                raise FileExistsError(f"{there} exists already; nothing was overwritten")
+            at_once(self._send, [file for file in files if file != last])
+            if last in files:
+                self._send(last)
+            self._fetched.add(name)
+
+    def _send(self, name: str) -> None:
+        self._store.send(self.folder / name, name)
+
+    def names(self) -> set[str]:
+        """What lies directly in the folder, as all processes see it."""
+        if self.remote:
+            from pyarrow.fs import FileSelector
+
+            inside = FileSelector(self._store.path(), allow_not_found=True)
+            return {info.base_name for info in self._store.files.get_file_info(inside)}
+        return {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
+
+    def modified(self, name: str) -> int:
+        """When a file was last written, as all processes see it, in nanoseconds."""
+        if self.remote:
+            return self._store.listing(name)[name].mtime_ns or 0
+        return (self.folder / name).stat().st_mtime_ns
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        (self.folder / name).unlink(missing_ok=True)
+        if self.remote:
+            self._store.files.delete_file(self._store.path(name))
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+        if self.remote:
+            self._store.files.delete_dir(self._store.path())
+
+    def below(self, *names: str) -> Place:
+        """A folder inside it."""
+        return Place(below(self.location, *names))
+
+    def for_ray(self, *names: str) -> dict[str, Any]:
+        """What Ray Train and Tune take: `storage_path` and `storage_filesystem`."""
+        if self.remote:
+            store = self._store
+            return {"storage_path": store.path(*names), "storage_filesystem": store.files}
+        return {"storage_path": str(self.folder.joinpath(*names)), "storage_filesystem": None}
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors speak of the place, not of a copy of it that will be gone.
+
+        Raises:
+            TinaError: Of the kind that was raised within.
+        """
+        try:
+            yield
+        except TinaError as error:
+            if not self.remote:
+                raise
+            raise type(error)(str(error).replace(str(self.folder), self.location)) from error
