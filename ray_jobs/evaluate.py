@@ -28,7 +28,7 @@ from tina.files import read_table
 from tina.metrics import Score
 from tina.report import print_report
 from tina.run import Run
-from tina.storage import Place
+from tina.storage import MANIFEST, Place
 
 PACKED = pa.schema(
     {
@@ -134,7 +134,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 def _tensors_of(directory: Path) -> dict[str, Any]:
     """The manifest of a checkpoint directory but for its model card."""
     check_manifest(directory)
-    manifest = read_table(directory / "manifest.json", CheckpointError)
+    manifest = read_table(directory / MANIFEST, CheckpointError)
     return {name: digest for name, digest in manifest.items() if name != "README.md"}
 
 

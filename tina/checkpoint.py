@@ -36,6 +36,7 @@ from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.storage import MANIFEST
 from tina.tensors import write_tensors
 
 FORMAT_VERSION = 3
@@ -100,7 +101,7 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
         write_tensors(folder / "trunk.safetensors", family.trunk.state_dict())
     (folder / "README.md").write_text(card)
     hashes = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps(hashes, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
 
 def check_manifest(directory: Path) -> str:
@@ -112,13 +113,13 @@ def check_manifest(directory: Path) -> str:
     Raises:
         CheckpointError: No manifest, or a file missing, additional or changed.
     """
-    file = directory / "manifest.json"
+    file = directory / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: it has no manifest.json")
     manifest = read_table(file, CheckpointError)
     # a repository has .gitattributes and, cloned, .git, or downloaded, .cache: none is read
     found = {f.name for f in directory.iterdir() if not f.name.startswith((".git", ".cache"))}
-    found -= {"manifest.json"}
+    found -= {MANIFEST}
     if found != set(manifest):
         odd = ", ".join(sorted(found ^ set(manifest)))
         raise CheckpointError(f"{directory}: files missing or not in the manifest: {odd}")

@@ -87,8 +87,8 @@ def find_source(config: DataConfig) -> Source:
         return _FINDERS[config.name](config.name, user_cache() / "data", not given)
     # of the two kinds that may lie in the folder itself, the whole
     last = [""] if config.name in ("parquet", "folder") else []
-    parts = [x.partition("/")[0] for name, x in TORCHVISION_FOLDERS.items() if name == config.name]
-    root = at_hand(given, config.name, *parts, *last)
+    torchvisions = TORCHVISION_FOLDERS.get(config.name, config.name).partition("/")[0]
+    root = at_hand(given, config.name, torchvisions, *last)
     try:
         return _FINDERS[config.name](config.name, root, False)
     except DataError as error:

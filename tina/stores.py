@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 from tina.errors import ConfigError
@@ -18,7 +18,6 @@ from tina.files import write_whole
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-T = TypeVar("T")
 AT_ONCE = 16  # files on their way
 WHOLE = {"s3", "gcs", "abfs"}
 """Kinds of stores in which what is being written is not there before its end."""
@@ -128,18 +127,18 @@ class Store:
         """
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        folder, _, last = self.path(name).rpartition("/")
-        self.files.create_dir(folder)
         path = self.path(name)
-        if self.files.type_name not in WHOLE:
-            path = f"{folder}/.{last}.{secrets.token_hex(8)}.tmp"
+        folder, _, last = path.rpartition("/")
+        whole = self.files.type_name in WHOLE
+        first = path if whole else f"{folder}/.{last}.{secrets.token_hex(8)}.tmp"
+        self.files.create_dir(folder)
         here = LocalFileSystem()
-        copy_files(str(file), path, source_filesystem=here, destination_filesystem=self.files)
-        if path != self.path(name):
-            self.files.move(path, self.path(name))
+        copy_files(str(file), first, source_filesystem=here, destination_filesystem=self.files)
+        if not whole:
+            self.files.move(first, path)
 
 
-def at_once(work: Callable[[str], T], names: Iterable[str]) -> None:
+def at_once(work: Callable[[str], object], names: Iterable[str]) -> None:
     """Do some work for several files together; the first error is raised."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         list(threads.map(work, names))
