@@ -1,6 +1,7 @@
 """The generator behind the endpoint: loads a checkpoint once, batches what comes in together.
 
-Torch runs in one thread of its own, never on the event loop; pictures are decoded in others.
+Torch runs in one thread of its own, never on the event loop; pictures are decoded in others, and
+the one export to ONNX that a replica needs is another process's.
 Callers get every expected refusal as a `Problem` they are given back, not as an exception: Ray
 would wrap one, with its traceback, and log it as a failure of the replica.
 """
@@ -13,9 +14,10 @@ import hashlib
 import io
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial, wraps
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property, partial, wraps
 from importlib.metadata import version
+from multiprocessing import get_context
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -30,7 +32,7 @@ from serve.metrics import Metrics
 from serve.problems import Problem
 from tina.classifiers import predict_many
 from tina.errors import ConfigError, DataError, PromptError
-from tina.export import OnnxGraph
+from tina.export import OnnxGraph, export_graph
 from tina.images import read_image, resize, shrink, stack_images
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import check_task
@@ -88,7 +90,7 @@ class Replica:
         self.metrics = Metrics()
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-        self._graph = OnnxGraph(self.pipe.generator.family)
+        self._exporter = ThreadPoolExecutor(1, thread_name_prefix="export")
         self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(cache_bytes, getsizeof=size_of)
         making = Making(self.pipe, made=partial(self.metrics.batch, "generate"))
         self._generations = Batcher(making, most=max_batch, executor=self._torch)
@@ -187,6 +189,16 @@ class Replica:
     def _probe(self) -> None:
         self.pipe(list(self.pipe.generator.vocabulary.names[:2]), num_inference_steps=1)
 
+    @cached_property
+    def _graph(self) -> OnnxGraph:
+        """From a process of its own, or nobody else would be served in the meantime."""
+        family = self.pipe.generator.family
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return OnnxGraph(family, process.submit(export_graph, family).result())
+
+    def _to_onnx(self, model: GeneratedModel) -> bytes:
+        return self._graph.fill(model.tensors, model.class_names)
+
     def _predict(
         self, asked: Mapping[int, tuple[GeneratedModel, Tensor]]
     ) -> dict[int, Tensor | Exception]:
@@ -230,8 +242,8 @@ class Replica:
         if format == "safetensors":
             content = model.to_safetensors()
         elif format == "onnx":
-            fill = partial(self._graph.fill, model.tensors, model.class_names)
-            content = await self._in_torch(fill)
+            loop = asyncio.get_running_loop()
+            content = await loop.run_in_executor(self._exporter, self._to_onnx, model)
         family = model.family
         far = "is not close to anything the generator was trained on"
         return Made(

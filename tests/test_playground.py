@@ -125,6 +125,7 @@ def test_a_picture_is_chosen_by_keyboard_and_by_mouse(page):
     page.locator(f'#shown[alt="{SAMPLE.name}"]').wait_for()
     with page.expect_file_chooser():
         page.locator("#drop").click()
+    assert page.locator("#file").input_value() == ""  # so that the same file again is a change
 
 
 def test_a_refusal_is_shown_and_can_be_mended(page):

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import httpx
@@ -181,14 +182,23 @@ def test_onnx_over_http_classifies_as_torch_does(get, model, library):
     assert json.loads(names) == CLASSES
 
 
-def test_one_export_serves_every_number_of_classes(post, library, monkeypatch):
-    """It takes seconds, in which nobody else is served."""
-    post("/v1/models?format=onnx", json=THREE)
+def test_one_export_in_another_process_serves_every_number_of_classes(
+    backend, post, library, monkeypatch
+):
+    """It takes seconds, in which nobody else would be served."""
+    exports = []
 
-    def again(*args, **options):
-        raise AssertionError("exported once more")
+    class Counted(ProcessPoolExecutor):
+        def submit(self, *args):
+            exports.append(args)
+            return super().submit(*args)
 
-    monkeypatch.setattr(torch.onnx, "export", again)
+    def here(*args, **options):
+        raise AssertionError("exported in the replica's process")
+
+    monkeypatch.delitem(vars(backend.replica), "_graph", raising=False)
+    monkeypatch.setattr(serve.replica, "ProcessPoolExecutor", Counted)
+    monkeypatch.setattr(torch.onnx, "export", here)
     images = torch.rand(3, 1, 17, 12)
     for classes in (["one", "two"], ["one", "two", "four", "nine"]):
         prompt = {"classes": classes, "seed": 7}
@@ -197,6 +207,7 @@ def test_one_export_serves_every_number_of_classes(post, library, monkeypatch):
         (logits,) = session.run(None, {"images": images.numpy()})
         expected = library(classes, seed=7).classifier(images)
         np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
+    assert len(exports) == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -148,7 +148,7 @@ def test_the_served_contract(url, mode):
         @given(case=st.one_of(strategies))
         @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         def ask(case):
-            # a replica's first ONNX file of a class count exports the graph: 20 s on a slow machine
+            # a replica's first ONNX file waits for an export of the graph: 20 s on a slow machine
             response = case.call(timeout=60)
             seen.setdefault(case.operation.label, set()).add(response.status_code)
             case.validate_response(response, checks=CHECKS)

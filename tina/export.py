@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 
 import onnx
 import torch
@@ -21,38 +20,45 @@ PREFIX = "network."
 EXPORTED_CLASSES = 2
 
 
-class OnnxGraph:
-    """The graph of a family's classifiers (opset 18): `images` in, `logits` out.
+def export_graph(family: Family) -> bytes:
+    """The graph of a family's classifiers (opset 18), of no meaningful weights, for `OnnxGraph`.
 
-    Takes float32 images (N, C, H, W) in [0, 1] of any N, H and W; resizes and normalises inside.
+    It takes float32 images (N, C, H, W) in [0, 1] of any N, H and W; resizes and normalises inside.
+    torch's exporter holds Python's lock for most of its seconds.
+    """
+    k, side = EXPORTED_CLASSES, family.image_size + 1
+    blank = Classifier(family, torch.ones(family.layout(k).size), ("",) * k)
+    program = torch.onnx.export(
+        blank,
+        (torch.rand(2, family.channels, side, side + 1),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),),
+        # folding could merge a weight into something that has no name
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    # they say the weights' shapes a second time
+    noted = [value for value in model.graph.value_info if value.name.startswith(PREFIX)]
+    for value in noted:
+        model.graph.value_info.remove(value)
+    return model.SerializeToString()
+
+
+class OnnxGraph:
+    """Any classifier of a family as ONNX, `images` in, `logits` out.
+
+    Args:
+        graph: What `export_graph` made of the family.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, graph: bytes) -> None:
         self.family = family
-
-    @cached_property
-    def _model(self) -> onnx.ModelProto:
-        k, side = EXPORTED_CLASSES, self.family.image_size + 1
-        blank = Classifier(self.family, torch.ones(self.family.layout(k).size), ("",) * k)
-        program = torch.onnx.export(
-            blank,
-            (torch.rand(2, self.family.channels, side, side + 1),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),),
-            # folding could merge a weight into something that has no name
-            optimize=False,
-            verbose=False,
-        )
-        assert program is not None
-        model: onnx.ModelProto = program.model_proto
-        # they say the weights' shapes a second time
-        noted = [value for value in model.graph.value_info if value.name.startswith(PREFIX)]
-        for value in noted:
-            model.graph.value_info.remove(value)
-        return model
+        self._model = onnx.ModelProto.FromString(graph)
 
     def fill(self, tensors: Mapping[str, Tensor], class_names: tuple[str, ...]) -> bytes:
         """An ONNX file's content.

@@ -23,7 +23,7 @@ from tina.checkpoint import PRETRAINED, check_manifest, load_generator, save_gen
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
-from tina.export import OnnxGraph
+from tina.export import OnnxGraph, export_graph
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.images import resize
@@ -91,8 +91,8 @@ class GeneratedModel:
 
 def export_onnx(classifier: Classifier, file: Path) -> None:
     """Write a classifier as ONNX; see `tina.export`."""
-    tensors = dict(classifier.network.named_parameters())
-    content = OnnxGraph(classifier.family).fill(tensors, classifier.class_names)
+    tensors, family = dict(classifier.network.named_parameters()), classifier.family
+    content = OnnxGraph(family, export_graph(family)).fill(tensors, classifier.class_names)
     write_whole(file, lambda temporary: temporary.write_bytes(content))
 
 

@@ -191,6 +191,7 @@ function show(file, panels) {
 function takePictures(panels) {
   const drop = $("#drop");
   const input = $("#file");
+  input.addEventListener("click", () => (input.value = "")); // the same file again is a change too
   input.addEventListener("change", () => input.files.length && show(input.files[0], panels));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     drop.addEventListener(kind, (event) => {
