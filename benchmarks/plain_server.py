@@ -40,7 +40,13 @@ def run_plain(checkpoint: str, threads: int, storage: str) -> None:
     from serve.replica import Replica
 
     replica = Replica(
-        checkpoint, device="cpu", threads=threads, max_batch=64, cache_bytes=0, threshold=0.5
+        checkpoint,
+        device="cpu",
+        threads=threads,
+        max_batch=64,
+        max_steps=100,
+        cache_bytes=0,
+        threshold=0.5,
     )
 
     class Here:

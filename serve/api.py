@@ -130,7 +130,7 @@ def build_api(
         "/models",
         status_code=201,
         response_model=ModelReply,
-        responses=problems(400, 401, 406, 413, 415, 422) | {201: {"content": WEIGHTS}},
+        responses=problems(400, 401, 406, 408, 413, 415, 422) | {201: {"content": WEIGHTS}},
         openapi_extra=PROMPT,
     )
     async def create_model(request: Request, format: Format | None = None) -> Response:
@@ -169,7 +169,7 @@ def build_api(
 
     @v1.post(
         "/models/{id}/predict",
-        responses=problems(400, 401, 404, 410, 413, 415, 422),
+        responses=problems(400, 401, 404, 408, 410, 413, 415, 422),
         openapi_extra=PREDICTION,
     )
     async def predict(id: str, request: Request) -> PredictReply:

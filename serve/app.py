@@ -59,6 +59,7 @@ class ServeArgs(BaseModel):
     ingress_replicas: int = Field(1, ge=1)
     ingress_cpus: float = Field(0.25, gt=0)
     max_batch: int = Field(32, ge=1, description="Prompts of one denoising step.")
+    max_steps: int = Field(100, ge=1, description="Denoising steps that a request may ask for.")
     max_queued: int = Field(64, ge=1, description="Requests that wait for a replica, then 503.")
     in_time_s: float = Field(1, gt=0, description="Seconds; requests that would take longer: 503.")
     cache_mb: float = Field(64, ge=0, description="Generated models kept by a replica.")
@@ -100,24 +101,26 @@ class Remote:
             return found
         raise overloaded()
 
-    async def _ask(self, method: str, *args: object) -> Any:
-        with self.gate():
-            return await self._call(method, *args)
+    async def _make(self, method: str, *args: object) -> Made:
+        with self.gate() as answered:
+            made: Made = await self._call(method, *args)
+            if made.anew:
+                answered()
+            return made
 
-    async def create(self, request: ModelRequest, format: Format) -> "Made":
+    async def create(self, request: ModelRequest, format: Format) -> Made:
         """See `serve.api.Backend`."""
-        made: Made = await self._ask("create", request, format)
-        return made
+        return await self._make("create", request, format)
 
-    async def fetch(self, recipe: Recipe, format: Format) -> "Made":
+    async def fetch(self, recipe: Recipe, format: Format) -> Made:
         """See `serve.api.Backend`."""
-        made: Made = await self._ask("fetch", recipe, format)
-        return made
+        return await self._make("fetch", recipe, format)
 
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """See `serve.api.Backend`."""
-        found: list[list[float]] = await self._ask("predict", recipe, images)
-        return found
+        with self.gate():
+            found: list[list[float]] = await self._call("predict", recipe, images)
+            return found
 
     async def info(self) -> Info:
         """See `serve.api.Backend`."""
@@ -218,6 +221,7 @@ def build_app(args: ServeArgs) -> "Application":
         device="cuda" if args.gpus else "cpu",
         threads=args.threads,
         max_batch=args.max_batch,
+        max_steps=args.max_steps,
         cache_bytes=int(args.cache_mb * 2**20),
         threshold=args.familiarity_threshold,
     )

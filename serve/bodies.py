@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from starlette.types import Message
 from serve.problems import Problem
 from tina.schemas import (
     MAX_BODY_BYTES,
+    MAX_CHARACTERS,
     MAX_CLASSES,
     MAX_IMAGE_BYTES,
     MAX_IMAGES,
@@ -24,6 +26,10 @@ from tina.schemas import (
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 MAX_FAULTS = 20  # of one answer
+MAX_ERRORS = 1000  # to choose those from
+# What has no more commas has hardly more values, of which each takes a hundred times its bytes.
+MAX_COMMAS = 2 * MAX_CLASSES * (MAX_CHARACTERS + MAX_IMAGES)
+READ_S = 30
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -34,9 +40,13 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
     Raises:
         Problem: It is not JSON, or not as the schema has it.
     """
+    if body.count(b",") > MAX_COMMAS:
+        raise Problem("too-large", f"a body holds at most {MAX_COMMAS} commas")
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:
+            raise Problem("invalid", f"the body has {error.error_count()} faults") from None
         found = error.errors(include_url=False, include_context=False, include_input=False)
         if found[0]["type"] == "json_invalid":
             raise Problem("malformed", found[0]["msg"]) from None
@@ -70,18 +80,22 @@ async def read_body(request: Request) -> bytes:
     """The whole body.
 
     Raises:
-        Problem: It is too large; the rest is not read.
+        Problem: It is too large, or does not come in time; the rest is not read.
     """
     too_large = Problem("too-large", f"a body holds at most {MAX_BODY_BYTES} bytes")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > MAX_BODY_BYTES:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise too_large
-        parts.append(part)
+    try:
+        async with asyncio.timeout(READ_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise Problem("too-slow", f"a body is sent within {READ_S} s") from None
     return b"".join(parts)
 
 

@@ -4,7 +4,8 @@ A queue bounded by a number is seconds long on a slow machine and needlessly sho
 here the number follows the latency. As long as the fastest answer of a while comes in time, the
 limit grows by one per round; where even that one is late, requests stand in a queue, and the limit
 falls in proportion: additive increase, multiplicative decrease (Chiu and Jain 1989). The fastest
-counts, as in CoDel (RFC 8289), so that a prompt of many steps is not taken for a queue.
+counts, as in CoDel (RFC 8289), so that a prompt of many steps is not taken for a queue; an answer
+that had no queue to stand in tells nothing, and must not be counted.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Gate:
         return self._inside >= self._limit
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Around what a request asks for.
+    def __call__(self) -> Iterator[Callable[[], None]]:
+        """Around what a request asks for; what it gives is called with an answer that has waited.
 
         Raises:
             Problem: It is full.
@@ -52,12 +53,12 @@ class Gate:
         begin = self._clock()
         self._inside += 1
         try:
-            yield
+            yield lambda: self._answered(begin)
         finally:
             self._inside -= 1
-        self._answered(self._clock(), begin)  # what failed, or was given up, tells nothing
 
-    def _answered(self, now: float, begin: float) -> None:
+    def _answered(self, begin: float) -> None:
+        now = self._clock()
         self._fastest = min(self._fastest, now - begin)
         if self._fastest <= self._in_time and 2 * self._inside >= self._limit:
             self._limit += 1 / self._limit

@@ -13,6 +13,7 @@ class Made:
 
     Args:
         content: The weights in the format that was asked for; empty for JSON.
+        anew: Whether it was generated for this request, and not at hand.
     """
 
     recipe: Recipe
@@ -22,3 +23,4 @@ class Made:
     parameters: int
     input_shape: tuple[int, int, int]
     content: bytes
+    anew: bool

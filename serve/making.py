@@ -1,7 +1,7 @@
 """One denoising pass that prompts join, and leave as models, at any of its steps.
 
 The denoiser is told the timestep of each sample, so that one pass serves samples of any age: a
-prompt waits for the step that runs, not for the models of those before it.
+prompt waits for the step that runs, not for the models of those before it, while there is room.
 """
 
 from __future__ import annotations

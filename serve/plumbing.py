@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 from collections.abc import Callable, Sequence
 
@@ -17,9 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.bodies import faults_of
 from serve.problems import MEDIA_TYPE, RETRY_AFTER_S, Problem, kind_of, overloaded
+from tina.schemas import MAX_BODY_BYTES
 
 log = logging.getLogger("ray.serve")
 HEADER = "X-Request-ID"
+LARGE_BYTES = 2**16
+MAX_HELD_BYTES = 2**28  # of large bodies at once
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
     "X-Content-Type-Options": "nosniff",
@@ -27,7 +29,11 @@ SECURITY = {
 
 
 class RequestId:
-    """Names each request: by the caller's own header, or anew. Ray Serve logs the same name."""
+    """Names each request, adds its name and the security headers to the answer.
+
+    Ray Serve logs a request under the header's value, which it makes up where there is none, and
+    adds it to the answer itself: a name is made here only where Ray Serve is not in front.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -37,14 +43,15 @@ class RequestId:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
-        name = given if re.fullmatch(r"[\w-]{1,64}", given, re.ASCII) else secrets.token_hex(16)
+        given = Headers(scope=scope).get(HEADER)
+        name = secrets.token_hex(16) if given is None else given
         scope.setdefault("state", {})["request_id"] = name
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers[HEADER] = name
+                if given is None:
+                    headers[HEADER] = name
                 for key, value in SECURITY.items():
                     headers[key] = value
             await send(message)
@@ -101,18 +108,29 @@ class Head:
 class TurnAway:
     """Refuses, before it is read, what would be refused anyway: in a flood that is what counts.
 
-    Every POST asks something of a generator.
+    Every POST asks something of a generator. Of large bodies only so many are in memory at once.
     """
 
     def __init__(self, app: ASGIApp, full: Callable[[], bool]) -> None:
         self.app, self.full = app, full
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        if scope["type"] == "http" and scope["method"] == "POST" and self.full():
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
+        held = size if size > LARGE_BYTES else 0
+        if self.full() or (held and self._held + held > MAX_HELD_BYTES):
             await respond(Request(scope), overloaded())(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        self._held += held
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._held -= held
 
 
 def respond(request: Request, problem: Problem) -> Response:

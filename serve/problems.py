@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from tina.schemas import Fault, ProblemDocument
 
@@ -15,6 +16,7 @@ KINDS = {
     "unknown-model": (404, "No model has this id"),
     "wrong-method": (405, "The path has other methods"),
     "not-acceptable": (406, "None of the accepted media types can be had"),
+    "too-slow": (408, "The request did not come in time"),
     "checkpoint-gone": (410, "The model's checkpoint is no longer served"),
     "prompt-gone": (410, "The model's prompt is no longer stored"),
     "too-large": (413, "The request is too large"),
@@ -52,7 +54,7 @@ class Problem(Exception):
             title=self.title,
             status=self.status,
             detail=self.detail,
-            instance=f"urn:tina:request:{request_id}",
+            instance=f"urn:tina:request:{quote(request_id)}",
             errors=self.faults,
         )
 

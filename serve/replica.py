@@ -69,6 +69,7 @@ class Replica:
         device: cpu or cuda.
         threads: Of torch.
         max_batch: Prompts of one denoising step, and models of one forward pass.
+        max_steps: Denoising steps that a request may ask for; the checkpoint's own number always.
         cache_bytes: Of generated models.
         threshold: Familiarity below which a class is warned of.
     """
@@ -80,12 +81,15 @@ class Replica:
         device: str,
         threads: int,
         max_batch: int,
+        max_steps: int,
         cache_bytes: int,
         threshold: float,
     ) -> None:
         torch.set_num_threads(threads)
         self.pipe = TinaPipeline.from_pretrained(checkpoint)
         self.pipe.generator.denoiser.to(device)
+        diffusion = self.pipe.generator.config.diffusion
+        self.most_steps = max(diffusion.sampling_steps, min(max_steps, diffusion.timesteps))
         self.threshold = threshold
         self.metrics = Metrics()
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
@@ -115,7 +119,10 @@ class Replica:
         if request.descriptions is not None:
             _refuse(check_task, request.descriptions, max_classes=most, field="descriptions")
             descriptions = tuple(request.descriptions)
-        if request.images is not None:
+        if request.images is None:
+            field = "descriptions" if descriptions else "classes"
+            await self._refuse_unknown(descriptions or names, field)
+        else:
             embedded = await self._embed(request.images)
             embeddings = base64.b64encode(embedded.numpy().tobytes()).decode()
         diffusion = self.pipe.generator.config.diffusion
@@ -130,9 +137,9 @@ class Replica:
         )
         if recipe.guidance != 1 and not self.pipe.generator.takes_guidance:
             raise Problem.of_field("guidance", "must be 1: this generator takes no other")
-        if recipe.steps > diffusion.timesteps:
-            raise Problem.of_field("steps", f"must be at most {diffusion.timesteps}")
-        model = await self._model(recipe)
+        if recipe.steps > self.most_steps:
+            raise Problem.of_field("steps", f"must be at most {self.most_steps}")
+        model, anew = await self._model(recipe)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := self._far(model)):
             faults = [
@@ -140,25 +147,30 @@ class Replica:
                 for i in far
             ]
             raise Problem("unfamiliar", f"the threshold is {self.threshold:g}", faults)
-        return await self._made(recipe, model, format)
+        return await self._made(recipe, model, format, anew=anew)
 
     @answering
     async def fetch(self, recipe: Recipe, format: Format) -> Made:
         """The model of a recipe again."""
-        return await self._made(recipe, await self._model(recipe), format)
+        model, anew = await self._model(recipe)
+        return await self._made(recipe, model, format, anew=anew)
 
     @answering
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """Class probabilities (N, K) of a model on picture files."""
         side = self.pipe.generator.family.image_size
         fit = partial(resize, size=(side, side))
-        pictures, model = await asyncio.gather(
-            asyncio.gather(
-                *[self._picture(file, f"images[{i}]", fit) for i, file in enumerate(images)]
-            ),
-            self._model(recipe),
-        )
-        logits = await self._predictions((model, torch.cat(pictures)))
+        try:
+            async with asyncio.TaskGroup() as group:  # what is left of a refused one is cancelled
+                begun = group.create_task(self._model(recipe))
+                pictures = [
+                    group.create_task(self._picture(file, f"images[{i}]", fit))
+                    for i, file in enumerate(images)
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        model, _ = begun.result()
+        logits = await self._predictions((model, torch.cat([p.result() for p in pictures])))
         return logits.softmax(-1).tolist()
 
     async def info(self) -> Info:
@@ -176,7 +188,7 @@ class Replica:
             steps=diffusion.sampling_steps,
             guidance=diffusion.guidance,
             familiarity_threshold=self.threshold,
-            limits=Limits(classes=generator.max_classes, steps=diffusion.timesteps),
+            limits=Limits(classes=generator.max_classes, steps=self.most_steps),
             licences={"code": "Apache-2.0"},
         )
 
@@ -218,12 +230,14 @@ class Replica:
     async def _in_torch(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._torch, work)
 
-    async def _model(self, recipe: Recipe) -> GeneratedModel:
+    async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
+        """A recipe's model, and whether it was generated now."""
         if recipe.checkpoint != self.pipe.checkpoint:
             raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
         key = hashlib.sha256(recipe.pack()).digest()  # a recipe of pictures is larger than a model
         model = self._cache.get(key)
-        self.metrics.lookup(hit=model is not None)
+        anew = model is None
+        self.metrics.lookup(hit=not anew)
         if model is None:
             self.metrics.waiting.set(len(self._generations))
             try:
@@ -232,12 +246,14 @@ class Replica:
                 self.metrics.waiting.set(len(self._generations))
             if size_of(model) <= self._cache.maxsize:
                 self._cache[key] = model
-        return model
+        return model, anew
 
     def _far(self, model: GeneratedModel) -> list[int]:
         return [i for i, value in enumerate(model.familiarity) if value < self.threshold]
 
-    async def _made(self, recipe: Recipe, model: GeneratedModel, format: Format) -> Made:
+    async def _made(
+        self, recipe: Recipe, model: GeneratedModel, format: Format, *, anew: bool
+    ) -> Made:
         content = b""
         if format == "safetensors":
             content = model.to_safetensors()
@@ -254,7 +270,17 @@ class Replica:
             parameters=model.theta.numel(),
             input_shape=(family.channels, family.image_size, family.image_size),
             content=content,
+            anew=anew,
         )
+
+    async def _refuse_unknown(self, texts: Sequence[str], field: str) -> None:
+        """Refuse what cannot be embedded: to look for what is like it takes longer than a model."""
+        if any(self.pipe.generator.vocabulary.lookup(text) is None for text in texts):
+            check = partial(self.pipe.check_known, texts)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._decoders, check)
+            except PromptError as error:
+                raise Problem.of_field(field, f"cannot be encoded: {error}") from None
 
     async def _picture(self, file: bytes, field: str, fit: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture (1, C, H, W), made small at once: many large ones fit in no memory."""

@@ -184,5 +184,11 @@ def backend(tiny_checkpoint: Path) -> Local:
     """What the HTTP calls stand on, in this process."""
     from serve.replica import Replica
 
-    options = {"threads": 1, "max_batch": 16, "cache_bytes": 2**20, "threshold": 0.5}
+    options = {
+        "threads": 1,
+        "max_batch": 16,
+        "max_steps": 100,
+        "cache_bytes": 2**20,
+        "threshold": 0.5,
+    }
     return Local(Replica(str(tiny_checkpoint), device="cpu", **options))

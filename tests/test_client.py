@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -207,6 +208,15 @@ def test_a_bad_prompt_is_not_sent(kind, options):
     service = Service()
     with pytest.raises(PromptError):
         ask(kind, service, "create", ["a", "b"], **options)
+    assert service.sent == []
+
+
+@kinds
+@pytest.mark.parametrize("images", ["ab", ["a.png", "b.png"], [Path("a.png")] * 2, [b"a", b"b"]])
+def test_pictures_are_a_list_for_each_class(kind, images):
+    service = Service()
+    with pytest.raises(PromptError, match="list for each class"):
+        ask(kind, service, "create", ["a", "b"], images=images)
     assert service.sent == []
 
 

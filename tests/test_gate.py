@@ -7,6 +7,7 @@ import asyncio
 import heapq
 from collections import deque
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,25 +42,32 @@ def room(gate):
     return found
 
 
-def flood(gate, clock, *, mu, rate, seconds, slow=()):
-    """Begin and latency of what is answered, at `rate` requests/s; some take 5 s more: `slow`."""
+def flood(gate, clock, *, mu, rate, seconds, slow=(), at_hand=()):
+    """Begin and latency of what waits and is answered, at `rate` requests/s.
+
+    Some take 5 s more, `slow`, and some stand in no queue, `at_hand`.
+    """
     start = free = clock.now
     ends, answers = [], []
     for i in range(int(rate * seconds)):
         clock.now = start + i / rate
         while ends and ends[0][0] <= clock.now:
-            end, begin, inside = heapq.heappop(ends)
+            end, begin, _, answered, inside = heapq.heappop(ends)
             now, clock.now = clock.now, end
+            answered()
             inside.close()
             clock.now = now
             answers.append((begin - start, end - begin))
         inside = ExitStack()
         try:
-            inside.enter_context(gate())
+            answered = inside.enter_context(gate())
         except Problem:
             continue
+        if i in at_hand:
+            inside.close()
+            continue
         free = max(free, clock.now) + 1 / mu
-        heapq.heappush(ends, (free + (5 if i in slow else 0), clock.now, inside))
+        heapq.heappush(ends, (free + (5 if i in slow else 0), clock.now, i, answered, inside))
     return np.array(answers)
 
 
@@ -78,6 +86,14 @@ def test_a_machine_that_becomes_slower_is_asked_less():
     flood(gate, clock, mu=200, rate=1000, seconds=60)
     answers = flood(gate, clock, mu=20, rate=100, seconds=60)
     assert np.percentile(answers[answers[:, 0] > 20, 1], 99) <= 1.5
+
+
+def test_answers_that_stood_in_no_queue_hide_none():
+    clock = Clock()
+    gate = Gate(1, least=8, clock=clock)
+    at_hand = range(0, 100_000, 5)
+    answers = flood(gate, clock, mu=80, rate=400, seconds=120, at_hand=at_hand)
+    assert np.percentile(answers[answers[:, 0] > 60, 1], 99) <= 1.5
 
 
 def test_the_least_are_let_in_however_long_they_take():
@@ -124,6 +140,7 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
 
         async def remote(self, *args):
             await self.answer.wait()
+            return SimpleNamespace(anew=True)
 
     async def ask():
         remote = Remote(Handle(), Gate(1, least=2))
@@ -138,6 +155,28 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
         await CALLS[2](remote)
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_only_what_was_generated_tells_of_a_queue(anew):
+    class Handle:
+        """A generator that answers at once."""
+
+        def options(self, **options):
+            return self
+
+        async def remote(self, *args):
+            return SimpleNamespace(anew=anew)
+
+    async def ask():
+        for call in CALLS:
+            await call(remote)
+
+    gate = Gate(1, least=2)
+    remote, before = Remote(Handle(), gate), room(gate)
+    for _ in range(10):
+        asyncio.run(ask())
+    assert (room(gate) > before) is anew
 
 
 CALLS = [

@@ -5,8 +5,10 @@ import base64
 import contextlib
 import io
 import json
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from urllib.parse import unquote
 
 import httpx
 import numpy as np
@@ -16,24 +18,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ray.serve._private.http_util import RequestIdMiddleware
 from safetensors.torch import load
 from starlette.requests import Request
 
 import serve.replica
+from serve import bodies, plumbing
 from serve.api import Access, build_api, entity_tag, negotiate
 from serve.app import read_token
 from serve.ids import Ids, Recipe
 from serve.problems import KINDS, Problem
 from tina import TinaPipeline
 from tina.classifiers import Classifier
-from tina.errors import ConfigError
+from tina.errors import ConfigError, PromptError
 from tina.generator import Generator
 from tina.prompts import MAX_CHARACTERS
 from tina.schemas import (
     MAX_BODY_BYTES,
+    MAX_CLASSES,
     MAX_IMAGES,
     MEDIA_TYPES,
     ModelReply,
+    ModelRequest,
     PredictReply,
     ProblemDocument,
 )
@@ -413,11 +419,21 @@ def test_cross_origin_scripts_are_off_unless_named(backend, ids):
 
 
 def test_request_ids(get):
-    assert get("/healthz", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
-    for odd in ("a b", "x" * 65, ""):
-        made = get("/healthz", headers={"x-request-id": odd}).headers["x-request-id"]
-        assert len(made) == 32
-    assert get("/healthz").headers["x-request-id"] != get("/healthz").headers["x-request-id"]
+    found = [get("/v1/nothing") for _ in range(2)]
+    names = [response.headers["x-request-id"] for response in found]
+    assert names[0] != names[1]
+    assert found[0].json()["instance"] == f"urn:tina:request:{names[0]}"
+
+
+@pytest.mark.parametrize("given", ["", "abc-1", "req.2026-11/42 ü", "x" * 300])
+def test_behind_ray_serve_a_request_has_the_name_of_its_log(backend, ids, given):
+    """Ray Serve's own middleware takes any that it is given, and adds it to the answer."""
+    get = partial(calls(RequestIdMiddleware(build_api(backend, ids, Access()))), "GET")
+    response = get("/v1/nothing", headers={"x-request-id": given.encode("latin-1")})
+    assert response.headers.get_list("x-request-id") == [given]
+    assert unquote(response.json()["instance"]) == f"urn:tina:request:{given}"
+    (made,) = get("/v1/nothing").headers.get_list("x-request-id")
+    assert made
 
 
 def test_head_is_get_without_the_body(http, model):
@@ -528,6 +544,78 @@ def test_large_bodies_are_not_read(post):
 
 
 @pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"images": [' + b"[0]," * (bodies.MAX_COMMAS + 1) + b"[0]]}", 413),
+        (json.dumps(dict.fromkeys(map(str, range(bodies.MAX_ERRORS + 1)))).encode(), 422),
+    ],
+    ids=["many values", "many faults"],
+)
+def test_json_of_many_values_is_not_parsed_or_told_one_by_one(post, monkeypatch, body, status):
+    """A value takes a hundred times its bytes, and a fault ten times that."""
+
+    def parsed(*args, **options):
+        raise AssertionError("parsed")
+
+    if status == 413:
+        monkeypatch.setattr(ModelRequest, "model_validate_json", parsed)
+    monkeypatch.setattr(bodies, "faults_of", parsed)
+    refused(post("/v1/models", content=body, headers={"content-type": "application/json"}), status)
+
+
+def test_the_largest_prompt_has_no_more_commas():
+    text = {"classes": [","] * MAX_CLASSES, "images": [["A"] * MAX_IMAGES] * MAX_CLASSES}
+    text["classes"] = ["," * MAX_CHARACTERS] * MAX_CLASSES
+    text["descriptions"] = text["classes"]
+    assert json.dumps(text).count(",") <= bodies.MAX_COMMAS
+
+
+def test_a_body_that_does_not_come_in_time(post, monkeypatch):
+    monkeypatch.setattr(bodies, "READ_S", 0.05)
+
+    async def slow():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    refused(post("/v1/models", content=slow(), headers={"content-type": "application/json"}), 408)
+
+
+def test_large_bodies_wait_for_each_other_and_small_ones_for_none(backend, ids, monkeypatch):
+    monkeypatch.setattr(plumbing, "MAX_HELD_BYTES", 2 * MAX_BODY_BYTES)
+    app, end = build_api(backend, ids, Access()), asyncio.Event()
+    kind = {"content-type": "application/json"}
+
+    async def upload():
+        yield b" "
+        await end.wait()
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
+            send = partial(client.post, "/v1/models", headers=kind)
+            held = [asyncio.create_task(send(content=upload())) for _ in range(2)]
+            await asyncio.sleep(0)
+            while plumbing_of(app)._held < 2 * MAX_BODY_BYTES:
+                await asyncio.sleep(0.01)
+            refused(await send(content=upload()), 503)
+            assert (await send(json=THREE)).status_code == 201
+            end.set()
+            for task in held:
+                refused(await task, 400)
+            assert plumbing_of(app)._held == 0
+
+    asyncio.run(ask())
+
+
+def plumbing_of(app):
+    """The middleware that turns requests away."""
+    layer = app.middleware_stack
+    while not isinstance(layer, plumbing.TurnAway):
+        layer = layer.app
+    return layer
+
+
+@pytest.mark.parametrize(
     ("images", "field"),
     [
         ([], "images"),
@@ -540,6 +628,60 @@ def test_large_bodies_are_not_read(post):
 )
 def test_pictures_that_cannot_be_read(post, model, images, field):
     refused(post(f"/v1/models/{model.id}/predict", json={"images": images}), 422, field)
+
+
+def test_nothing_goes_on_behind_a_refused_prediction(backend):
+    replica = backend.replica
+    first, second = (
+        Recipe(
+            checkpoint=replica.pipe.checkpoint,
+            classes=("three", "five"),
+            seed=seed,
+            steps=100,
+            guidance=1.0,
+        )
+        for seed in (1234, 1235)
+    )
+
+    async def ask():
+        with pytest.raises(Problem, match="no picture"):
+            await backend.predict(first, [b"none"])
+        await backend.fetch(second, "json")  # begun later: the first would have been made too
+
+    asyncio.run(ask())
+    made = [model.seed for model in replica._cache.values()]
+    assert 1235 in made
+    assert 1234 not in made
+
+
+def test_steps_are_bounded(backend, post, get, tiny_checkpoint, monkeypatch):
+    options = {"device": "cpu", "threads": 1, "max_batch": 1, "cache_bytes": 0, "threshold": 0.5}
+    replica = serve.replica.Replica(str(tiny_checkpoint), max_steps=1, **options)
+    own = replica.pipe.generator.config.diffusion.sampling_steps
+    assert replica.most_steps == own > 1
+    monkeypatch.setattr(backend.replica, "most_steps", 10)
+    assert get("/v1/info").json()["limits"]["steps"] == 10
+    assert post("/v1/models", json=THREE | {"steps": 10}).status_code == 201
+    refused(post("/v1/models", json=THREE | {"steps": 11}), 422, "steps")
+
+
+def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
+    backend, post, monkeypatch
+):
+    """It takes longer than a model, and difflib holds Python's lock."""
+    threads = []
+
+    def check(names):
+        threads.append(threading.current_thread().name)
+        raise PromptError("unknown")
+
+    monkeypatch.setattr(backend.replica.pipe, "check_known", check)
+    for change, field in (
+        ({"classes": ["three", "thrice"]}, "classes"),
+        ({"descriptions": ["a", "b", "c"]}, "descriptions"),
+    ):
+        refused(post("/v1/models", json=THREE | change), 422, field)
+    assert [name.split("_")[0] for name in threads] == ["decode"] * 2
 
 
 def test_a_white_picture_is_none_too_bright(post):

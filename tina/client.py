@@ -157,8 +157,11 @@ class _Calls:
         images = options.pop("images", None)
         if isinstance(classes, str):
             raise PromptError(f"classes are a list of names, got {classes!r}")
-        if images is not None and not (images and all(images)):
-            raise PromptError("each class needs a picture where some are given")
+        if images is not None:
+            if isinstance(images, Picture) or any(isinstance(shots, Picture) for shots in images):
+                raise PromptError("pictures are a list for each class, also where there is one")
+            if not (images and all(images)):
+                raise PromptError("each class needs a picture where some are given")
         try:
             request = ModelRequest.model_validate({"classes": list(classes), **options})
         except ValidationError as error:
@@ -180,7 +183,7 @@ class _Calls:
         return response.content
 
     def _predict(self, id: str, images: Sequence[Picture]) -> Flow[PredictReply]:
-        if isinstance(images, (str, bytes, Path)):
+        if isinstance(images, Picture):
             raise PromptError("pictures are a list, also where there is one")
         if not images:
             raise PromptError("there is no picture to classify")

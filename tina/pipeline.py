@@ -258,15 +258,26 @@ class TinaPipeline:
         vocabulary = self.generator.vocabulary
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
-        if new and self.generator.config.prompt.encoder == "table":
-            close = difflib.get_close_matches(normalise_name(new[0]), vocabulary.names)
-            closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
-            raise PromptError(
-                f"the checkpoint does not know {shorten(new[0], 60)!r}{closest}; free text needs "
-                "one trained with prompt.encoder open_clip or sentence"
-            )
+        self.check_known(new)
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         return torch.stack([next(encoded) if vector is None else vector for vector in known])
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Make sure that names can be embedded.
+
+        Raises:
+            PromptError: See `embed_names`.
+        """
+        vocabulary = self.generator.vocabulary
+        new = next((name for name in names if vocabulary.lookup(name) is None), None)
+        if new is None or self.generator.config.prompt.encoder != "table":
+            return
+        close = difflib.get_close_matches(normalise_name(new), vocabulary.names)
+        closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
+        raise PromptError(
+            f"the checkpoint does not know {shorten(new, 60)!r}{closest}; free text needs "
+            "one trained with prompt.encoder open_clip or sentence"
+        )
 
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, (N, C, H, W) each in [0, 1].
