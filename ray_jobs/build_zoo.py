@@ -30,7 +30,7 @@ from tina.generic import save_generic, train_generic
 from tina.run import Run
 from tina.storage import Place
 from tina.tasks import Task
-from tina.zoo import build_rows, open_zoo, zoo_schema
+from tina.zoo import ZOO, build_rows, open_zoo, zoo_schema
 
 
 def ensure_generic(run: Run) -> None:
@@ -147,10 +147,10 @@ def build_zoo(run: Run, kind: str) -> Build:
     """
     folder = run.base.fetch(kind)
     tasks = run.zoo_tasks(kind)
-    begun = (folder / "zoo.json").exists()
+    begun = (folder / ZOO).exists()
     done = open_zoo(folder, run.describe_zoo(kind))
     if not begun:
-        run.base.keep(f"{kind}/zoo.json")
+        run.base.keep(f"{kind}/{ZOO}")
     missing = [task.task_id for task in tasks if task.task_id not in done]
     label = {"zoo": "zoo", "direct": "direct fine-tuning"}[kind]
     build = Build()

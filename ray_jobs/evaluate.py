@@ -110,6 +110,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Raises:
         ConfigError: There is no trained generator, or the checkpoint is of another one.
+        DataError: The data set is not the one that the zoo was made of.
     """
     if not run.trained.is_dir():
         raise ConfigError(
@@ -122,6 +123,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             f"checkpoint/ in {run.place.location} holds another generator than trained/: "
             "remove one of them"
         )
+    run.check_data()
     run.regressor()  # a wrong one must not be told of at the end
     start_ray()
     build_zoo(run, "direct")

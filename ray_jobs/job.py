@@ -155,7 +155,10 @@ def variables() -> dict[str, str]:
     names = ("TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
     # a job runs in another working directory than yours
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    found = {k: place if is_uri(place) else os.path.abspath(place) for k, place in given.items()}
+    found = {
+        k: place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
+        for k, place in given.items()
+    }
     return found | {"TINA_COMMIT": commit()}
 
 

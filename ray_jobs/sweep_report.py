@@ -16,7 +16,7 @@ from ray_jobs.train import PROGRESS, last_state, part_of
 from ray_jobs.trial import read_history
 from tina.checkpoint import load_generator
 from tina.configio import config_to_dict
-from tina.errors import DataError
+from tina.errors import ConfigError, DataError
 from tina.files import write_text
 from tina.run import Run
 from tina.space import Search, config_values
@@ -32,6 +32,7 @@ from tina.sweep import (
     write_outcomes,
 )
 from tina.training import Progress
+from tina.zoo import ZOO
 
 
 def last_progress(run: Run) -> Progress | None:
@@ -78,7 +79,11 @@ def task_accuracies(base: Run, run: Run, *, untrained: bool = False) -> NDArray[
 
 
 def lend(base: Run, place: Place) -> None:
-    """Give another run's place the base run's generic model and zoo, as links if it can be."""
+    """Give another run's place the base run's generic model and zoo, as links if it can be.
+
+    Raises:
+        ConfigError: It is in use with another zoo.
+    """
 
     def link(source: str, target: str) -> None:
         Path(target).unlink(missing_ok=True)
@@ -87,10 +92,15 @@ def lend(base: Run, place: Place) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    folder, file = place.folder, base.generic_file
+    folder, file, zoo = place.folder, base.generic_file, base.base.fetch("zoo")
+    there = place.fetch(f"zoo/{ZOO}")
+    if there.is_file() and there.read_bytes() != (zoo / ZOO).read_bytes():
+        if place.fetch("config.yaml").is_file():
+            raise ConfigError(f"{place.location} holds a run on another zoo: remove it")
+        place.below("zoo").clear()  # rows of two zoos never mix
     folder.mkdir(parents=True, exist_ok=True)
     link(str(file), str(folder / file.name))
-    shutil.copytree(base.base.fetch("zoo"), folder / "zoo", copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(zoo, folder / "zoo", copy_function=link, dirs_exist_ok=True)
     place.keep(file.name, "zoo")
 
 

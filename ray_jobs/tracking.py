@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tina.configio import config_to_dict
 from tina.errors import ConfigError
+from tina.files import hash_bytes
 from tina.run import Run
 
 
@@ -37,14 +38,16 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
     """Where a training's figures go.
 
     Args:
-        start: Step that training starts or goes on from; what was logged behind it is dropped or
+        start: Step that training starts or goes on from; what was logged after it is dropped or
             written over.
     """
     kind = run.config.tracking
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start)
+        writer = SummaryWriter(
+            str(run.folder / "tensorboard"), purge_step=start + 1 if start else None
+        )
 
         def log(step: int, figures: Mapping[str, float]) -> None:
             for name, value in figures.items():
@@ -78,7 +81,8 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
 
         logged = wandb.init(
             project="tina",
-            id=run.config.name,
+            name=run.config.name,
+            id=hash_bytes(run.place.location.encode())[:16],
             dir=str(run.folder),
             config=config_to_dict(run.config),
             resume="allow",

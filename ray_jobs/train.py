@@ -32,7 +32,7 @@ from tina.run import Run
 from tina.storage import Place
 from tina.stores import Store, below
 from tina.training import Progress, Validate, train
-from tina.zoo import open_zoo, read_rows, zoo_of
+from tina.zoo import ZOO, open_zoo, read_rows, zoo_of
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, UserCallback
@@ -201,7 +201,7 @@ def check_zoo(run: Run) -> None:
         DataError: It is not.
     """
     folder = run.base.fetch("zoo")
-    if not (folder / "zoo.json").is_file():
+    if not (folder / ZOO).is_file():
         raise DataError(f"{run.base.location} holds no zoo: run ray_jobs.build_zoo first")
     done = open_zoo(folder, run.describe_zoo("zoo"))
     tasks = [task.task_id for task in run.zoo_tasks("zoo")]
@@ -311,7 +311,7 @@ def train_generator(run: Run) -> Generator:
     print(json.dumps({"train": result.metrics}))
     generator = load_generator(run.start)
     generator.denoiser.load_state_dict(dict(progress.best))
-    if not run.config.train.condition_dropout:
+    if not run.config.train.unconditional:
         generator.denoiser.null_cond.zero_()  # nothing has trained it: `Generator.takes_guidance`
     card = f"Trained for {progress.step} steps; accuracy on select images of validation tasks: "
     save_generator(generator, run.trained, card=f"{card}{progress.best_accuracy:.4f}.\n")

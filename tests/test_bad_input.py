@@ -660,7 +660,11 @@ def _no_work(run):
         ),
         (
             ["--diffusion.guidance", "2", "--train.condition_dropout", "0"],
-            "diffusion.guidance other than 1 needs train.condition_dropout above 0",
+            "diffusion.guidance other than 1 needs train.condition_dropout and train.weight_loss",
+        ),
+        (
+            ["--diffusion.guidance", "2", "--train.weight_loss", "0"],
+            "diffusion.guidance other than 1 needs train.condition_dropout and train.weight_loss",
         ),
         (["--train.condition_dropout", "-0.1"], "TrainConfig.condition_dropout is a share"),
         (["--storage", "runs"], "storage must be an absolute path"),

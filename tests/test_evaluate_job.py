@@ -17,7 +17,7 @@ import ray_jobs.evaluate
 from ray_jobs.evaluate import evaluate, pack, unpack, work
 from ray_jobs.job import run_job
 from tina.checkpoint import check_manifest, load_generator, save_generator
-from tina.errors import ConfigError
+from tina.errors import ConfigError, DataError
 from tina.evaluation import CELL_TASKS
 from tina.metrics import Score
 from tina.run import Run
@@ -86,6 +86,20 @@ def test_it_wants_a_trained_generator(run, capsys):
     assert printed == f"error: {run.folder} holds no trained generator: run ray_jobs.train first\n"
 
 
+@pytest.mark.parametrize("kind", ["zoo", "direct"])
+def test_images_that_are_no_longer_the_zoos_are_refused(run, tiny_run, without_ray, kind):
+    """They are cut into other partitions: training may have seen those of the report."""
+    if kind == "direct":
+        shutil.copytree(tiny_run.folder / "direct", run.folder / "direct")
+    file = run.folder / kind / "zoo.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"dataset_fingerprint": "0" * 64}))
+    for measure in (evaluate, lambda run: run.evaluate(load_generator(run.trained))):
+        with pytest.raises(DataError, match=f"{kind} was made of other images than digits has now"):
+            measure(run)
+    assert not run.report_file.exists()
+
+
 def test_a_checkpoint_of_another_generator_is_refused(run, tiny_run, without_ray):
     save_generator(tiny_run.new_generator(), run.checkpoint, card="Another one.\n")
     before = files(run.checkpoint)
@@ -108,6 +122,7 @@ def test_the_checkpoint_is_released_with_its_numbers(run, without_ray):
     released, trained = files(run.checkpoint), files(run.trained)
     differing = {name for name in released if released[name] != trained[name]}
     assert differing == {"README.md", "manifest.json"}
+    assert report["checkpoint"] == json.loads(released["manifest.json"])["model.safetensors"]
     accuracy = report["axes"]["unseen_combination"]["methods"]["tina"]["accuracy"]
     assert f"| tina | {100 * accuracy:.1f} |".encode() in released["README.md"]
 

@@ -110,9 +110,11 @@ def test_submitted_lines_name_absolute_storage_and_carry_the_commit():
 
 def test_the_runtime_environment_is_json(monkeypatch):
     monkeypatch.setenv("TINA_DATA", "../some/where")  # a job runs elsewhere
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")  # as an environment file has it
     done = subprocess.run(
         [sys.executable, "-m", "ray_jobs.job"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     variables = json.loads(done.stdout)["env_vars"]
     assert variables["TINA_DATA"] == str(ROOT.parent / "some" / "where")
+    assert variables["XDG_CACHE_HOME"] == str(Path.home() / "cache")
     assert variables["TINA_COMMIT"]

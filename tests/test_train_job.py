@@ -1,6 +1,7 @@
 """Training on Ray Train with DeepSpeed: every ZeRO stage, any number of ranks, killed workers."""
 
 import shutil
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ray_jobs.engine import deepspeed_config
 from ray_jobs.job import start_ray
-from ray_jobs.tracking import check_tracking
+from ray_jobs.tracking import check_tracking, open_tracking
 from ray_jobs.train import PROGRESS, check_zoo, train_generator, train_on_rank
 from tina import TinaPipeline
 from tina.checkpoint import load_generator, save_generator
@@ -90,10 +91,19 @@ def test_a_tracker_that_is_not_installed(tiny_run, tmp_path, kind, monkeypatch):
         check_tracking(run)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1])
-def test_what_no_training_has_reached_is_zero_in_the_end(tiny_run, tmp_path, monkeypatch, share):
+@pytest.mark.parametrize(
+    ("train", "reached"),
+    [
+        ({"condition_dropout": 0.0}, False),
+        ({"condition_dropout": 0.1}, True),
+        ({"condition_dropout": 0.1, "weight_loss": 0.0}, False),  # fresh tasks keep theirs
+    ],
+)
+def test_what_no_training_has_reached_is_zero_in_the_end(
+    tiny_run, tmp_path, monkeypatch, train, reached
+):
     """Guidance would lead away from it; see `Generator.takes_guidance`."""
-    run = trial(tiny_run, tmp_path, train={"condition_dropout": share})
+    run = trial(tiny_run, tmp_path, train=train)
     save_generator(run.new_generator(), run.start, card="x")
 
     state = tmp_path / "state"
@@ -104,8 +114,38 @@ def test_what_no_training_has_reached_is_zero_in_the_end(tiny_run, tmp_path, mon
     for name in ("check_zoo", "check_stage", "check_tracking"):
         monkeypatch.setattr(f"ray_jobs.train.{name}", lambda run: None)
     monkeypatch.setattr("ray_jobs.train.build_trainer", lambda run: trainer)
-    assert train_generator(run).takes_guidance is (share > 0)
-    assert load_generator(run.trained).takes_guidance is (share > 0)
+    assert train_generator(run).takes_guidance is reached
+    assert load_generator(run.trained).takes_guidance is reached
+
+
+def test_curves_go_on_without_a_gap(tiny_run, tmp_path):
+    """The losses of the state that a training goes on from were logged before it."""
+    run = trial(tiny_run, tmp_path)
+    for start, steps in ((0, (100, 200, 300)), (200, (250,))):
+        tracker = open_tracking(run, start=start)
+        for step in steps:
+            tracker.log(step, {"weight_loss": float(step)})
+        tracker.close()
+        time.sleep(1)  # a file's name has the second
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("weight_loss")] == [100, 200, 250]
+
+
+def test_wandb_knows_a_run_by_its_place(tiny_run, tmp_path, monkeypatch):
+    begun = []
+
+    def init(**options):
+        begun.append(options)
+        return SimpleNamespace(define_metric=lambda *args, **options: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for storage in ("one", "other", "one"):
+        run = trial(tiny_run, tmp_path / storage)
+        open_tracking(Run(replace(run.config, tracking="wandb")), start=0)
+    first, second, again = (options["id"] for options in begun)
+    assert first == again != second
+    assert {options["name"] for options in begun} == {"trial"}
 
 
 def test_without_a_zoo(tiny_run, tmp_path):

@@ -352,6 +352,31 @@ def test_what_is_lent_is_not_written_twice(tmp_path):
     assert os.path.samefile(tmp_path / "best" / "generic.safetensors", run.generic_file)
 
 
+def test_rows_of_two_zoos_are_not_lent_together(tmp_path):
+    from ray_jobs.sweep_report import lend
+
+    def base(name):
+        folder = tmp_path / name
+        (folder / "zoo").mkdir(parents=True)
+        (folder / "generic.safetensors").write_text(name)
+        (folder / "zoo" / "zoo.json").write_text(name)
+        (folder / "zoo" / f"part-{name}.parquet").write_text(name)
+        return SimpleNamespace(base=Place(folder), generic_file=folder / "generic.safetensors")
+
+    def lent():
+        return sorted(file.name for file in (tmp_path / "best" / "zoo").iterdir())
+
+    old, new = base("old"), base("new")
+    lend(old, Place(tmp_path / "best"))
+    lend(new, Place(tmp_path / "best"))
+    assert lent() == ["part-new.parquet", "zoo.json"]
+    (tmp_path / "best" / "config.yaml").write_text("in use")
+    with pytest.raises(ConfigError, match="holds a run on another zoo: remove it"):
+        lend(old, Place(tmp_path / "best"))
+    assert lent() == ["part-new.parquet", "zoo.json"]
+    assert (tmp_path / "best" / "generic.safetensors").read_text() == "new"
+
+
 # --- with Ray -------------------------------------------------------------------------------------
 
 

@@ -79,10 +79,8 @@ class TaskConfig:
                 "tasks.min_classes must lie between 2 and tasks.max_classes, "
                 f"got {self.min_classes} and {self.max_classes}"
             )
-        if not 0 <= self.excluded_fraction < 1:
-            raise ConfigError(
-                f"tasks.excluded_fraction must lie in [0, 1), got {self.excluded_fraction}"
-            )
+        if not 0 <= (share := self.excluded_fraction) < 1:
+            raise ConfigError(f"tasks.excluded_fraction must lie in [0, 1), got {share}")
         positive(self, "train", "val", "held_out")
         not_negative(self, "seed")
         distinct(self, "unseen_counts")
@@ -177,9 +175,8 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "heads", "chunk")
         if self.width % (2 * self.heads):
-            raise ConfigError(
-                f"denoiser.width must be a multiple of 2 * heads, got {self.width} and {self.heads}"
-            )
+            found = f"{self.width} and {self.heads}"
+            raise ConfigError(f"denoiser.width must be a multiple of 2 * heads, got {found}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +225,7 @@ class TrainConfig:
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         min_snr: Below this SNR it counts in proportion (Hang et al. 2023); 0, or no noise: in full.
         function_loss: Factor of the function-space loss (cross-entropy through theta).
-        condition_dropout: Share of samples trained without condition, for guidance.
+        condition_dropout: Share of p-models trained on without condition, for guidance.
         lr: Peak learning rate; linear warm-up, cosine to zero.
         warmup: Share of the steps spent warming up.
         weight_decay: AdamW's decoupled weight decay.
@@ -269,6 +266,11 @@ class TrainConfig:
         if self.function_loss > 0 and self.fresh_tasks < 1:
             raise ConfigError("train.function_loss above 0 needs train.fresh_tasks above 0")
 
+    @property
+    def unconditional(self) -> bool:
+        """Whether anything is trained without condition: fresh tasks never are."""
+        return self.condition_dropout > 0 and self.weight_loss > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -282,8 +284,7 @@ class EvaluationConfig:
         bootstrap: Resamples for the intervals.
         sampling_steps: Step counts of the accuracy-against-steps curve; those above T are left out.
         mixer_steps: Training steps of the mixer baseline (`tina.mixer`); 0 leaves its row out.
-        regressor: Name of a trained run beside this one that differs in `diffusion` alone, whose
-            schedule is none: a row of the report.
+        regressor: Name of a run beside this one, but for schedule none the same: a row.
     """
 
     direct_tasks: int = 20
@@ -377,10 +378,9 @@ class JobConfig:
             paths["prompt.weights"] = self.prompt.weights
         absolute(paths)
         plain_name("name", self.name)
-        if self.diffusion.guidance != 1 and not self.train.condition_dropout:
-            raise ConfigError(
-                "diffusion.guidance other than 1 needs train.condition_dropout above 0"
-            )
+        if self.diffusion.guidance != 1 and not self.train.unconditional:
+            keys = "train.condition_dropout and train.weight_loss"
+            raise ConfigError(f"diffusion.guidance other than 1 needs {keys} above 0")
         parts = self.cluster.train_workers * self.train.accumulation
         for key in ("zoo_batch", "fresh_tasks"):
             if getattr(self.train, key) % parts:

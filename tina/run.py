@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save
 from torch import Tensor
 
 from tina.batches import Source
@@ -52,8 +51,9 @@ from tina.sources import find_source
 from tina.storage import Place
 from tina.stores import below, split
 from tina.tasks import Task, TaskSpace, build_task_space
+from tina.tensors import pack_tensors
 from tina.validation import validator
-from tina.zoo import Zoo, describe_zoo, read_zoo
+from tina.zoo import Zoo, check_images, describe_zoo, read_zoo
 
 CURVATURE_TASKS = 100
 """Tasks whose mean curvature the codec is made of."""
@@ -241,6 +241,15 @@ class Run:
             self.config.tasks.max_classes,
         )
 
+    def check_data(self) -> None:
+        """Make sure that `report` images were in no training: others are drawn from other data.
+
+        Raises:
+            DataError: The data set is not the one that the zoo was made of.
+        """
+        for kind in ("zoo", "direct"):
+            check_images(self.base.fetch(kind), self.dataset)
+
     def read_zoo(self, kind: str) -> Zoo:
         """The rows of a folder."""
         return read_zoo(self.base.fetch(kind))
@@ -314,7 +323,12 @@ class Run:
         return validator(generator, self.dataset, self.store, self.space.val)
 
     def evaluation(self, generator: Generator) -> Evaluation:
-        """What a generator is measured by."""
+        """What a generator is measured by.
+
+        Raises:
+            DataError: The images are not those that the zoo learned from.
+        """
+        self.check_data()
         wanted = {task.task_id for task in self.zoo_tasks("direct")}
         return Evaluation(
             generator=generator,
@@ -366,10 +380,9 @@ class Run:
         for cell, found in spread(evaluation):
             scores[cell] = found
             on_progress(len(scores), len(evaluation.cells))
-        weights = {k: v.contiguous() for k, v in generator.denoiser.state_dict().items()}
         report = evaluation.report(
             scores,
-            checkpoint=hash_bytes(save(weights)),
+            checkpoint=hash_bytes(pack_tensors(generator.denoiser.state_dict())),
             commit=commit(),
             hardware=hardware(),
             novelty=novelty(evaluation),

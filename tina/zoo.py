@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
+ZOO = "zoo.json"
 
 
 def zoo_schema(theta_size: int) -> pa.Schema:
@@ -112,7 +113,7 @@ def open_zoo(folder: Path, description: Mapping[str, Any]) -> set[str]:
     Raises:
         DataError: The folder holds a zoo of another description.
     """
-    file = folder / "zoo.json"
+    file = folder / ZOO
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(description, indent=1))
@@ -125,6 +126,22 @@ def open_zoo(folder: Path, description: Mapping[str, Any]) -> set[str]:
             "choose another name or remove it; rows of two recipes are never mixed"
         )
     return set(read_zoo(folder).task_ids) if list(folder.glob("*.parquet")) else set()
+
+
+def check_images(folder: Path, dataset: Dataset) -> None:
+    """Make sure that a zoo, where there is one, was made of a data set as it is now.
+
+    Raises:
+        DataError: It was not: other images are cut into other partitions.
+    """
+    file = folder / ZOO
+    if not file.exists():
+        return
+    if read_table(file, DataError).get("dataset_fingerprint") != dataset.fingerprint:
+        raise DataError(
+            f"{folder} was made of other images than {dataset.name} has now: "
+            "training may have seen those of the report"
+        )
 
 
 def read_zoo(folder: Path) -> Zoo:
