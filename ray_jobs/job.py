@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from textwrap import shorten
 
 import yaml
@@ -25,6 +26,7 @@ from tina.stores import is_uri
 
 MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for the entrypoint of `ray job submit`
+SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name of the actor that holds the job's process
 LESS_MEMORY = {
     "a pool worker": "lower cluster.zoo_block or cluster.zoo_workers",
     "training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
@@ -197,14 +199,31 @@ def on_gpu() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
+@cache
+def own_share() -> dict[str, Mapping[str, float]]:
+    """By node, what this job's process holds to its end (`--entrypoint-num-cpus`)."""
+    if SUBMITTED not in os.environ:
+        return {}
+    from ray.util.state import list_actors
+
+    job = json.loads(os.environ[SUBMITTED])["metadata"]["job_submission_id"]
+    name = SUPERVISOR.format(job)
+    found = list_actors(filters=[("class_name", "=", "JobSupervisor")], detail=True)
+    mine = [actor for actor in found if actor.name == name]
+    return {str(actor.node_id): actor.required_resources or {} for actor in mine}
+
+
 def capacity(each: Mapping[str, float]) -> int:
-    """How many workers of these resources the cluster could hold if it were idle."""
+    """How many workers of these resources the cluster could hold beside this job's process."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(
-        min(int(node.get(name, 0) / need + 1e-6) for name, need in each.items()) for node in nodes
-    )
+    own, room = own_share(), 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            taken = own.get(node["NodeID"], {})
+            free = {k: total - taken.get(k, 0) for k, total in node["Resources"].items()}
+            room += min(int(free.get(name, 0) / need + 1e-6) for name, need in each.items())
+    return room
 
 
 def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float) -> None:
@@ -230,8 +249,9 @@ def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float)
                 what = " and ".join(f"{need:g} {name}" for name, need in each.items())
                 lower = f"lower {key}, " if workers > 1 else ""
                 raise ConfigError(
-                    f"{key} needs {workers} x {what}, and the cluster holds {room} of them after "
-                    f"{wait_s:g} s: {lower}add nodes or raise cluster.wait_s"
+                    f"{key} needs {workers} x {what}, and the cluster holds {room} of them"
+                    f"{' beside the job itself' if own_share() else ''} after {wait_s:g} s: "
+                    f"{lower}add nodes or raise cluster.wait_s"
                 )
             time.sleep(0.5)
     finally:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
-from ray_jobs.job import capacity, leave_ray, on_gpu, require, run_job, start_ray
+from ray_jobs.job import capacity, leave_ray, on_gpu, own_share, require, run_job, start_ray
 from ray_jobs.tracking import check_tracking
 from tina.config import JobConfig
 from tina.configio import parse_config
@@ -80,7 +80,8 @@ def at_once(search: Search) -> int:
     sweep = search.sweep
     each = {"CPU": sweep.cpus} | ({"GPU": 1.0} if on_gpu() else {})
     require(sweep.workers, each, key="sweep.workers", wait_s=search.config.cluster.wait_s)
-    need, cpus = sweep.workers * sweep.cpus + DRIVER_CPUS, ray.cluster_resources()["CPU"]
+    need, own = sweep.workers * sweep.cpus + DRIVER_CPUS, own_share().values()
+    cpus = ray.cluster_resources()["CPU"] - sum(held.get("CPU", 0) for held in own)
     if need > cpus:
         raise ConfigError(
             f"a trial needs {need:g} CPUs with its own process, and the cluster has {cpus:g}: "

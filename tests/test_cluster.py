@@ -226,8 +226,8 @@ def nodes(monkeypatch):
     return found, asked
 
 
-def node(alive=True, **resources):
-    return {"Alive": alive, "Resources": resources}
+def node(alive=True, name="", **resources):
+    return {"Alive": alive, "NodeID": name, "Resources": resources}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,18 @@ def test_capacity_counts_whole_workers_on_living_nodes(nodes, each, expected):
     found, _ = nodes
     found += [node(CPU=8.0, GPU=2.0), node(CPU=5.0, GPU=1.0), node(GPU=4.0), node(False, CPU=64.0)]
     assert job.capacity(each) == expected
+
+
+def test_capacity_leaves_the_job_its_own_process(nodes, monkeypatch):
+    """`--entrypoint-num-cpus` holds a worker's place to the end: ranks would wait for ever."""
+    found, _ = nodes
+    found += [node(name="head"), node(name="a", CPU=2.0), node(name="b", CPU=2.0)]
+    assert job.capacity({"CPU": 1.0}) == 4
+    monkeypatch.setattr(job, "own_share", lambda: {"b": {"CPU": 1.0}})
+    assert job.capacity({"CPU": 1.0}) == 3
+    assert job.capacity({"CPU": 2.0}) == 1
+    with pytest.raises(ConfigError, match="holds 1 of them beside the job itself after 0 s"):
+        job.require(2, {"CPU": 2.0}, key="cluster.train_workers", wait_s=0)
 
 
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(0, 20))

@@ -61,6 +61,19 @@ class Shell:
         )
 
 
+def refuse_more_ranks_than_fit_beside_the_job(shell, line, folder, config):
+    """The cluster could hold them if it were idle, and Ray Train would wait for ever."""
+    mine = line.replace("ray job submit", "ray job submit --entrypoint-num-cpus 1")
+    mine = mine.replace("configs/quickstart.yaml", str(config))
+    mine = mine.replace('"$PWD/runs"', str(folder / "runs"))
+    ranks = (
+        f"--cluster.train_workers 2 --cluster.train_cpus {os.cpu_count() / 2} --cluster.wait_s 1"
+    )
+    done = shell.run(f"{mine} {ranks}")
+    assert done.returncode != 0
+    assert "the cluster holds 1 of them beside the job itself after 1 s" in done.stdout
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_each_job_of_the_readme_is_submitted_and_succeeds(tmp_path, tiny_file):
@@ -75,6 +88,8 @@ def test_each_job_of_the_readme_is_submitted_and_succeeds(tmp_path, tiny_file):
             assert done.returncode == 0, done.stdout
         for job in ("build_zoo", "train", "evaluate", "tune"):
             for line in lines(f"ray_jobs.{job}"):
+                if job == "train":
+                    refuse_more_ranks_than_fit_beside_the_job(shell, line, tmp_path, tiny_file)
                 mine = line.replace("configs/quickstart.yaml", str(tiny_file))
                 mine = mine.replace("configs/tune_digits.yaml", str(space))
                 mine = mine.replace('"$PWD/runs"', str(tmp_path / "runs"))
