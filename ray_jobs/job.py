@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from textwrap import shorten
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -201,16 +202,22 @@ def on_gpu() -> bool:
 
 @cache
 def own_share() -> dict[str, Mapping[str, float]]:
-    """By node, what this job's process holds to its end (`--entrypoint-num-cpus`)."""
+    """By node, what this job's process holds to its end (`--entrypoint-num-cpus`), if anything.
+
+    Not known, and none, where the dashboard listens on its own node alone and the job is elsewhere.
+    """
     if SUBMITTED not in os.environ:
         return {}
     from ray.util.state import list_actors
+    from ray.util.state.exception import RayStateApiException
 
     job = json.loads(os.environ[SUBMITTED])["metadata"]["job_submission_id"]
-    name = SUPERVISOR.format(job)
-    found = list_actors(filters=[("class_name", "=", "JobSupervisor")], detail=True)
-    mine = [actor for actor in found if actor.name == name]
-    return {str(actor.node_id): actor.required_resources or {} for actor in mine}
+    supervisor: list[Any] = [("name", "=", SUPERVISOR.format(job)), ("state", "=", "ALIVE")]
+    try:
+        found = list_actors(filters=supervisor, detail=True)
+    except RayStateApiException:
+        return {}
+    return {str(actor.node_id): held for actor in found if (held := actor.required_resources)}
 
 
 def capacity(each: Mapping[str, float]) -> int:
@@ -242,7 +249,8 @@ def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float)
     if capacity(each) >= workers:
         return
     limit = time.monotonic() + wait_s
-    request_resources(bundles=[dict(each)] * workers)
+    # the autoscaler counts what is held already as part of what is asked for
+    request_resources(bundles=[dict(each)] * workers + [*map(dict, own_share().values())])
     try:
         while (room := capacity(each)) < workers:
             if time.monotonic() >= limit:

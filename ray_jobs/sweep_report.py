@@ -21,7 +21,7 @@ from tina.files import write_text
 from tina.run import Run
 from tina.space import Search, config_values
 from tina.storage import Place
-from tina.stores import below
+from tina.stores import below, split
 from tina.sweep import (
     Outcome,
     Scale,
@@ -93,8 +93,11 @@ def lend(base: Run, place: Place) -> None:
             shutil.copy2(source, target)
 
     folder, file, zoo = place.folder, base.generic_file, base.base.fetch("zoo")
-    there = place.fetch(f"zoo/{ZOO}")
-    if there.is_file() and there.read_bytes() != (zoo / ZOO).read_bytes():
+    if there := place.below("zoo").names():
+        # a part's name has its tasks, which zoo.json has not
+        same = there == {part.name for part in zoo.iterdir()}
+        if same and place.fetch(f"zoo/{ZOO}").read_bytes() == (zoo / ZOO).read_bytes():
+            return
         if place.fetch("config.yaml").is_file():
             raise ConfigError(f"{place.location} holds a run on another zoo: remove it")
         place.below("zoo").clear()  # rows of two zoos never mix
@@ -102,6 +105,12 @@ def lend(base: Run, place: Place) -> None:
     link(str(file), str(folder / file.name))
     shutil.copytree(zoo, folder / "zoo", copy_function=link, dirs_exist_ok=True)
     place.keep(file.name, "zoo")
+
+
+def best_place(base: Run, search: Search) -> Place:
+    """Where `train` puts what a sweep's best.yaml says."""
+    name = f"{base.config.name}-{search.sweep.name}-best"
+    return Place(below(base.config.storage, name))
 
 
 def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -> None:
@@ -141,12 +150,11 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     write_outcomes(outcomes, scale, sweep.folder / "trials.parquet")
     title = f"{base.config.name}: {len(outcomes)} trials of sweep {search.sweep.name}"
     plot_outcomes(outcomes, scale, title=title, file=sweep.folder / "pareto.png")
-    name = f"{base.config.name}-{search.sweep.name}-best"
+    _, name = split(best_place(base, search).location)
     config = replace(best.config, name=name, storage=base.config.storage)
     plain = yaml.safe_dump(config_to_dict(config), sort_keys=False)
     write_text(sweep.folder / "best.yaml", f"# {said}\n{plain}")
     sweep.keep("trials.parquet", "pareto.png", "best.yaml")
-    lend(base, Place(below(config.storage, name)))
     print_outcomes(outcomes, list(search.space), scale)
     if len(outcomes) < len(trials):
         print(f"{len(trials) - len(outcomes)} trials failed before their first validation.")

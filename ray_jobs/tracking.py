@@ -46,7 +46,7 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(
-            str(run.folder / "tensorboard"), purge_step=start + 1 if start else None
+            str(run.folder / "tensorboard"), purge_step=start + 1 if start else 0
         )
 
         def log(step: int, figures: Mapping[str, float]) -> None:

@@ -151,6 +151,8 @@ def ended(results: ResultGrid, search: Search) -> dict[str, Exception | None]:
 
 def work(run: Run, search: Search) -> None:
     """The whole job."""
+    from ray_jobs.sweep_report import best_place, lend, publish
+
     # what the run has settled, with a trial's own resources
     search = replace(search, config=replace(run.config, cluster=search.config.cluster))
     sweep = run.place.below("tune", search.sweep.name)
@@ -164,11 +166,10 @@ def work(run: Run, search: Search) -> None:
     at_once(search)
     ensure_generic(run)
     build_zoo(run, "zoo")
+    lend(run, best_place(run, search))  # now: that it is in use must not be told of at the end
     write_text(sweep.folder / SWEEP, yaml.safe_dump(search.plain(), sort_keys=False))
     sweep.keep(SWEEP)
     results = build_tuner(run, search).fit()
-    from ray_jobs.sweep_report import publish
-
     leave_ray()
     publish(run, search, ended(results, search))
 

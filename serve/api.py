@@ -116,12 +116,16 @@ def _readable(media: str) -> bool:
 
 
 def build_api(
-    backend: Backend, ids: Ids, access: Access, *, full: Callable[[], bool] = lambda: False
+    backend: Backend,
+    ids: Ids,
+    access: Access,
+    *,
+    full: Callable[[str], bool] = lambda path: False,
 ) -> FastAPI:
     """The service as an ASGI application.
 
     Args:
-        full: Whether the backend would refuse whatever is asked of it.
+        full: Whether the backend would refuse whatever a path asks of it.
     """
     app = FastAPI(docs_url=None, redoc_url=None)  # their pages come from elsewhere
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(Guard(access))])

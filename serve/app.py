@@ -79,8 +79,14 @@ class ServeArgs(BaseModel):
 class Remote:
     """The generator deployment as the backend of the HTTP calls."""
 
-    def __init__(self, handle: DeploymentHandle[Any], gate: Gate) -> None:
-        self._handle, self.gate = handle, gate
+    def __init__(self, handle: DeploymentHandle[Any], *, in_time_s: float, at_once: int) -> None:
+        self._handle = handle
+        # one may stand in a long queue for the denoising pass, the other in none
+        self._making, self._predicting = (Gate(in_time_s, least=at_once) for _ in range(2))
+
+    def full(self, path: str) -> bool:
+        """Whether a request to that path would be turned away."""
+        return (self._predicting if path.endswith("/predict") else self._making).full()
 
     async def _call(self, method: str, *args: object) -> Any:
         handle = self._handle.options(
@@ -102,9 +108,9 @@ class Remote:
         raise overloaded()
 
     async def _make(self, method: str, *args: object) -> Made:
-        with self.gate() as answered:
+        with self._making() as answered:
             made: Made = await self._call(method, *args)
-            if made.anew:
+            if made.anew:  # what was at hand stood in no queue
                 answered()
             return made
 
@@ -118,8 +124,9 @@ class Remote:
 
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """See `serve.api.Backend`."""
-        with self.gate():
+        with self._predicting() as answered:
             found: list[list[float]] = await self._call("predict", recipe, images)
+            answered()
             return found
 
     async def info(self) -> Info:
@@ -150,10 +157,10 @@ class Ingress:
         folder = Path(storage)
         self._ids = Ids(key or load_key(folder), storage=folder, keep_s=keep_s)
         self._access = access
-        self._remote = Remote(generator, Gate(in_time_s, least=at_once))
+        self._remote = Remote(generator, in_time_s=in_time_s, at_once=at_once)
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
-        return build_api(self._remote, self._ids, self._access, full=self._remote.gate.full)
+        return build_api(self._remote, self._ids, self._access, full=self._remote.full)
 
 
 def storage_of(args: ServeArgs) -> str:

@@ -29,7 +29,7 @@ MAX_FAULTS = 20  # of one answer
 MAX_ERRORS = 1000  # to choose those from
 # What has no more commas has hardly more values, of which each takes a hundred times its bytes.
 MAX_COMMAS = 2 * MAX_CLASSES * (MAX_CHARACTERS + MAX_IMAGES)
-READ_S = 30
+READ_S = 60  # as a request may take in cluster/
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -16,12 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.bodies import faults_of
 from serve.problems import MEDIA_TYPE, RETRY_AFTER_S, Problem, kind_of, overloaded
-from tina.schemas import MAX_BODY_BYTES
 
 log = logging.getLogger("ray.serve")
 HEADER = "X-Request-ID"
 LARGE_BYTES = 2**16
-MAX_HELD_BYTES = 2**28  # of large bodies at once
+MAX_HELD_BYTES = 2**28
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
     "X-Content-Type-Options": "nosniff",
@@ -108,29 +107,36 @@ class Head:
 class TurnAway:
     """Refuses, before it is read, what would be refused anyway: in a flood that is what counts.
 
-    Every POST asks something of a generator. Of large bodies only so many are in memory at once.
+    Every POST asks something of a generator. Of large bodies only so much is in memory at once.
     """
 
-    def __init__(self, app: ASGIApp, full: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, full: Callable[[str], bool]) -> None:
         self.app, self.full = app, full
-        self._held = 0
+        self.held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "")
-        size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
-        held = size if size > LARGE_BYTES else 0
-        if self.full() or (held and self._held + held > MAX_HELD_BYTES):
+        if self.full(scope["path"]):
             await respond(Request(scope), overloaded())(scope, receive, send)
             return
-        self._held += held
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            size = len(message.get("body", b""))
+            taken, self.held = taken + size, self.held + size
+            if taken > LARGE_BYTES and self.held > MAX_HELD_BYTES:
+                raise overloaded()
+            return message
+
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, counted, send)
         finally:
-            self._held -= held
+            self.held -= taken
 
 
 def respond(request: Request, problem: Problem) -> Response:
@@ -147,7 +153,7 @@ def respond(request: Request, problem: Problem) -> Response:
     return Response(body, problem.status, headers, media_type=MEDIA_TYPE)
 
 
-def install(app: FastAPI, *, origins: Sequence[str], full: Callable[[], bool]) -> None:
+def install(app: FastAPI, *, origins: Sequence[str], full: Callable[[str], bool]) -> None:
     """Add all of this to an application."""
 
     @app.exception_handler(Problem)

@@ -1,6 +1,7 @@
 """Jobs on a cluster that changes: lost nodes, too few nodes, too little memory, broken workers."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -242,7 +244,7 @@ def test_capacity_counts_whole_workers_on_living_nodes(nodes, each, expected):
 
 def test_capacity_leaves_the_job_its_own_process(nodes, monkeypatch):
     """`--entrypoint-num-cpus` holds a worker's place to the end: ranks would wait for ever."""
-    found, _ = nodes
+    found, asked = nodes
     found += [node(name="head"), node(name="a", CPU=2.0), node(name="b", CPU=2.0)]
     assert job.capacity({"CPU": 1.0}) == 4
     monkeypatch.setattr(job, "own_share", lambda: {"b": {"CPU": 1.0}})
@@ -250,6 +252,29 @@ def test_capacity_leaves_the_job_its_own_process(nodes, monkeypatch):
     assert job.capacity({"CPU": 2.0}) == 1
     with pytest.raises(ConfigError, match="holds 1 of them beside the job itself after 0 s"):
         job.require(2, {"CPU": 2.0}, key="cluster.train_workers", wait_s=0)
+    assert asked[0] == [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}]
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_what_a_submitted_job_holds(monkeypatch, reachable):
+    import ray.util.state
+    from ray.util.state.exception import ServerUnavailable
+
+    def list_actors(filters, detail):
+        assert filters[0] == ("name", "=", "_ray_internal_job_actor_raysubmit_1")
+        if not reachable:
+            raise ServerUnavailable
+        return [SimpleNamespace(node_id="b", required_resources={"CPU": 1.0})]
+
+    monkeypatch.setattr(ray.util.state, "list_actors", list_actors)
+    monkeypatch.setenv(
+        job.SUBMITTED, json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
+    )
+    job.own_share.cache_clear()
+    try:
+        assert job.own_share() == ({"b": {"CPU": 1.0}} if reachable else {})
+    finally:
+        job.own_share.cache_clear()
 
 
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(0, 20))

@@ -143,12 +143,19 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
             return SimpleNamespace(anew=True)
 
     async def ask():
-        remote = Remote(Handle(), Gate(1, least=2))
+        remote = Remote(Handle(), in_time_s=1, at_once=2)
         asked = [asyncio.create_task(call(remote)) for call in CALLS[:2]]
         await asyncio.sleep(0)
-        for call in CALLS:
+        for call in CALLS[:2]:
             with pytest.raises(Problem, match="overloaded"):
                 await call(remote)
+        assert remote.full("/v1/models")
+        assert not remote.full("/v1/models/x/predict")
+        asked += [asyncio.create_task(CALLS[2](remote)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Problem, match="overloaded"):
+            await CALLS[2](remote)
+        assert remote.full("/v1/models/x/predict")
         info = asyncio.create_task(remote.info())  # which tells whether it is ready
         Handle.answer.set()
         await asyncio.gather(info, *asked)
@@ -158,7 +165,7 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
 
 
 @pytest.mark.parametrize("anew", [True, False])
-def test_only_what_was_generated_tells_of_a_queue(anew):
+def test_only_what_was_generated_or_predicted_tells_of_a_queue(anew):
     class Handle:
         """A generator that answers at once."""
 
@@ -172,11 +179,11 @@ def test_only_what_was_generated_tells_of_a_queue(anew):
         for call in CALLS:
             await call(remote)
 
-    gate = Gate(1, least=2)
-    remote, before = Remote(Handle(), gate), room(gate)
+    remote = Remote(Handle(), in_time_s=1, at_once=2)
     for _ in range(10):
         asyncio.run(ask())
-    assert (room(gate) > before) is anew
+    assert (room(remote._making) > 2) is anew
+    assert room(remote._predicting) > 2
 
 
 CALLS = [

@@ -121,7 +121,7 @@ def test_what_no_training_has_reached_is_zero_in_the_end(
 def test_curves_go_on_without_a_gap(tiny_run, tmp_path):
     """The losses of the state that a training goes on from were logged before it."""
     run = trial(tiny_run, tmp_path)
-    for start, steps in ((0, (100, 200, 300)), (200, (250,))):
+    for start, steps in ((0, (100, 200)), (0, (100, 200, 300)), (200, (250,))):
         tracker = open_tracking(run, start=start)
         for step in steps:
             tracker.log(step, {"weight_loss": float(step)})

@@ -345,6 +345,7 @@ def test_what_is_lent_is_not_written_twice(tmp_path):
     (base / "zoo").mkdir(parents=True)
     (base / "generic.safetensors").write_bytes(b"generic")
     (base / "zoo" / "part-0.parquet").write_bytes(b"rows")
+    (base / "zoo" / "zoo.json").write_text("{}")
     run = SimpleNamespace(base=Place(base), generic_file=base / "generic.safetensors")
     for _ in range(2):
         lend(run, Place(tmp_path / "best"))
@@ -352,25 +353,28 @@ def test_what_is_lent_is_not_written_twice(tmp_path):
     assert os.path.samefile(tmp_path / "best" / "generic.safetensors", run.generic_file)
 
 
-def test_rows_of_two_zoos_are_not_lent_together(tmp_path):
+@pytest.mark.parametrize("said", [["old", "new"], ["the same", "the same"]])
+def test_rows_of_two_zoos_are_not_lent_together(tmp_path, said):
+    """Also of other tasks, of which zoo.json says nothing."""
     from ray_jobs.sweep_report import lend
 
-    def base(name):
+    def base(name, said):
         folder = tmp_path / name
         (folder / "zoo").mkdir(parents=True)
         (folder / "generic.safetensors").write_text(name)
-        (folder / "zoo" / "zoo.json").write_text(name)
+        (folder / "zoo" / "zoo.json").write_text(said)
         (folder / "zoo" / f"part-{name}.parquet").write_text(name)
         return SimpleNamespace(base=Place(folder), generic_file=folder / "generic.safetensors")
 
     def lent():
         return sorted(file.name for file in (tmp_path / "best" / "zoo").iterdir())
 
-    old, new = base("old"), base("new")
+    old, new = map(base, ("old", "new"), said)
     lend(old, Place(tmp_path / "best"))
     lend(new, Place(tmp_path / "best"))
     assert lent() == ["part-new.parquet", "zoo.json"]
     (tmp_path / "best" / "config.yaml").write_text("in use")
+    lend(new, Place(tmp_path / "best"))
     with pytest.raises(ConfigError, match="holds a run on another zoo: remove it"):
         lend(old, Place(tmp_path / "best"))
     assert lent() == ["part-new.parquet", "zoo.json"]

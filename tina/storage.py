@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 
 def user_cache() -> Path:
     """Tina's folder in the user cache; XDG_CACHE_HOME moves it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tina"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tina"
 
 
 def at_hand(location: str, *names: str) -> Path:
