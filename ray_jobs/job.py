@@ -154,15 +154,14 @@ def _layers(error: BaseException) -> Iterator[BaseException]:
 
 
 def variables() -> dict[str, str]:
-    """Environment variables that travel with a job, for those of its workers and for `submit`."""
-    names = ("TINA_DATA", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
-    # a job runs in another working directory than yours
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    found = {
-        k: place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
-        for k, place in given.items()
-    }
-    return found | {"TINA_COMMIT": commit()}
+    """Environment variables that travel with a job, for those of its workers and for `submit`.
+
+    Caches do not: another machine has its own.
+    """
+    found, place = {"TINA_COMMIT": commit()}, os.environ.get("TINA_DATA")
+    if place:  # a job runs in another working directory than yours
+        found["TINA_DATA"] = place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
+    return found
 
 
 def start_ray() -> None:

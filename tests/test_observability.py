@@ -20,7 +20,15 @@ BOARDS = {file.stem: json.loads(file.read_text()) for file in FOLDER.glob("*.jso
 RAY = Path(ray.__file__).parent
 # From KubeRay's reference of its operator's metrics; the operator is not at hand to be asked.
 KUBERAY = {"kuberay_job_deployment_status": {"name", "namespace", "deployment_status"}}
-FUNCTIONS = {"histogram_quantile", "max_over_time", "rate", "increase", "sum", "max"}
+FUNCTIONS = {
+    "histogram_quantile",
+    "max_over_time",
+    "last_over_time",
+    "rate",
+    "increase",
+    "sum",
+    "max",
+}
 FUNCTIONS |= {"min", "avg", "count"}
 
 
@@ -93,14 +101,14 @@ def plain(query):
 
 def metrics(query):
     """The names of what is measured: what is neither a label nor a function."""
-    bare = re.sub(r"\bby \([^)]*\)", "", re.sub(r"\[\w+\]", "", plain(query)))
+    bare = re.sub(r"\b(?:by|on) \([^)]*\)", "", re.sub(r"\[\w+\]", "", plain(query)))
     return set(re.findall(r"\b[a-z][a-z_]*_[a-z_]+\b", bare)) - FUNCTIONS
 
 
 def labels(query):
     """The labels that a query groups or selects by."""
     grouped = [
-        x.strip() for part in re.findall(r"\bby \(([^)]*)\)", query) for x in part.split(",")
+        x.strip() for part in re.findall(r"\b(?:by|on) \(([^)]*)\)", query) for x in part.split(",")
     ]
     selected = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', query)
     return set(grouped + selected) - {"le"}
@@ -194,6 +202,7 @@ def rays_labels():
     grouped = re.findall(r"\bby ?\(([^)]*)\)", shown)
     selected = re.findall(r"\{\{\{([^}]*)\}\}\}", shown)
     return {
+        *re.findall(r'(\w+)=~"\$', shown),
         *(word for part in declared for word in re.findall(r'"(\w+)"', part)),
         *(word for part in grouped for word in re.findall(r"\w+", part)),
         *(word for part in selected for word in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", part)),
@@ -257,6 +266,8 @@ def test_what_takes_too_long_counts_as_failed():
     served = (ROOT / "cluster" / "kuberay" / "base" / "rayservice.yaml").read_text()
     assert "request_timeout_s:" in served
     overload = 'error_code="503"'
+    every = [query for query in queries() if "error_code" in query]
+    assert all('route!~"/-/.*"}[5m])) / ' in " ".join(query.split()) for query in every)
     failed = [query for query in queries() if "error_code" in query and overload not in query]
     assert failed
     assert all('error_code=~"5..|408",error_code!="503"' in query for query in failed)

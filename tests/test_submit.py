@@ -123,13 +123,20 @@ def test_submitted_lines_name_absolute_storage_and_carry_the_commit():
             assert '--runtime-env-json "$(python -m ray_jobs.job)"' in line
 
 
-def test_the_runtime_environment_is_json(monkeypatch):
-    monkeypatch.setenv("TINA_DATA", "../some/where")  # a job runs elsewhere
-    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")  # as an environment file has it
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("../some/where", str(ROOT.parent / "some" / "where")),  # a job runs elsewhere
+        ("~/data", str(Path.home() / "data")),  # as an environment file has it
+        ("s3://bucket/data", "s3://bucket/data"),
+    ],
+)
+def test_the_runtime_environment_is_json(monkeypatch, given, sent):
+    monkeypatch.setenv("TINA_DATA", given)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/somebody/.cache")  # which no other machine has
     done = subprocess.run(
         [sys.executable, "-m", "ray_jobs.job"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     variables = json.loads(done.stdout)["env_vars"]
-    assert variables["TINA_DATA"] == str(ROOT.parent / "some" / "where")
-    assert variables["XDG_CACHE_HOME"] == str(Path.home() / "cache")
-    assert variables["TINA_COMMIT"]
+    assert variables.pop("TINA_COMMIT")
+    assert variables == {"TINA_DATA": sent}
