@@ -110,7 +110,8 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
     pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=draw)
     labels = torch.arange(images) % CLASSES
     store = InputStore(family, Views(images=pixels), device=device)
-    pictures, scaled = Pictures(pixels, labels), (Family.scale(pixels), labels)
+    pictures = Pictures(pixels, labels)
+    scaled = Family.scale(pixels).to(device), labels.to(device)
     lessons = [
         Lesson(class_ids=tuple(range(CLASSES)), index=torch.arange(images), labels=labels, seed=i)
         for i in range(models)

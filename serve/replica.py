@@ -33,7 +33,7 @@ from serve.problems import Problem
 from tina.classifiers import predict_many
 from tina.errors import ConfigError, DataError, PromptError
 from tina.export import OnnxGraph, export_graph
-from tina.images import read_image, resize, shrink, stack_images
+from tina.images import fit, read_image, shrink, stack_images
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import check_task
 from tina.schemas import MAX_PIXELS, Fault, Format, Info, Limits, ModelRequest
@@ -159,12 +159,12 @@ class Replica:
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """Class probabilities (N, K) of a model on picture files."""
         side = self.pipe.generator.family.image_size
-        fit = partial(resize, size=(side, side))
+        at_size = partial(fit, side=side)
         try:
             async with asyncio.TaskGroup() as group:  # what is left of a refused one is cancelled
                 begun = group.create_task(self._model(recipe))
                 pictures = [
-                    group.create_task(self._picture(file, f"images[{i}]", fit))
+                    group.create_task(self._picture(file, f"images[{i}]", at_size))
                     for i, file in enumerate(images)
                 ]
         except ExceptionGroup as errors:
@@ -282,12 +282,12 @@ class Replica:
             except PromptError as error:
                 raise Problem.of_field(field, f"cannot be encoded: {error}") from None
 
-    async def _picture(self, file: bytes, field: str, fit: Callable[[Tensor], Tensor]) -> Tensor:
+    async def _picture(self, file: bytes, field: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture (1, C, H, W), made small at once: many large ones fit in no memory."""
         channels = self.pipe.generator.family.channels
 
         def read() -> Tensor:
-            return fit(
+            return cut(
                 read_image(
                     io.BytesIO(file), channels=channels, max_pixels=MAX_PIXELS, formats=PICTURES
                 )

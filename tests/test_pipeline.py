@@ -335,13 +335,13 @@ def test_saved_classifier_gives_the_same_bits(pipe, tiny_checkpoint, tmp_path):
 
 
 def test_classifier_is_fit_for_photographs(pipe):
-    """Any size; what it does inside is resize, normalise, run the network."""
+    """Any size; what it does inside is cut, resize, normalise, run the network."""
     model = pipe(TASK)
     family, images = model.family, torch.rand(3, 1, 8, 8)
     want = family.logits(model.theta, images * 2 - 1, num_classes=3)
     close(model.classifier(images), want)
     large = torch.rand(3, 1, 21, 34)
-    small = F.interpolate(large, size=(8, 8), mode="bilinear", antialias=True)
+    small = F.interpolate(large[..., 6:27], size=(8, 8), mode="bilinear", antialias=True)
     want = family.logits(model.theta, small * 2 - 1, num_classes=3)
     close(model.classifier(large), want)
 
@@ -418,6 +418,20 @@ def test_another_encoder_is_refused(pipe):
     other = TinaPipeline(replace(pipe.generator, config=config), checkpoint="x")
     with pytest.raises(ConfigError, match=r"minilm-l6-v2.*was trained in.*hash-ngram-v1"):
         other(["zero", "an otter"])
+
+
+@pytest.mark.parametrize("size", [(28, 28), (28, 41), (41, 28), (28, 29)])
+def test_a_classifier_sees_the_centre_square(pipe, size):
+    """As data sets are cut: an oblong picture is not squashed."""
+    height, width = size
+    photo = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    top, left = (height - 28) // 2, (width - 28) // 2
+    cut = photo[..., top : top + 28, left : left + 28]
+    classifier = pipe(TASK, seed=1).classifier
+    assert torch.equal(classifier(photo), classifier(cut))
+    shots = [photo, photo.flip(0)] if size == (28, 28) else [photo, cut]
+    first, second = pipe.embed_images(shots)
+    assert torch.allclose(first, second, atol=1e-6)
 
 
 # --- ONNX -----------------------------------------------------------------------------------------

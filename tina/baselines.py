@@ -113,7 +113,7 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 def _least_squares(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """argmin ||x w - y||^2 + penalty * mean(diag(x'x)) * ||w||^2, in its dual form: few samples."""
+    """argmin ||x w - y||^2 + penalty * mean(diag(xx')) * ||w||^2, in its dual form: few samples."""
     gram = x @ x.T
     scale = penalty * gram.diagonal().mean()
     return x.T @ torch.linalg.solve(gram + scale * torch.eye(len(x)), y)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from tina.images import resize
+from tina.images import fit
 from tina.layout import ParamLayout
 from tina.tensors import write_tensors
 from tina.views import Views
@@ -274,8 +274,8 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K); resizes (antialiased bilinear) and normalises inside."""
-        x = resize(images, (self.family.image_size, self.family.image_size))
+        """Logits (N, K); cuts the centre square, resizes (antialiased bilinear), normalises."""
+        x = fit(images, self.family.image_size)
         return cast(Tensor, self.network(self.family.embed(x)))
 
 

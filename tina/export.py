@@ -23,8 +23,8 @@ EXPORTED_CLASSES = 2
 def export_graph(family: Family) -> bytes:
     """The graph of a family's classifiers (opset 18), of no meaningful weights, for `OnnxGraph`.
 
-    It takes float32 images (N, C, H, W) in [0, 1] of any N, H and W; resizes and normalises inside.
-    torch's exporter holds Python's lock for most of its seconds.
+    It takes float32 images (N, C, H, W) in [0, 1] of any N, H and W; cuts the centre square,
+    resizes and normalises inside. torch's exporter holds Python's lock for most of its seconds.
     """
     k, side = EXPORTED_CLASSES, family.image_size + 1
     blank = Classifier(family, torch.ones(family.layout(k).size), ("",) * k)

@@ -57,23 +57,38 @@ def read_image(
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (N, C, H, W) at another size, bilinear with antialiasing."""
+def resize(images: Tensor, side: int) -> Tensor:
+    """Images (N, C, H, W) as (N, C, side, side), bilinear with antialiasing."""
+    size = (side, side)
     return torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
+def square(images: Tensor) -> Tensor:
+    """The centre squares of images (N, C, H, W): what data sets are cut to, and CLIP's pictures."""
+    height, width = images.shape[-2:]
+    side = torch.sym_min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    if not torch.compiler.is_exporting():
+        return images[..., top : top + side, left : left + side]
+    # a graph of any H and W would not know the size of a slice
+    places = torch.arange(side)
+    return images.index_select(-2, places + top).index_select(-1, places + left)
+
+
+def fit(images: Tensor, side: int) -> Tensor:
+    """The centre squares of images at `side` pixels: what a classifier sees of a photograph."""
+    return resize(square(images), side)
+
+
 def shrink(image: Tensor) -> Tensor:
-    """An image (N, C, H, W), its longer side `LONGEST` where it was more."""
-    height, width = image.shape[-2:]
-    scale = LONGEST / max(height, width)
-    if scale >= 1:
-        return image
-    return resize(image, (max(1, round(scale * height)), max(1, round(scale * width))))
+    """The centre square of an image (N, C, H, W), its side `LONGEST` where it was more."""
+    cut = square(image)
+    return cut if cut.shape[-1] <= LONGEST else resize(cut, LONGEST)
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Images (1, C, H, W) of any sizes as (N, C, H, W), shrunk, at the size of the largest."""
+    """Images (1, C, H, W) of any sizes as (N, C, S, S), shrunk, at the size of the largest."""
     shrunk = [shrink(image) for image in images]
-    height, width = max((image.shape[-2:] for image in shrunk), key=math.prod)
-    stacked = torch.cat([resize(image, (height, width)) for image in shrunk])
+    side = max(image.shape[-1] for image in shrunk)
+    stacked = torch.cat([resize(image, side) for image in shrunk])
     return stacked.clamp(0, 1)  # antialiasing overshoots by a rounding

@@ -26,7 +26,7 @@ from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.files import write_whole
 from tina.generator import Generator
-from tina.images import resize
+from tina.images import fit
 from tina.prompts import check_task, normalise_name, pad, split_sentence
 from tina.storage import at_hand
 from tina.stores import is_uri
@@ -301,13 +301,8 @@ class TinaPipeline:
             means = [self.encoder.encode_images(shots).mean(0) for shots in images]
             return F.normalize(torch.stack(means), dim=-1)
         family = self.generator.family
-        size = (family.image_size, family.image_size)
-        return torch.stack(
-            [
-                self.generator.embed_shots(family.embed(resize(shots.float(), size)))
-                for shots in images
-            ]
-        )
+        seen = [family.embed(fit(shots.float(), family.image_size)) for shots in images]
+        return torch.stack([self.generator.embed_shots(shots) for shots in seen])
 
     def generate(
         self,

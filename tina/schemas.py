@@ -106,7 +106,7 @@ class ModelReply(_Schema):
     family: str
     parameters: int
     input_shape: Annotated[
-        list[int], Field(description="C, H, W that images of any size are resized to.")
+        list[int], Field(description="C, H, W; of images of any size the centre square is resized.")
     ]
     checkpoint: Annotated[str, Field(description="sha256 of the checkpoint's manifest.")]
     links: Annotated[dict[str, str], Field(description="Paths of safetensors, onnx and predict.")]
