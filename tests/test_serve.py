@@ -697,11 +697,12 @@ def test_a_white_picture_is_none_too_bright(post):
 
 def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, monkeypatch):
     """Each is made small before the next is read, and none is scaled up to another's size."""
-    shapes, stack = [], serve.replica.stack_images
+    shapes, held, stack = [], [], serve.replica.stack_images
 
     def watched(images):
         found = stack(images)
         shapes.append(tuple(found.shape[-2:]))
+        held.append(max(image.untyped_storage().nbytes() for image in images))
         return found
 
     monkeypatch.setattr(serve.replica, "stack_images", watched)
@@ -711,6 +712,11 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, mon
     shots = [[large] + [b64(picture())] * 3] * 3
     assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
     assert shapes == [(512, 512)] * 3
+    long = io.BytesIO()
+    Image.new("L", (100, 40_000)).save(long, "PNG")
+    shots = [[b64(long.getvalue())]] * 3
+    assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
+    assert max(held) <= 4 * 512 * 512  # bytes: no cut keeps the whole picture
     predicted = post(f"/v1/models/{model.id}/predict", json={"images": [large, b64(picture())]})
     assert predicted.status_code == 200
 

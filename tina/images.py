@@ -64,15 +64,17 @@ def resize(images: Tensor, side: int) -> Tensor:
 
 
 def square(images: Tensor) -> Tensor:
-    """The centre squares of images (N, C, H, W): what data sets are cut to, and CLIP's pictures."""
+    """The centre squares of images (N, C, H, W), as data sets are cut."""
     height, width = images.shape[-2:]
-    side = torch.sym_min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
     if not torch.compiler.is_exporting():
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
         return images[..., top : top + side, left : left + side]
     # a graph of any H and W would not know the size of a slice
-    places = torch.arange(side)
-    return images.index_select(-2, places + top).index_select(-1, places + left)
+    places = torch.arange(torch.sym_min(height, width))
+    side = places.shape[0]
+    rows, columns = places + (height - side) // 2, places + (width - side) // 2
+    return images.index_select(-2, rows).index_select(-1, columns)
 
 
 def fit(images: Tensor, side: int) -> Tensor:
@@ -83,7 +85,8 @@ def fit(images: Tensor, side: int) -> Tensor:
 def shrink(image: Tensor) -> Tensor:
     """The centre square of an image (N, C, H, W), its side `LONGEST` where it was more."""
     cut = square(image)
-    return cut if cut.shape[-1] <= LONGEST else resize(cut, LONGEST)
+    # a copy, for the cut alone would keep the whole picture in memory
+    return cut.clone() if cut.shape[-1] <= LONGEST else resize(cut, LONGEST)
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:

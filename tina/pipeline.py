@@ -26,7 +26,7 @@ from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.files import write_whole
 from tina.generator import Generator
-from tina.images import fit
+from tina.images import fit, square
 from tina.prompts import check_task, normalise_name, pad, split_sentence
 from tina.storage import at_hand
 from tina.stores import is_uri
@@ -282,8 +282,8 @@ class TinaPipeline:
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, (N, C, H, W) each in [0, 1].
 
-        Through the encoder's image tower where it has one; otherwise by the names that the generic
-        model takes them for (`Generator.embed_shots`).
+        Of their centre squares, through the encoder's image tower where it has one; otherwise by
+        the names that the generic model takes them for (`Generator.embed_shots`).
         """
         for shots in images:
             if (
@@ -298,7 +298,7 @@ class TinaPipeline:
             if not shots.is_floating_point() or not bool(((shots >= 0) & (shots <= 1)).all()):
                 raise PromptError("pictures must be floating point, with values in [0, 1]")
         if self.generator.config.prompt.encoder == "open_clip":
-            means = [self.encoder.encode_images(shots).mean(0) for shots in images]
+            means = [self.encoder.encode_images(square(shots)).mean(0) for shots in images]
             return F.normalize(torch.stack(means), dim=-1)
         family = self.generator.family
         seen = [family.embed(fit(shots.float(), family.image_size)) for shots in images]
