@@ -21,7 +21,6 @@ from tina.files import write_text
 from tina.run import Run
 from tina.space import Search, config_values
 from tina.storage import Place
-from tina.stores import below, split
 from tina.sweep import (
     Outcome,
     Scale,
@@ -107,10 +106,9 @@ def lend(base: Run, place: Place) -> None:
     place.keep(file.name, "zoo")
 
 
-def best_place(base: Run, search: Search) -> Place:
-    """Where `train` puts what a sweep's best.yaml says."""
-    name = f"{base.config.name}-{search.sweep.name}-best"
-    return Place(below(base.config.storage, name))
+def best_name(base: Run, search: Search) -> str:
+    """Of the run that a sweep's best.yaml says."""
+    return f"{base.config.name}-{search.sweep.name}-best"
 
 
 def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -> None:
@@ -150,8 +148,7 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     write_outcomes(outcomes, scale, sweep.folder / "trials.parquet")
     title = f"{base.config.name}: {len(outcomes)} trials of sweep {search.sweep.name}"
     plot_outcomes(outcomes, scale, title=title, file=sweep.folder / "pareto.png")
-    _, name = split(best_place(base, search).location)
-    config = replace(best.config, name=name, storage=base.config.storage)
+    config = replace(best.config, name=best_name(base, search), storage=base.config.storage)
     plain = yaml.safe_dump(config_to_dict(config), sort_keys=False)
     write_text(sweep.folder / "best.yaml", f"# {said}\n{plain}")
     sweep.keep("trials.parquet", "pareto.png", "best.yaml")

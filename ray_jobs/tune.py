@@ -30,6 +30,7 @@ from tina.files import write_text
 from tina.run import Run
 from tina.space import Search, read_search
 from tina.storage import Place, at_hand
+from tina.stores import below
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
@@ -151,7 +152,7 @@ def ended(results: ResultGrid, search: Search) -> dict[str, Exception | None]:
 
 def work(run: Run, search: Search) -> None:
     """The whole job."""
-    from ray_jobs.sweep_report import best_place, lend, publish
+    from ray_jobs.sweep_report import best_name, lend, publish
 
     # what the run has settled, with a trial's own resources
     search = replace(search, config=replace(run.config, cluster=search.config.cluster))
@@ -166,7 +167,8 @@ def work(run: Run, search: Search) -> None:
     at_once(search)
     ensure_generic(run)
     build_zoo(run, "zoo")
-    lend(run, best_place(run, search))  # now: that it is in use must not be told of at the end
+    # now: that it is in use must not be told of at the end
+    lend(run, Place(below(run.config.storage, best_name(run, search))))
     write_text(sweep.folder / SWEEP, yaml.safe_dump(search.plain(), sort_keys=False))
     sweep.keep(SWEEP)
     results = build_tuner(run, search).fit()

@@ -194,7 +194,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Generate a real model; Ray Serve replaces the replica when this raises."""
-        await self._in_torch(self._probe)
+        await _run(self._torch, self._probe)
 
     # --- what runs in threads --------------------------------------------------------------------
 
@@ -227,9 +227,6 @@ class Replica:
 
     # --- the way of a request --------------------------------------------------------------------
 
-    async def _in_torch(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._torch, work)
-
     async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
         """A recipe's model, and whether it was generated now."""
         if recipe.checkpoint != self.pipe.checkpoint:
@@ -258,8 +255,7 @@ class Replica:
         if format == "safetensors":
             content = model.to_safetensors()
         elif format == "onnx":
-            loop = asyncio.get_running_loop()
-            content = await loop.run_in_executor(self._exporter, self._to_onnx, model)
+            content = await _run(self._exporter, partial(self._to_onnx, model))
         family = model.family
         far = "is not close to anything the generator was trained on"
         return Made(
@@ -276,9 +272,8 @@ class Replica:
     async def _refuse_unknown(self, texts: Sequence[str], field: str) -> None:
         """Refuse what cannot be embedded: to look for what is like it takes longer than a model."""
         if any(self.pipe.generator.vocabulary.lookup(text) is None for text in texts):
-            check = partial(self.pipe.check_known, texts)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._decoders, check)
+                await _run(self._decoders, partial(self.pipe.check_known, texts))
             except PromptError as error:
                 raise Problem.of_field(field, f"cannot be encoded: {error}") from None
 
@@ -294,7 +289,7 @@ class Replica:
             )
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, read)
+            return await _run(self._decoders, read)
         except DataError as error:
             reason = " ".join(str(error).removeprefix("cannot read the image: ").split())
             raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
@@ -310,8 +305,12 @@ class Replica:
             shots = [
                 await self._picture(f, f"images[{i}][{j}]", shrink) for j, f in enumerate(files)
             ]
-            rows.append(await self._in_torch(partial(embed, shots)))
+            rows.append(await _run(self._torch, partial(embed, shots)))
         return torch.cat(rows)
+
+
+async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def size_of(model: GeneratedModel) -> int:
