@@ -5,8 +5,8 @@
 
 Each objective trains the run's generator anew for equally many steps on one thread. Its averaged
 weights are measured on `select` images of class sets that are no task of the run; differences to
-classifier selection are paired by set. Nothing here reads `report` images. A row per objective is
-appended to results/objectives.jsonl.
+classifier selection are paired by set and image, and their standard errors draw both anew. Nothing
+here reads `report` images. A row per objective is appended to results/objectives.jsonl.
 
 The regressor is the same network with `diffusion.schedule` none: zeros in the place of noise and
 one step, so that it makes one classifier per prompt. The others are sampled with several seeds:
@@ -34,11 +34,13 @@ from tina.engine import LocalEngine
 from tina.errors import ConfigError
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.metrics import Array, resample
 from tina.run import Run
 from tina.training import Progress, train
 from tina.zoo import Zoo
 
 SETS, SEEDS = 60, 4
+RESAMPLES = 1000
 DRAWS = 100  # of as many sets as are still wanted
 BOTH, WEIGHT, REGRESSOR = "both", "weight", "regressor"
 OBJECTIVES: dict[str, dict[str, float]] = {
@@ -78,28 +80,36 @@ def selected(generator: Generator, sets: Sequence[Sequence[int]]) -> list[Tensor
 
 def measure(
     generator: Generator, run: Run, lessons: Sequence[Lesson], thetas: Sequence[Tensor]
-) -> np.ndarray:
-    """Accuracy in percent and cross-entropy (T, 2) of classifiers on their lessons."""
-    rows = []
+) -> list[Array]:
+    """What classifiers answer on their lessons: (2, N) each, 100 where right, and cross-entropy."""
+    found = []
     for theta, lesson in zip(thetas, lessons, strict=True):
         k = len(lesson.class_ids)
         logits = predict(generator.family, theta, run.store, lesson.index, num_classes=k)
-        hits = (logits.argmax(1) == lesson.labels).float().mean()
-        loss = torch.nn.functional.cross_entropy(logits, lesson.labels)
-        rows.append((100 * hits.item(), loss.item()))
-    return np.array(rows)
+        hits = 100.0 * (logits.argmax(1) == lesson.labels)
+        loss = torch.nn.functional.cross_entropy(logits, lesson.labels, reduction="none")
+        found.append(torch.stack([hits, loss]).double().numpy())
+    return found
 
 
-def against(found: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Mean differences to selection with their standard errors, paired by set.
+def by_set(found: Sequence[Array]) -> Array:
+    """Accuracy in percent and mean cross-entropy (T, 2) of what `measure` returns."""
+    return np.stack([answers.mean(1) for answers in found])
 
-    Sets share images, which these errors leave out: with them they are about twice as large.
-    """
-    diff, root = found - base, len(base) ** 0.5
-    error = diff.std(0, ddof=1) / root
-    names = ("accuracy_points", "cross_entropy")
-    values = {name: round(float(v), 4) for name, v in zip(names, diff.mean(0), strict=True)}
-    return values | {f"{n}_se": round(float(v), 4) for n, v in zip(names, error, strict=True)}
+
+def against(
+    found: Sequence[Array], base: Sequence[Array], lessons: Sequence[Lesson]
+) -> dict[str, float]:
+    """Mean differences to selection with their standard errors, sets and images drawn anew."""
+    images = [lesson.index.numpy() for lesson in lessons]
+    diff = by_set(found).mean(0) - by_set(base).mean(0)
+    values = {}
+    for i, name in enumerate(("accuracy_points", "cross_entropy")):
+        both = [[answers[i : i + 1] for answers in side] for side in (found, base)]
+        drawn = resample(both, images, count=RESAMPLES, seed=0)
+        values[name] = round(float(diff[i]), 4)
+        values[f"{name}_se"] = round(float((drawn[:, 0] - drawn[:, 1]).std()), 4)
+    return values
 
 
 @torch.no_grad()
@@ -159,32 +169,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         spent = time.perf_counter() - begin
         base = measure(generator, run, lessons, selected(generator, sets))
         seeds = generated(generator, sets, seeds=1 if name == REGRESSOR else SEEDS)
-        scores = np.stack([measure(generator, run, lessons, thetas) for thetas in seeds])
+        scores = [measure(generator, run, lessons, thetas) for thetas in seeds]
         figures: dict[str, object] = {
             "objective": name,
             "dataset": run.dataset.name,
             "steps": args.steps,
             "seconds": round(spent),
-            "selection": [round(float(v), 4) for v in base.mean(0)],
-            "one_sample": against(scores[0], base),
+            "selection": [round(float(v), 4) for v in by_set(base).mean(0)],
+            "one_sample": against(scores[0], base, lessons),
         }
         if name != REGRESSOR:
             mixed = [torch.stack(thetas).mean(0) for thetas in zip(*seeds, strict=True)]
+            best = np.stack([by_set(score) for score in scores]).max(0) - by_set(base)
+            (one_step,) = generated(generator, sets, seeds=1, steps=1)
             figures |= {
-                "best_of_seeds": against(scores.max(0), base)["accuracy_points"],
-                "mean_of_weights": against(measure(generator, run, lessons, mixed), base),
+                "best_of_seeds": round(float(best[:, 0].mean()), 4),
+                "mean_of_weights": against(measure(generator, run, lessons, mixed), base, lessons),
                 "theta_spread": mean(
                     float((a - b).norm() / a.norm()) for a, b in zip(*seeds[:2], strict=True)
                 ),
-                "one_step": against(
-                    measure(
-                        generator,
-                        run,
-                        lessons,
-                        generated(generator, sets, seeds=1, steps=1)[0],
-                    ),
-                    base,
-                ),
+                "one_step": against(measure(generator, run, lessons, one_step), base, lessons),
             }
         append("objectives", figures, load_before=before)
 

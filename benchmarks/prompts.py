@@ -36,12 +36,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.objectives import against, measure, select_lessons
+from benchmarks.objectives import against, by_set, measure, select_lessons
 from benchmarks.record import append, load
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
 from tina.generator import Generator
+from tina.metrics import Array
 from tina.run import Run
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
@@ -191,7 +192,7 @@ def main() -> None:
     sets, lessons = select_lessons(run, SETS)
     true, mask = generator.vocabulary.of(sets)
 
-    def score(embeddings: Tensor, *, untrained: bool = False) -> np.ndarray:
+    def score(embeddings: Tensor, *, untrained: bool = False) -> list[Array]:
         body, rows = generator.generate(
             embeddings,
             mask,
@@ -211,18 +212,21 @@ def main() -> None:
                 skipped.append(kind)
                 break
             embeddings, changed = said
-            scores, values = score(embeddings), generator.vocabulary.familiarity(embeddings)
+            scores, untrained = score(embeddings), score(embeddings, untrained=True)
+            values = generator.vocabulary.familiarity(embeddings)
             found.setdefault(kind, {})[f"{share:.0%}"] = {
                 "changed_of_ten": round(10 * float(changed.float().mean()), 1),
                 "familiarity": round(float(values[changed].mean()), 3),
-                "tina_points": against(scores, base),
+                "tina_points": against(scores, base, lessons),
                 "tina_minus_untrained_points": round(
-                    float((scores - score(embeddings, untrained=True))[:, 0].mean()), 2
+                    float((by_set(scores) - by_set(untrained))[:, 0].mean()), 2
                 ),
             }
             if kind in PICTURES:  # what comes below is about words
                 continue
-            prompts += list(zip(values.amin(1).tolist(), scores[:, 0].tolist(), strict=True))
+            prompts += list(
+                zip(values.amin(1).tolist(), by_set(scores)[:, 0].tolist(), strict=True)
+            )
             if kind != "wrong":  # which is a trained name: nothing could tell
                 (foreign if kind == "foreign" else familiar).extend(values[changed].tolist())
     prompts.sort()
@@ -231,7 +235,7 @@ def main() -> None:
     figures: dict[str, object] = {
         "encoder": generator.vocabulary.space.model,
         "sets": SETS,
-        "true_names": round(float(base[:, 0].mean()), 2),
+        "true_names": round(float(by_set(base)[:, 0].mean()), 2),
         "kinds": found,
         "not_sayable": skipped,
         "familiarity": {

@@ -31,6 +31,7 @@ from benchmarks.objectives import (
     SETS,
     WEIGHT,
     against,
+    by_set,
     generated,
     learn,
     measure,
@@ -86,8 +87,8 @@ def measure_point(folder: Path, point: Point, steps: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in generator.denoiser.parameters()),
         "seconds": round(seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "selection": [round(float(v), 4) for v in base.mean(0)],
-        "over_selection": against(measure(generator, run, lessons, thetas), base),
+        "selection": [round(float(v), 4) for v in by_set(base).mean(0)],
+        "over_selection": against(measure(generator, run, lessons, thetas), base, lessons),
     }
 
 

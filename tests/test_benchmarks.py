@@ -33,6 +33,7 @@ from benchmarks import (
 from tina import TinaPipeline
 from tina.checkpoint import save_generator
 from tina.encoders import HashEncoder
+from tina.finetune import Lesson
 from tina.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -163,15 +164,23 @@ def test_a_process_of_its_own_reports():
 # --- objectives -----------------------------------------------------------------------------------
 
 
-def test_a_difference_is_paired_and_has_its_standard_error():
-    base = np.array([[50.0, 1.0], [70.0, 0.5]])
-    found = objectives.against(np.array([[51.0, 0.9], [73.0, 0.4]]), base)
-    assert found == {
+def test_a_difference_is_paired_by_set_and_image():
+    rng = np.random.default_rng(0)
+    index = torch.arange(40)
+    lessons = [Lesson(class_ids=(0, 1), index=index, labels=index % 2, seed=0)] * 50
+    base = [np.stack([100.0 * (rng.random(40) < 0.5), rng.random(40)]) for _ in lessons]
+    better = [np.stack([answers[0] + 2, answers[1] - 0.1]) for answers in base]
+    assert objectives.against(better, base, lessons) == {
         "accuracy_points": 2,
         "cross_entropy": -0.1,
-        "accuracy_points_se": 1,
+        "accuracy_points_se": 0,
         "cross_entropy_se": 0,
     }
+    # the same images in all sets: fifty sets say no more of them than one
+    hard = np.stack([np.where(np.arange(40) < 20, 100.0, 0.0), np.zeros(40)])
+    found = objectives.against([hard] * 50, [np.zeros((2, 40))] * 50, lessons)
+    assert found["accuracy_points"] == 50
+    assert found["accuracy_points_se"] == pytest.approx(50 / 40**0.5, rel=0.1)
 
 
 @pytest.fixture

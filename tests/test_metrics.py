@@ -16,6 +16,10 @@ def score(hit, confidence=None):
     return Score(hit=hit, confidence=np.broadcast_to(confidence, hit.shape).astype(float))
 
 
+def hits(scores):
+    return [one.hit for one in scores]
+
+
 def apart(scores):
     """Images of their own for each task."""
     ends = np.cumsum([one.hit.shape[1] for one in scores])
@@ -85,7 +89,8 @@ def test_resampling_repeats_with_its_seed():
     rng = np.random.default_rng(1)
     scores = [[score(rng.random((2, 9)) < 0.5) for _ in range(5)] for _ in range(2)]
     one, again, other = (
-        resample(scores, apart(scores[0]), count=40, seed=seed) for seed in (3, 3, 4)
+        resample([hits(s) for s in scores], apart(scores[0]), count=40, seed=seed)
+        for seed in (3, 3, 4)
     )
     assert one.shape == (40, 2)
     assert (one == again).all()
@@ -95,7 +100,7 @@ def test_resampling_repeats_with_its_seed():
 def test_resamples_centre_on_the_mean():
     rng = np.random.default_rng(1)
     scores = [score(rng.random((3, 40)) < rng.beta(2, 2)) for _ in range(30)]
-    found = resample([scores], apart(scores), count=1000, seed=0)[:, 0]
+    found = resample([hits(scores)], apart(scores), count=1000, seed=0)[:, 0]
     want = np.mean([s.accuracy for s in scores])
     assert abs(found.mean() - want) < 5 * found.std() / math.sqrt(1000)
 
@@ -112,7 +117,7 @@ def test_coverage_of_the_interval():
         levels = rng.beta(6, 2, size=tasks)  # mean .75
         scores = [score(rng.random((1, images)) < level) for level in levels]
         low, high = interval(
-            resample([scores], apart(scores), count=100, seed=int(rng.integers(2**31)))[:, 0]
+            resample([hits(scores)], apart(scores), count=100, seed=int(rng.integers(2**31)))[:, 0]
         )
         covered += low <= 0.75 <= high
         widths.append(high - low)
@@ -127,14 +132,14 @@ def test_coverage_of_the_interval():
 def test_tasks_are_resampled_and_not_images_alone():
     """Tasks that are all right or all wrong: only the draw of tasks varies."""
     scores = [score(np.full((1, 50), t % 2)) for t in range(40)]
-    found = resample([scores], apart(scores), count=2000, seed=0)[:, 0]
+    found = resample([hits(scores)], apart(scores), count=2000, seed=0)[:, 0]
     assert found.std() == pytest.approx(math.sqrt(0.25 / 40), rel=0.1)
 
 
 def test_images_are_resampled_within_a_task():
     rng = np.random.default_rng(0)
     scores = [score(rng.permutation(np.arange(64) % 2)) for _ in range(10)]
-    found = resample([scores], apart(scores), count=2000, seed=0)[:, 0]
+    found = resample([hits(scores)], apart(scores), count=2000, seed=0)[:, 0]
     # a task drawn twice brings the same draw of images twice: up to sqrt(2) more than 640 images
     assert 0.9 < found.std() / math.sqrt(0.25 / 640) < 1.5
 
@@ -144,13 +149,13 @@ def test_an_image_is_drawn_once_for_all_its_tasks():
     hit = np.arange(64) % 2
     scores = [score(hit) for _ in range(10)]
     numbers = np.random.default_rng(0).permutation(1000)[:64]
-    found = resample([scores], [numbers] * 10, count=4000, seed=0)[:, 0]
+    found = resample([hits(scores)], [numbers] * 10, count=4000, seed=0)[:, 0]
     assert found.std() == pytest.approx(math.sqrt(0.25 / 64), rel=0.06)
     # in each task's own order
     order = np.random.default_rng(1).permutation(64)
     mixed = [scores[0], score(hit[order])]
-    again = resample([mixed], [numbers, numbers[order]], count=4000, seed=0)[:, 0]
-    assert again == pytest.approx(resample([scores[:1]], [numbers], count=4000, seed=0)[:, 0])
+    again = resample([hits(mixed)], [numbers, numbers[order]], count=4000, seed=0)[:, 0]
+    assert again == pytest.approx(resample([hits(scores[:1])], [numbers], count=4000, seed=0)[:, 0])
 
 
 def test_coverage_where_tasks_share_images():
@@ -166,7 +171,7 @@ def test_coverage_where_tasks_share_images():
             scores.append(score(rng.random((1, 4 * images)) < ease[of].ravel()))
             numbers.append((of[:, None] * images + np.arange(images)).ravel())
         for name, places in (("shared", numbers), ("apart", apart(scores))):
-            low, high = interval(resample([scores], places, count=200, seed=1)[:, 0])
+            low, high = interval(resample([hits(scores)], places, count=200, seed=1)[:, 0])
             covered[name] += low <= 2 / 3 <= high
     assert covered["shared"] / trials >= 0.9
     assert covered["apart"] / trials < 0.8  # what it was
@@ -174,7 +179,7 @@ def test_coverage_where_tasks_share_images():
 
 def test_seeds_are_resampled():
     scores = [score(np.repeat([[1], [0]], 30, axis=1))]
-    found = resample([scores], apart(scores), count=4000, seed=0)[:, 0]
+    found = resample([hits(scores)], apart(scores), count=4000, seed=0)[:, 0]
     # two draws of two seeds: both right, one, none
     assert [np.isclose(found, value).mean() for value in (0, 0.5, 1)] == pytest.approx(
         [0.25, 0.5, 0.25], abs=0.03
@@ -184,7 +189,7 @@ def test_seeds_are_resampled():
 def test_a_method_differs_from_itself_by_exactly_nothing():
     rng = np.random.default_rng(0)
     scores = [score(rng.random((1, 20)) < 0.7) for _ in range(12)]
-    found = resample([scores, list(scores)], apart(scores), count=200, seed=0)
+    found = resample([hits(scores)] * 2, apart(scores), count=200, seed=0)
     assert interval(found[:, 0] - found[:, 1]) == [0, 0]
     assert interval(found[:, 0])[1] > interval(found[:, 0])[0]
 
@@ -200,7 +205,7 @@ def test_differences_are_paired():
         better[0, 0] = True
         one.append(score(better))
         other.append(score(hit))
-    found = resample([one, other], apart(one), count=1000, seed=0)
+    found = resample([hits(one), hits(other)], apart(one), count=1000, seed=0)
     low, high = interval(found[:, 0] - found[:, 1])
     assert 0 < low < 1 / 40 < high
     assert high - low < 0.2 * (interval(found[:, 0])[1] - interval(found[:, 0])[0])
@@ -210,7 +215,7 @@ def test_methods_may_have_other_numbers_of_seeds():
     rng = np.random.default_rng(0)
     one = [score(rng.random((3, 10)) < 0.5) for _ in range(4)]
     other = [score(rng.random((1, 10)) < 0.5) for _ in range(4)]
-    assert resample([one, other], apart(one), count=10, seed=0).shape == (10, 2)
+    assert resample([hits(one), hits(other)], apart(one), count=10, seed=0).shape == (10, 2)
 
 
 # --- overlap --------------------------------------------------------------------------------------

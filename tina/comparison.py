@@ -111,7 +111,8 @@ def _minus(
 def _resampled(
     scores: Mapping[str, Sequence[Score]], images: Images, count: int
 ) -> dict[str, Array]:
-    means = resample(list(scores.values()), images, count=count, seed=0)
+    hits = [[score.hit for score in found] for found in scores.values()]
+    means = resample(hits, images, count=count, seed=0)
     return dict(zip(scores, means.T, strict=True))
 
 

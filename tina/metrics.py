@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +50,13 @@ def calibration_error(scores: Sequence[Score], *, bins: int = 15) -> float:
 
 
 def resample(
-    scores: Sequence[Sequence[Score]],
+    values: Sequence[Sequence[NDArray[Any]]],
     images: Sequence[NDArray[np.int64]],
     *,
     count: int,
     seed: int,
 ) -> Array:
-    """Bootstrap means (B, M) of M methods' scores on the same T tasks.
+    """Bootstrap means (B, M) of M methods' values on the same T tasks.
 
     Tasks and images are crossed: one image is in many tasks, and what is hard about it is hard in
     all of them. So each resample draws tasks with replacement and, once for all tasks, a weight of
@@ -64,19 +65,19 @@ def resample(
     so differences are paired.
 
     Args:
-        scores: M lists of T scores.
+        values: M lists of T arrays (S, N): what each image counts, such as `Score.hit`.
         images: Of each task, which images its N are; equal numbers are the same image.
     """
     rng = np.random.default_rng(seed)
-    tasks = len(scores[0])
-    within = np.empty((count, tasks, len(scores)))
+    tasks = len(values[0])
+    within = np.empty((count, tasks, len(values)))
     places = np.unique(np.concatenate(images))
     drawn_images = rng.exponential(size=(count, len(places)))  # (B, I)
     for t in range(tasks):
         weights = drawn_images[:, np.searchsorted(places, images[t])]  # (B, N)
         weights /= weights.sum(1, keepdims=True)
-        for m, method in enumerate(scores):
-            per_seed = weights @ method[t].hit.T.astype(float)  # (B, S)
+        for m, method in enumerate(values):
+            per_seed = weights @ method[t].T.astype(float)  # (B, S)
             s = per_seed.shape[1]
             seeds = rng.multinomial(s, np.full(s, 1 / s), size=count) / s
             within[:, t, m] = (per_seed * seeds).sum(1)
