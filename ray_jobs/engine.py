@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from tina.config import JobConfig
 from tina.engine import Weights, build_optimiser
+from tina.errors import NonFiniteError
 from tina.precision import in_bf16
 
 TAG = "engine"
@@ -82,6 +83,9 @@ class DeepSpeedEngine:
             with tempfile.TemporaryDirectory() as folder:
                 convert(resume / TAG, Path(folder) / TAG)
                 self.inner.load_checkpoint(folder, tag=TAG)
+            for parameter, slot in self.inner.optimizer.optimizer.state.items():
+                # read on the CPU, one for all: a fused optimiser wants its own beside each
+                slot["step"] = slot["step"].to(parameter.device, copy=True)
         elif resume:
             self.inner.load_checkpoint(str(resume), tag=TAG)
 
@@ -94,8 +98,14 @@ class DeepSpeedEngine:
         self.inner.backward(loss)
 
     def step(self) -> None:
-        """After the last part of a step: clip, update, clear."""
+        """After the last part of a step: clip, update, clear.
+
+        Raises:
+            NonFiniteError: Under ZeRO, the gradient is NaN or infinite; nothing is updated.
+        """
         self.inner.step()
+        if getattr(self.optimizer, "overflow", False):  # which DeepSpeed would leave out and go on
+            raise NonFiniteError("the gradient is NaN or infinite; the step was not taken")
 
     def _partition(self, parameter: nn.Parameter) -> Tensor:
         """Stage 3's flat partition of a parameter, padded to the same size on every rank."""

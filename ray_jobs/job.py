@@ -14,6 +14,7 @@ from functools import cache
 from textwrap import shorten
 from typing import Any
 
+import torch
 import yaml
 from tqdm import tqdm
 
@@ -28,6 +29,11 @@ from tina.stores import is_uri
 MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for the entrypoint of `ray job submit`
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name of the actor that holds the job's process
+TRACKERS = (
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+    *("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE"),
+)
+"""Where curves go, which are logged on rank 0's node."""
 LESS_MEMORY = {
     "a pool worker": "lower cluster.zoo_block or cluster.zoo_workers",
     "training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
@@ -156,10 +162,11 @@ def _layers(error: BaseException) -> Iterator[BaseException]:
 def variables() -> dict[str, str]:
     """Environment variables that travel with a job, for those of its workers and for `submit`.
 
-    Caches do not: another machine has its own.
+    Caches do not: another machine has its own. Nor do secrets: Ray shows these to everybody.
     """
-    found, place = {"TINA_COMMIT": commit()}, os.environ.get("TINA_DATA")
-    if place:  # a job runs in another working directory than yours
+    found = {"TINA_COMMIT": commit()}
+    found |= {name: os.environ[name] for name in TRACKERS if name in os.environ}
+    if place := os.environ.get("TINA_DATA"):  # a job runs in another working directory than yours
         found["TINA_DATA"] = place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
     return found
 
@@ -180,6 +187,9 @@ def start_ray() -> None:
         # a submitted job's own environment reaches its workers, and must not be given twice
         runtime_env=None if SUBMITTED in os.environ else {"env_vars": variables() | path},
     )
+    if SUBMITTED in os.environ and os.environ.get("OMP_NUM_THREADS") == "1" and not own_share():
+        # what Ray gives to a job's process that asks for no CPUs, however many its node has
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def leave_ray() -> None:
@@ -249,9 +259,11 @@ def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float)
         return
     limit = time.monotonic() + wait_s
     # the autoscaler counts what is held already as part of what is asked for
-    request_resources(bundles=[dict(each)] * workers + [*map(dict, own_share().values())])
+    wanted = [dict(each)] * workers + [*map(dict, own_share().values())]
     try:
         while (room := capacity(each)) < workers:
+            # again and again: Ray Data's own requests take the place of it
+            request_resources(bundles=wanted)
             if time.monotonic() >= limit:
                 what = " and ".join(f"{need:g} {name}" for name, need in each.items())
                 lower = f"lower {key}, " if workers > 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -38,8 +39,8 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
     """Where a training's figures go.
 
     Args:
-        start: Step that training starts or goes on from; what was logged after it is dropped or
-            written over.
+        start: Step that training starts or goes on from; what was logged after it TensorBoard
+            drops, Weights & Biases and MLflow get a second time.
     """
     kind = run.config.tracking
     if kind == "tensorboard":
@@ -80,7 +81,7 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
         import wandb
 
         logged = wandb.init(
-            project="tina",
+            project=os.environ.get("WANDB_PROJECT", "tina"),
             name=run.config.name,
             id=hash_bytes(run.place.location.encode())[:16],
             dir=str(run.folder),

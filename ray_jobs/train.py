@@ -41,35 +41,42 @@ if TYPE_CHECKING:
 PROGRESS = "progress.safetensors"
 LOG_EVERY = 10  # steps
 VALIDATED = {"val_accuracy", "val_step"}  # figures of a report that are an earlier state's
-MOST_VALIDATED = 8  # trainings whose data a judge keeps
+MOST_VALIDATED = 32  # trainings whose untrained generator a judge keeps
 
 
 class Judge:
     """An actor that validates beside trainings: their ranks do not wait for it.
 
     It keeps nothing that it cannot load again, so one that is lost starts anew and is asked again.
+    All that it is asked of have the same images and validation tasks.
     """
 
     def __init__(self) -> None:
         settle_in(threads=1)
-        self._validator = lru_cache(MOST_VALIDATED)(validator)
+        self._lender: Run | None = None
+        self._validator = lru_cache(MOST_VALIDATED)(self._new_validator)
 
     def accuracies(self, config: JobConfig, base: Place, weights: Weights) -> list[float]:
         """Per validation task, accuracy on its `select` images of what the weights generate."""
         return self._validator(config, base)(weights)
 
-
-def validator(config: JobConfig, base: Place) -> Callable[[Weights], list[float]]:
-    """The validation of a run."""
-    run = Run(config, base)
-    return run.validator(load_generator(run.start))
+    def _new_validator(
+        self, config: JobConfig, base: Place
+    ) -> Callable[[Weights | None], list[float]]:
+        run = Run(config, base)
+        self._lender = self._lender or run
+        return self._lender.validator(load_generator(run.start))
 
 
 def start_judge() -> Any:
     """A judge that lives as long as its handle."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=1)(Judge).remote()
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 1}
+    # an actor that asks for nothing may land anywhere, on a small head that takes no work too
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(**options)(Judge).options(scheduling_strategy=here).remote()
 
 
 def train_on_rank(settings: dict[str, Any]) -> None:
@@ -213,14 +220,25 @@ def check_zoo(run: Run) -> None:
 
 
 def last_state(run: Run) -> Checkpoint | None:
-    """The latest state of a training, if it has come to one."""
+    """The latest state of a training, if it has come to one.
+
+    Raises:
+        DataError: Ray cannot read its list of them, which it writes in place.
+    """
     from ray.train import Result
+    from ray.train.v2.api.exceptions import RayTrainError
 
     try:
         place = run.place.for_ray("train")
         checkpoint = Result.from_path(place.pop("storage_path"), **place).checkpoint
     except RuntimeError:  # it ended before its first
         return None
+    except RayTrainError as error:
+        raise DataError(
+            f"Ray cannot read which states {run.place.below('train').location} holds; a crash may "
+            "have cut off its list (checkpoint_manager_snapshot.json): remove that folder to train "
+            "anew"
+        ) from error
     return cast("Checkpoint | None", checkpoint)
 
 
@@ -259,11 +277,15 @@ def build_trainer(
     Args:
         judge: That of several trainings. These read the zoo for themselves, as a short one would
             wait longer for Ray Data's processes. Default: one of its own.
+
+    Raises:
+        ConfigError: The cluster cannot hold the ranks, or it would go on in another ZeRO stage.
     """
     import ray.data
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    check_stage(run)
     cluster, each = run.config.cluster, require_ranks(run)
     if not run.start.exists():
         save_generator(run.new_generator(), run.start, card="Untrained: classifier selection.\n")
@@ -302,7 +324,6 @@ def train_generator(run: Run) -> Generator:
     if run.trained.exists():
         return load_generator(run.trained)
     check_zoo(run)
-    check_stage(run)
     check_tracking(run)
     result = build_trainer(run).fit()
     assert result.checkpoint, "training reported no state"

@@ -88,8 +88,7 @@ def at_once(search: Search) -> int:
             f"a trial needs {need:g} CPUs with its own process, and the cluster has {cpus:g}: "
             "lower sweep.cpus or sweep.workers"
         )
-    # a CPU stays free for the one that reads the zoo while the others train
-    fit = min(capacity(each) // sweep.workers, int((cpus - 1 - DRIVER_CPUS) / need) + 1)
+    fit = min(capacity(each) // sweep.workers, int(cpus / need + 1e-6))
     return min(fit, sweep.concurrent or fit)
 
 

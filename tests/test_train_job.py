@@ -17,7 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ray_jobs.engine import deepspeed_config
 from ray_jobs.job import start_ray
 from ray_jobs.tracking import check_tracking, open_tracking
-from ray_jobs.train import PROGRESS, check_zoo, train_generator, train_on_rank
+from ray_jobs.train import (
+    PROGRESS,
+    Judge,
+    check_zoo,
+    last_state,
+    train_generator,
+    train_on_rank,
+)
 from tina import TinaPipeline
 from tina.checkpoint import load_generator, save_generator
 from tina.config import ClusterConfig
@@ -146,6 +153,33 @@ def test_wandb_knows_a_run_by_its_place(tiny_run, tmp_path, monkeypatch):
     first, second, again = (options["id"] for options in begun)
     assert first == again != second
     assert {options["name"] for options in begun} == {"trial"}
+
+
+def test_a_list_of_states_that_was_cut_off(tiny_run, tmp_path):
+    run = trial(tiny_run, tmp_path)
+    file = run.folder / "train" / "checkpoint_manager_snapshot.json"
+    file.parent.mkdir()
+    file.write_text('{"ray_version": "2')
+    with pytest.raises(DataError, match=r"holds; a crash may .* remove that folder"):
+        last_state(run)
+
+
+def test_a_judge_loads_images_once(tiny_run, tmp_path, monkeypatch):
+    judged, loaded = [], []
+    for width in (16, 32):
+        config = trial(tiny_run, tmp_path / str(width)).config
+        denoiser = replace(config.denoiser, width=width)
+        run = Run(replace(config, denoiser=denoiser), tiny_run.place)
+        save_generator(run.new_generator(), run.start, card="x")
+        judged.append(run)
+    monkeypatch.setattr("ray_jobs.train.settle_in", lambda threads: None)
+    monkeypatch.setattr("tina.run.load_dataset", lambda *args: loaded.append(1) or tiny_run.dataset)
+    judge = Judge()
+    for run in judged * 2:
+        start = load_generator(run.start)
+        found = judge.accuracies(run.config, tiny_run.place, start.denoiser.state_dict())
+        assert found == tiny_run.validator(start)(None)  # untrained, it is selection
+    assert len(loaded) == 1
 
 
 def test_without_a_zoo(tiny_run, tmp_path):

@@ -780,6 +780,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_run, fresh, short)
     assert reports == []
 
 
+def test_weights_gone_wrong_are_never_a_state(tiny_run, fresh, short):
+    """DeepSpeed's plain optimiser steps with whatever gradient there is."""
+
+    class Careless(LocalEngine):
+        def step(self):
+            super().step()
+            if self._parts_done == 5:  # after a loss that was finite, in the step of a state
+                next(self.module.parameters()).data.fill_(math.nan)
+
+    generator, reports = fresh(), []
+    with pytest.raises(NonFiniteError, match="after step 4"):
+        go(
+            tiny_run,
+            generator,
+            short,
+            engine=Careless(generator.denoiser, short),
+            report=lambda progress, figures: reports.append(progress.step),
+            judge=lambda ema: [0.5],
+        )
+    assert reports == []
+
+
 def test_learning_rate_warms_up_and_falls_to_nothing(tiny_run, fresh, short):
     config = replace(short, warmup=0.25, steps=12, lr=0.01)
     generator, rates = fresh(), []

@@ -1,7 +1,4 @@
-"""The typed configuration: nested frozen dataclasses that say what there is to configure.
-
-A value's own checks stand with it; `tina.configio` reads them from YAML, flags and JSON.
-"""
+"""The typed configuration: nested frozen dataclasses, read by `tina.configio`, and their checks."""
 
 from __future__ import annotations
 
@@ -344,6 +341,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         positive(self, "zoo_workers", "zoo_block", "train_workers", "train_cpus")
+        not_negative(self, "max_failures", "wait_s")
         if self.offload and not self.zero_stage:
             raise ConfigError("cluster.offload needs cluster.zero_stage 1, 2 or 3")
 
@@ -355,8 +353,8 @@ class JobConfig:
     Args:
         name: The run's name, a folder under `storage`. The same name goes on with the same run.
         storage: Folder of all runs: an absolute path, or a URI (s3://bucket/runs).
-        tracking: Where training's curves go: tensorboard (files in the run's folder), mlflow, wandb
-            (each needs its package and its own environment variables) or none.
+        tracking: Where training's curves go: tensorboard (files in the run's folder), none, or
+            mlflow or wandb, with their packages and each node's own credentials.
     """
 
     name: str
@@ -379,8 +377,8 @@ class JobConfig:
         absolute(paths)
         plain_name("name", self.name)
         if self.diffusion.guidance != 1 and not self.train.unconditional:
-            keys = "train.condition_dropout and train.weight_loss"
-            raise ConfigError(f"diffusion.guidance other than 1 needs {keys} above 0")
+            needs = "train.condition_dropout and train.weight_loss above 0"
+            raise ConfigError(f"diffusion.guidance other than 1 needs {needs}")
         parts = self.cluster.train_workers * self.train.accumulation
         for key in ("zoo_batch", "fresh_tasks"):
             if getattr(self.train, key) % parts:

@@ -55,7 +55,8 @@ class SweepConfig:
         seed: Seed of the searcher.
         workers: Ranks of each trial's training; each takes a GPU where there is one.
         cpus: CPUs of each rank.
-        concurrent: Most trials at once; default: as many as the cluster holds.
+        concurrent: Most trials at once; default, and never more: as many as the nodes hold that
+            are up when the sweep begins.
         grace: Share of a training's steps before it can be stopped.
         reduction_factor: At each rung of steps (this times the one before) a trial goes on if it is
             among the best 1 / this of those that came so far.

@@ -190,7 +190,8 @@ def train(
         on_validated: Called with the step of each state that was validated, and its accuracy.
 
     Raises:
-        NonFiniteError: A loss is NaN or infinite; the step is not taken.
+        NonFiniteError: A loss or gradient is NaN or infinite, and the step is not taken; or the
+            weights are, and nothing of them is reported.
     """
     device = next(engine.module.parameters()).device
     half = in_bf16(config.precision)
@@ -249,6 +250,9 @@ def train(
             figures["lr"] = rate
             sums, reported = dict.fromkeys(factors, 0.0), step + 1
             now = replace(now, step=step + 1, ema=engine.gather(ema))
+            # every rank sees the same, before any keeps a state that all later ones would die of
+            if not all(bool(torch.isfinite(value).all()) for value in now.ema.values()):
+                raise NonFiniteError(f"weights are NaN or infinite after step {step}; not kept")
             if validate:
                 judged = validate(now.ema)
                 if last:
