@@ -73,10 +73,10 @@ def start_judge() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 1}
+    judge = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=1)(Judge)
     # an actor that asks for nothing may land anywhere, on a small head that takes no work too
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(**options)(Judge).options(scheduling_strategy=here).remote()
+    return judge.options(scheduling_strategy=here).remote()
 
 
 def train_on_rank(settings: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ def last_state(run: Run) -> Checkpoint | None:
         DataError: Ray cannot read its list of them, which it writes in place.
     """
     from ray.train import Result
-    from ray.train.v2.api.exceptions import RayTrainError
+    from ray.train.v2._internal.exceptions import RayTrainError
 
     try:
         place = run.place.for_ray("train")

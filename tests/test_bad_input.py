@@ -669,6 +669,10 @@ def _no_work(run):
         (["--train.condition_dropout", "-0.1"], "TrainConfig.condition_dropout is a share"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--data.root", "images"], "data.root must be an absolute path"),
+        (
+            ["--prompt.encoder", "open_clip", "--prompt.weights", "rel/x.pt"],
+            "prompt.weights must be an absolute path",
+        ),
         (["--prompt.encoder", "table", "--prompt.weights", "t.parquet"], "prompt.weights must be"),
         (["--classifier.direct.warmup", "5"], "RecipeConfig.warmup is a share"),
         (["--classifier.finetune.weight_decay", "-1"], "RecipeConfig.weight_decay must not be"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tina.baselines import clip_zero_shot
 from tina.checkpoint import attach_trunk
 from tina.classifiers import (
     FAMILIES,
@@ -20,7 +23,9 @@ from tina.classifiers import (
     predict,
 )
 from tina.config import ClassifierConfig, GeneratorConfig, PromptConfig
+from tina.encoders import EmbeddingSpace
 from tina.errors import CheckpointError, ConfigError, NonFiniteError
+from tina.export import export_graph
 from tina.views import Views
 
 CNNS = ("cnn5k", "cnn15k", "cnn33k", "cnn70k")
@@ -251,6 +256,24 @@ def test_vitb32_reads_an_open_clip_image_tower(tmp_path, monkeypatch):
     classifier = Classifier(family, theta, tuple("abcde"))
     expected = family.logits(theta, features, num_classes=CLASSES)
     torch.testing.assert_close(classifier(images / 255), expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(CheckpointError, match="cannot be exported"):
+        export_graph(family)
+    other = EmbeddingSpace(model="another CLIP", dim=512, template="{}")
+    with pytest.raises(CheckpointError, match=r"trunk is CLIP of .*another CLIP"):
+        attach_trunk(family, settings, tmp_path, space=other)
+
+
+def test_clip_zero_shot_is_a_hundred_times_the_cosine():
+    family = family_of("vitb32_head")
+    names = F.normalize(random(9, 512), dim=1)
+    generator = SimpleNamespace(
+        vocabulary=SimpleNamespace(embeddings=names), generic=SimpleNamespace(body=torch.empty(0))
+    )
+    ids, images = (4, 0, 7), pictures(6, 1, 8, 8)
+    body, rows = clip_zero_shot(generator)(SimpleNamespace(class_ids=ids))
+    logits = family.logits(family.layout(3).join(body, rows), family.embed(images), num_classes=3)
+    cosines = F.normalize(family.embed(images), dim=1) @ names[list(ids)].T
+    torch.testing.assert_close(logits, 100 * cosines, rtol=1e-4, atol=1e-3)
 
 
 def test_resnet20_head_end_to_end():
@@ -310,6 +333,30 @@ def test_a_classifier_keeps_its_own_copy_of_theta():
     theta.zero_()
     assert torch.equal(classifier(images), before)
     assert classifier.class_names == tuple("abcde")
+
+
+def test_what_is_done_to_one_classifier_does_not_reach_another():
+    family = family_of("resnet20_head")
+    theta, images = theta_of(family), pictures(4, 1, 8, 8) / 255
+    one, other = (Classifier(family, theta, tuple("abcde")) for _ in range(2))
+    before = other(images)
+    one.train()(images)  # moves the trunk's running statistics
+    one.double()
+    assert torch.equal(other(images), before)
+    assert torch.equal(Classifier(family, theta, tuple("abcde"))(images), before)
+
+
+def test_threads_do_not_compute_with_each_others_theta():
+    family, images = family_of("cnn5k"), pictures(64, 1, 8, 8) / 255
+    thetas = [theta_of(family, seed=seed) for seed in range(4)]
+    want = [family.logits(theta, images, num_classes=CLASSES) for theta in thetas]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(family.logits, thetas[i % 4], images, num_classes=CLASSES)
+            for i in range(200)
+        ]
+        for i, found in enumerate(asked):
+            assert torch.equal(found.result(), want[i % 4])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

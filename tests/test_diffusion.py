@@ -547,6 +547,12 @@ def test_steps_out_of_range_are_refused(steps):
         draw(linear, config, noise=initial_noise([0], (3, 4)), steps=steps)
 
 
+@pytest.mark.parametrize("steps", [2.5, "3"])
+def test_steps_are_whole(steps):
+    with pytest.raises(ConfigError, match="must be an integer"):
+        draw(linear, configure(timesteps=100), noise=initial_noise([0], (3, 4)), steps=steps)
+
+
 @pytest.mark.parametrize("ends", [(0.02, 1e-4), (1e-4, 1e-4), (0.0, 0.02), (-1e-4, 0.02)])
 def test_ends_that_do_not_rise_are_refused(ends):
     with pytest.raises(ConfigError, match=r"diffusion\.beta_range must rise"):

@@ -44,6 +44,7 @@ def test_a_joined_list_is_split_again(parts, separator):
         ("otter, bicycle and maple tree", ["otter", "bicycle", "maple tree"]),
         ("otter, bicycle, and maple tree", ["otter", "bicycle", "maple tree"]),
         ("orchid or sand, pandas\nAND doors", ["orchid", "sand", "pandas", "doors"]),
+        ("black-and-tan coonhound, two-or-more", ["black-and-tan coonhound", "two-or-more"]),
         (" ,, otter ;", ["otter"]),
         ("and or", []),
         ("", []),
@@ -55,6 +56,7 @@ def test_sentences(sentence, parts):
 
 def test_names_are_compared_without_case_underscores_and_white_space():
     assert normalise_name("  Maple_Tree\t ") == normalise_name("maple  tree") == "maple tree"
+    assert normalise_name("Ka\u0308fer") == normalise_name("K\u00e4fer")  # as macOS writes it
 
 
 # --- tasks ----------------------------------------------------------------------------------------

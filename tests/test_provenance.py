@@ -37,4 +37,7 @@ def test_a_repository_counts_where_it_holds_the_code(monkeypatch, tmp_path):
     assert provenance.commit() == "unknown"
     git(tmp_path, "add", str(file))
     git(tmp_path, "commit", "-m", "the code")
-    assert provenance.commit() == git(tmp_path, "rev-parse", "--short=12", "HEAD").strip()
+    code = git(tmp_path, "rev-parse", "--short=12", "HEAD").strip()
+    assert provenance.commit() == code
+    (tmp_path / "new.yaml").touch()  # what a run may have read
+    assert provenance.commit() == f"{code}-dirty"

@@ -307,6 +307,18 @@ def test_a_shared_copy_follows_its_source(shelf, tmp_path, monkeypatch):
     assert not at_hand(below(source, "a")).exists()
 
 
+def test_a_shared_copy_has_no_part_that_has_left(shelf, tmp_path, monkeypatch):
+    folder, uri = shelf
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("new", "old"):
+        (folder / name).mkdir()
+        (folder / name / "x").write_text(name)
+        copy = at_hand(uri, "new", "old")
+        shutil.rmtree(folder / name)
+    assert not (copy / "new" / "x").exists()
+    assert (copy / "old" / "x").exists()
+
+
 def test_processes_that_share_a_copy_do_not_disturb_each_other(shelf, tmp_path):
     folder, uri = shelf
     for number in range(200):

@@ -31,7 +31,7 @@ from ray_jobs.trial import (
 )
 from tina.config import JobConfig
 from tina.configio import parse_config
-from tina.errors import ConfigError, TinaError
+from tina.errors import ConfigError, DataError, TinaError
 from tina.run import Run
 from tina.space import KEYS, Domain, read_search
 from tina.storage import Place
@@ -281,6 +281,8 @@ def test_a_trial_that_was_stopped_is_never_the_best(search):
     own = outcome(search, default=True)
     lucky = [outcome(search, state, 0.99, state=state) for state in ("stopped", "failed")]
     assert best_of([own, *lucky]) is own
+    with pytest.raises(DataError, match="no trial"):
+        best_of(lucky)
 
 
 def test_the_default_is_known_by_what_the_space_varies(search, tmp_path):
@@ -309,6 +311,8 @@ def test_the_verdict_says_what_is(search):
     assert "the best of 2 on the images that it was chosen by" in sure
     unsure = verdict([own, other], np.array([0.5, -0.3, 0.0, 0.0]), SCALE, default=own, best=other)
     assert "that is within the noise" in unsure
+    single = verdict([own, other], np.array([0.05]), SCALE, default=own, best=other)
+    assert "of 1 validation tasks); that is within the noise" in single
     high = replace(SCALE, selection=0.95)
     vain = verdict([own, other], np.zeros(4), high, default=own, best=other)
     assert vain.endswith("None is above classifier selection, 95.00 %.")

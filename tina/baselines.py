@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tina.generator import Generator
@@ -28,6 +29,16 @@ def classifier_selection(generator: Generator) -> Baseline:
     """Slice the task's rows out of the generic head; the mean row for an unseen class."""
     generic = generator.generic
     return lambda task: (generic.body, generic.select(task.class_ids))
+
+
+def clip_zero_shot(generator: Generator) -> Baseline:
+    """CLIP's own classifier on its image tower: 100 times the cosine to each name's embedding.
+
+    Source: Radford et al. 2021, section 3.1.2 (100 bounds its learned temperature).
+    """
+    embeddings = generator.vocabulary.embeddings
+    rows = F.pad(100 * embeddings / embeddings.shape[1] ** 0.5, (0, 1))  # no bias
+    return lambda task: (generator.generic.body, rows[list(task.class_ids)])
 
 
 def _split(generator: Generator, zoo: Zoo) -> tuple[Tensor, Tensor]:
@@ -57,15 +68,16 @@ def nearest_pmodel(generator: Generator, zoo: Zoo) -> Baseline:
     """The p-model whose classes' embeddings lie nearest to the task's, with the rows it shares."""
     bodies, rows = _split(generator, zoo)
     names = generator.vocabulary.condition(generator.vocabulary.embeddings)
-    similar = torch.nn.functional.normalize(names, dim=-1)
+    similar = F.normalize(names, dim=-1)
     similar = similar @ similar.T
 
     def predict(task: Task) -> tuple[Tensor, Tensor]:
         wanted = list(task.class_ids)
+        near = similar[wanted]
         z = max(
             range(len(zoo.class_ids)),
             key=lambda z: (
-                float(similar[wanted][:, list(zoo.class_ids[z])].amax(1).mean()),
+                float(near[:, list(zoo.class_ids[z])].amax(1).mean()),
                 -len(zoo.class_ids[z]),  # of those that have all its classes, the closest set
             ),
         )
@@ -113,7 +125,8 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 def _least_squares(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """argmin ||x w - y||^2 + penalty * mean(diag(xx')) * ||w||^2, in its dual form: few samples."""
-    gram = x @ x.T
-    scale = penalty * gram.diagonal().mean()
-    return x.T @ torch.linalg.solve(gram + scale * torch.eye(len(x)), y)
+    """argmin ||x w - y||^2 + penalty * mean(diag(xx')) * ||w||^2, in the smaller of two forms."""
+    scale = penalty * x.square().sum(1).mean()
+    if len(x) > x.shape[1]:
+        return torch.linalg.solve(x.T @ x + scale * torch.eye(x.shape[1]), x.T @ y)
+    return x.T @ torch.linalg.solve(x @ x.T + scale * torch.eye(len(x)), y)

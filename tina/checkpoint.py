@@ -182,7 +182,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     generator_codec = Codec.of(layout, chunk=config.denoiser.chunk, tensors=codec)
     denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
     denoiser.load_state_dict(load_file(directory / "model.safetensors"))
-    attach_trunk(family, config, directory / "trunk.safetensors")
+    attach_trunk(family, config, directory / "trunk.safetensors", space=vocabulary.space)
     return Generator(
         config=config,
         dataset=header["dataset"],
@@ -199,10 +199,22 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     )
 
 
-def attach_trunk(family: Family, config: GeneratorConfig, file: Path) -> None:
-    """Give a family its frozen trunk: CLIP's image tower, or the tensors in `file`."""
+def attach_trunk(
+    family: Family, config: GeneratorConfig, file: Path, *, space: EmbeddingSpace | None = None
+) -> None:
+    """Give a family its frozen trunk: CLIP's image tower, or the tensors in `file`.
+
+    Args:
+        space: Of the CLIP that the head was made for; default: whatever is configured.
+
+    Raises:
+        CheckpointError: The configured CLIP is another.
+    """
     if isinstance(family, VitB32Head):
-        family.attach_trunk(ClipImageTrunk(build_encoder(config.prompt).encode_images))
+        encoder = build_encoder(config.prompt)
+        if space and encoder.space != space:
+            raise CheckpointError(f"its trunk is CLIP of {space}, and here is {encoder.space}")
+        family.attach_trunk(ClipImageTrunk(encoder.encode_images))
     elif isinstance(family, ResNet20Head):
         trunk = family.new_trunk()
         trunk.load_state_dict(load_file(file))

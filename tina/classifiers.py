@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
+from threading import get_ident
 from typing import cast
 
 import torch
@@ -51,14 +53,24 @@ class Family(ABC):
 
     def layout(self, num_classes: int) -> ParamLayout:
         """Where each generated tensor of a K-class classifier lies."""
-        if num_classes not in self._templates:
+        if num_classes not in self._layouts:
+            self._layouts[num_classes] = ParamLayout.of(self._template(num_classes))
+        return self._layouts[num_classes]
+
+    def _template(self, num_classes: int) -> nn.Module:
+        """A network for `functional_call`, which puts theta into it: one for each thread."""
+        key = num_classes, get_ident()
+        if key not in self._templates:
             with torch.device("meta"):
-                module = self.module(num_classes)
-            self._templates[num_classes] = (module, ParamLayout.of(module))
-        return self._templates[num_classes][1]
+                self._templates[key] = self.module(num_classes)
+        return self._templates[key]
 
     @cached_property
-    def _templates(self) -> dict[int, tuple[nn.Module, ParamLayout]]:
+    def _layouts(self) -> dict[int, ParamLayout]:
+        return {}
+
+    @cached_property
+    def _templates(self) -> dict[tuple[int, int], nn.Module]:
         return {}
 
     @property
@@ -92,9 +104,8 @@ class Family(ABC):
 
     def logits(self, theta: Tensor, inputs: Tensor, *, num_classes: int) -> Tensor:
         """Logits (N, K) of the classifier theta (n,) on what `embed` returned; differentiable."""
-        layout = self.layout(num_classes)
-        module = self._templates[num_classes][0]
-        return cast(Tensor, functional_call(module, layout.unflatten(theta), (inputs,)))
+        parameters = self.layout(num_classes).unflatten(theta)
+        return cast(Tensor, functional_call(self._template(num_classes), parameters, (inputs,)))
 
 
 class ConvNet(nn.Module):
@@ -218,6 +229,10 @@ class ClipImageTrunk(nn.Module):
         features = F.normalize(self._encode(x * 0.5 + 0.5), dim=-1)
         return features * features.shape[-1] ** 0.5
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ClipImageTrunk:
+        """Itself: it holds nothing that could be changed."""
+        return self
+
 
 class VitB32Head(Family):
     """CLIP's own image tower, frozen; the head on its 512 features is generated."""
@@ -269,14 +284,14 @@ class Classifier(nn.Module):
         self.family, self.class_names = family, class_names
         self.network = family.module(len(class_names)).requires_grad_(False)
         self.network.load_state_dict(family.layout(len(class_names)).unflatten(theta.clone()))
-        if family.has_trunk:
-            self.trunk = family.trunk
+        # its own: what is done to one classifier must not reach the others
+        self.trunk = deepcopy(family.trunk) if family.has_trunk else nn.Identity()
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K); cuts the centre square, resizes (antialiased bilinear), normalises."""
-        x = fit(images, self.family.image_size)
-        return cast(Tensor, self.network(self.family.embed(x)))
+        x = self.family.scale(fit(images, self.family.image_size))
+        return cast(Tensor, self.network(self.trunk(x)))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tina.pipeline import TinaPipeline
 
 DEFAULT_CHECKPOINT = Path("runs/quickstart/checkpoint")
+PACKAGED = "tina-cifar100-cnn5k or tina-mini-imagenet-cnn5k"
 FAMILIAR = 0.5  # below this a class is called far from all that the generator was trained on
 
 
@@ -47,12 +49,15 @@ def generate(args: argparse.Namespace) -> None:
     outputs = [file for file in (args.out, args.onnx) if file]
     _check_outputs(outputs, force=args.force)
     from tina.files import write_whole
-    from tina.images import read_image, stack_images
+    from tina.images import read_image, shrink
     from tina.pipeline import GeneratedModel
     from tina.prompts import normalise_name, split_sentence
 
     extras = [(normalise_name(name), value) for name, value in args.image or args.description]
     given, words = dict(extras), args.prompt or list(dict(extras))
+    twice = [name for name, count in Counter(name for name, _ in extras).items() if count > 1]
+    if args.description and twice:
+        raise PromptError(f"{twice[0]!r} is described twice: one text per class")
     names = split_sentence(words[0]) if len(args.prompt) == 1 else words
     keys = [normalise_name(name) for name in names]
     # a class may go without a description, but not without a picture where others have one
@@ -62,8 +67,10 @@ def generate(args: argparse.Namespace) -> None:
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image:
         channels = pipe.generator.family.channels
-        shots = [[read_image(v, channels=channels) for k, v in extras if k == key] for key in keys]
-        options["images"] = [stack_images(of_class) for of_class in shots]
+        options["images"] = [
+            [shrink(read_image(v, channels=channels)) for k, v in extras if k == key]
+            for key in keys
+        ]
     elif given:
         options["descriptions"] = [given.get(k, name) for k, name in zip(keys, names, strict=True)]
     pipe(names, num_inference_steps=1, **options)  # imports and encoders: loading, not generation
@@ -146,15 +153,20 @@ def export(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Say what a checkpoint or a saved classifier is."""
-    if not args.model or args.model.is_dir():
-        _print_table(_checkpoint_facts(_load(args.model or args.checkpoint)))
+    file = Path(args.model or "")
+    if args.words or not (file.is_file() or file.suffix == ".safetensors"):
+        pipe = _load(args.model or args.checkpoint)
+        if args.words:
+            print(*pipe.generator.vocabulary.names, sep="\n")
+        else:
+            _print_table(_checkpoint_facts(pipe))
         return
     from safetensors import safe_open
 
     from tina.pipeline import load_classifier
 
-    size = sum(p.numel() for p in load_classifier(args.model).network.parameters())
-    with safe_open(str(args.model), "pt") as stream:
+    size = sum(p.numel() for p in load_classifier(file).network.parameters())
+    with safe_open(str(file), "pt") as stream:
         _print_table({"parameters": f"{size:,}"} | stream.metadata())
 
 
@@ -164,7 +176,9 @@ def _load(name: str | Path | None) -> TinaPipeline:
 
     name = name or os.environ.get("TINA_CHECKPOINT")
     if not name and not DEFAULT_CHECKPOINT.is_dir():
-        raise CheckpointError(f"no {DEFAULT_CHECKPOINT}: run `make demo`, or give --checkpoint")
+        raise CheckpointError(
+            f"no {DEFAULT_CHECKPOINT}: run `make demo`, or give --checkpoint, such as {PACKAGED}"
+        )
     return TinaPipeline.from_pretrained(name or DEFAULT_CHECKPOINT)
 
 
@@ -172,8 +186,8 @@ def _check_outputs(files: Sequence[Path], *, force: bool) -> None:
     if len({file.resolve() for file in files}) < len(files):
         raise DataError(f"{files[0]} is named twice: each output needs a file of its own")
     for file in files:
-        if file.is_dir() or (file.exists() and not force):
-            raise DataError(f"{file} exists already; --force replaces it if it is a file")
+        if file.exists() and not (force and file.is_file()):
+            raise DataError(f"{file} exists already; --force replaces it if it is a regular file")
 
 
 def _print_table(rows: Mapping[str, str]) -> None:
@@ -222,10 +236,20 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+class _Version(argparse.Action):
+    """Prints the version, which takes longer to find than `--help` to print."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        parser.exit(message=f"tina {version('tina-text2model')}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     about = "Text to model: name the classes, get the weights of a classifier for them."
     example = 'example: tina generate "three, five and eight" --out mine.safetensors'
     parser = argparse.ArgumentParser(prog="tina", description=about, epilog=example)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace], None], example: str) -> argparse.ArgumentParser:
@@ -235,9 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     default = f"(default: the variable TINA_CHECKPOINT, else {DEFAULT_CHECKPOINT})"
-    folder: Any = {
-        "help": f"a checkpoint's folder or URI, tina-cifar100-cnn5k, or a hub id {default}"
-    }
+    folder: Any = {"help": f"a checkpoint's folder or URI, {PACKAGED}, or a hub id {default}"}
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
     onnx: Any = {"type": Path, "metavar": "FILE.onnx", "help": "write ONNX, opset 18, here"}
@@ -269,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     arg("model", **model)
     arg("--onnx", required=True, **onnx)
     arg("--force", **force)
-    arg = add(info, "info --checkpoint runs/quickstart/checkpoint").add_argument
-    arg("model", nargs="?", **model)
+    arg = add(info, "info tina-cifar100-cnn5k").add_argument
+    arg("model", nargs="?", help="a classifier's .safetensors, or what --checkpoint takes")
     arg("--checkpoint", **folder)
+    arg("--words", action="store_true", help="list the words that a checkpoint knows instead")
     return parser

@@ -372,8 +372,8 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         paths = {"storage": self.storage, "data.root": self.data.root}
-        if self.prompt.encoder == "table" and self.prompt.weights:
-            paths["prompt.weights"] = self.prompt.weights
+        if self.prompt.encoder == "table" or "/" in self.prompt.weights:  # open_clip's tags: none
+            paths["prompt.weights"] = self.prompt.weights or None
         absolute(paths)
         plain_name("name", self.name)
         if self.diffusion.guidance != 1 and not self.train.unconditional:

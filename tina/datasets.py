@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -91,12 +92,22 @@ class Dataset:
             partitions={**self.partitions, "fit": fit[fit < len(views)]},
         )
 
+    @cached_property
+    def _places(self) -> Mapping[str, Sequence[Tensor]]:
+        """Per partition each class's sorted places: training asks for a few classes, often."""
+        found = {}
+        for partition, index in self.partitions.items():
+            labels = self.labels[index]
+            counts = labels.bincount(minlength=self.num_classes).tolist()
+            found[partition] = index[labels.argsort(stable=True)].split(counts)
+        return found
+
     def indices(self, partition: str, class_ids: Sequence[int] | None = None) -> Tensor:
         """Sorted int64 places of a partition's images, of all classes or of `class_ids`."""
-        index = self.partitions[partition]
         if class_ids is None:
-            return index
-        return index[torch.isin(self.labels[index], torch.as_tensor(class_ids))]
+            return self.partitions[partition]
+        places = self._places[partition]
+        return torch.cat([places[c] for c in sorted(set(class_ids))]).sort().values
 
     def class_ids(self, names: Sequence[str]) -> tuple[int, ...]:
         """Class ids of `names`, in their order; underscores count as spaces.
@@ -168,7 +179,8 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def _human(name: str) -> str:
-    return name.replace("_", " ")
+    """With spaces, and composed: folders made on macOS hold letters apart from their accents."""
+    return unicodedata.normalize("NFC", name.replace("_", " "))
 
 
 def _groups(class_names: Sequence[str]) -> tuple[int, ...]:
@@ -270,9 +282,9 @@ def _decode_all(listing: Listing, size: int | None) -> _Decoded:
                 test.append(item.test)
             bar.update(len(chunk))
     names = tuple(_human(name) for name in listing.class_names)
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"two classes are both called {twice!r}")
+    keys = [" ".join(name.split()).lower() for name in names]  # as prompts compare them
+    if twice := [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1]:
+        raise DataError(f"two classes have one name to a prompt: {twice[0]!r} and {twice[1]!r}")
     return _Decoded(
         images=torch.from_numpy(images)[: len(labels), : 1 if gray else 3].contiguous(),
         labels=torch.tensor(labels),

@@ -257,8 +257,10 @@ def begin(
         seeds: One per sample; the ancestral sampler draws its noise from them.
 
     Raises:
-        ConfigError: `steps` out of range.
+        ConfigError: `steps` out of range, or no integer.
     """
+    if not hasattr(steps, "__index__"):
+        raise ConfigError(f"sampling steps must be an integer, got {steps!r}")
     if not 1 <= steps <= config.timesteps:
         raise ConfigError(f"sampling steps must lie in 1..{config.timesteps}, got {steps}")
     return Walk(

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -263,7 +264,7 @@ class OpenClipEncoder(_Encoder):
 
 
 def _clean(text: str) -> str:
-    return " ".join(text.replace("_", " ").split())
+    return " ".join(unicodedata.normalize("NFC", text).replace("_", " ").split())
 
 
 def _normalise(texts: Sequence[str]) -> list[str]:

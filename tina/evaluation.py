@@ -23,10 +23,11 @@ from tina.baselines import (
     Baseline,
     class_mean,
     classifier_selection,
+    clip_zero_shot,
     nearest_pmodel,
     ridge,
 )
-from tina.classifiers import InputStore, predict
+from tina.classifiers import InputStore, VitB32Head, predict
 from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
@@ -49,12 +50,13 @@ __all__ = [
     "SWAPPED",
     "TINA",
     "UNTRAINED",
+    "ZERO_SHOT",
     "Cell",
     "Evaluation",
     "Spread",
 ]
 
-GENERIC, UNTRAINED = "generic", "untrained"
+GENERIC, UNTRAINED, ZERO_SHOT = "generic", "untrained", "clip_zero_shot"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
 MIXER, REGRESSOR = "taper", "one_step_regressor"
 VALIDATION = "validation"
@@ -209,6 +211,7 @@ class Evaluation:
     def contenders(self) -> dict[str, Callable[[Sequence[Task]], Thetas]]:
         """Every method that makes classifiers for tasks, without their images."""
         train = self.zoo.only("train")
+        on_clip = isinstance(self.generator.family, VitB32Head)
 
         def of(baseline: Baseline) -> Callable[[Sequence[Task]], Thetas]:
             return lambda tasks: [[self.generator.theta(*baseline(task))] for task in tasks]
@@ -223,6 +226,7 @@ class Evaluation:
             "ridge": of(lambda task: self._tuned_ridge(task)),
             **({MIXER: of(lambda task: self._mixer(task))} if self.config.mixer_steps else {}),
             **({REGRESSOR: self._regress} if self.regressor else {}),
+            **({ZERO_SHOT: of(clip_zero_shot(self.generator))} if on_clip else {}),
             SWAPPED: lambda tasks: self.generate(
                 tasks, conditions=[self._others[task.task_id] for task in tasks]
             ),

@@ -12,7 +12,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from tina.classifiers import Classifier, Family
+from tina.classifiers import Classifier, Family, VitB32Head
+from tina.errors import CheckpointError
 
 OPSET = 18
 PREFIX = "network."
@@ -25,7 +26,12 @@ def export_graph(family: Family) -> bytes:
 
     It takes float32 images (N, C, H, W) in [0, 1] of any N, H and W; cuts the centre square,
     resizes and normalises inside. torch's exporter holds Python's lock for most of its seconds.
+
+    Raises:
+        CheckpointError: Its trunk is CLIP's image tower, which the exporter cannot take.
     """
+    if isinstance(family, VitB32Head):
+        raise CheckpointError(f"a {family.name} classifier cannot be exported: CLIP's image tower")
     k, side = EXPORTED_CLASSES, family.image_size + 1
     blank = Classifier(family, torch.ones(family.layout(k).size), ("",) * k)
     program = torch.onnx.export(

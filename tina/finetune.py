@@ -230,7 +230,7 @@ def accuracy(family: Family, theta: Tensor, store: InputStore, lesson: Lesson) -
 def initial_theta(family: Family, num_classes: int, *, seed: int) -> Tensor:
     """Torch's default initialisation of the family's network, from a seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         module = family.module(num_classes)
     return family.layout(num_classes).flatten(
         {name: p.detach() for name, p in module.named_parameters()}
@@ -249,7 +249,7 @@ def train_trunk(
     """Train a trunk together with a head on all given classes; the head is thrown away."""
     lesson = Lesson.of(dataset, class_ids, seed=seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = nn.Sequential(family.new_trunk(), family.module(len(class_ids)))
     parameters = list(network.parameters())
     optimiser = _AdamW(parameters, recipe)

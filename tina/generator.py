@@ -192,7 +192,7 @@ class Generator:
 def new_denoiser(config: GeneratorConfig, codec: Codec, *, dim: int, seed: int) -> Denoiser:
     """An untrained denoiser: its classifiers are classifier selection's."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # CUDA's would stay reseeded
         return Denoiser(
             config.denoiser,
             body_tokens=codec.body_tokens,

@@ -6,7 +6,6 @@ Axes: N images, C channels, H W sides in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -34,7 +33,7 @@ def read_image(
         formats: Pillow's names of those to be read; default: all.
 
     Raises:
-        DataError: Missing, corrupt, too large, or of more than 8 bits per channel.
+        DataError: Missing, corrupt, too large, or of 16-bit or floating gray.
     """
     name = f"image {file}" if isinstance(file, (str, Path)) else "the image"
     try:
@@ -86,12 +85,6 @@ def shrink(image: Tensor) -> Tensor:
     """The centre square of an image (N, C, H, W), its side `LONGEST` where it was more."""
     cut = square(image)
     # a copy, for the cut alone would keep the whole picture in memory
-    return cut.clone() if cut.shape[-1] <= LONGEST else resize(cut, LONGEST)
-
-
-def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Images (1, C, H, W) of any sizes as (N, C, S, S), shrunk, at the size of the largest."""
-    shrunk = [shrink(image) for image in images]
-    side = max(image.shape[-1] for image in shrunk)
-    stacked = torch.cat([resize(image, side) for image in shrunk])
-    return stacked.clamp(0, 1)  # antialiasing overshoots by a rounding
+    if cut.shape[-1] <= LONGEST:
+        return cut.clone()
+    return resize(cut, LONGEST).clamp_(0, 1)  # antialiasing overshoots by a rounding

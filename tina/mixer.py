@@ -35,14 +35,14 @@ class Mixer(nn.Module):
     The output layer starts at zero: untrained, it is classifier selection.
     """
 
-    def __init__(self, generator: Generator, zoo: Zoo) -> None:
+    def __init__(self, generator: Generator, zoo: Zoo, *, num_classes: int) -> None:
         super().__init__()
         self.generator = generator
         self.layout = generator.family.layout(generator.max_classes)
         bodies, rows = self.layout.split(zoo.theta)
         self.bodies = bodies - generator.generic.body  # (Z, n_body)
         # a class's row in each p-model less the one it inherits; zero where it has none
-        self.rows = torch.zeros(len(generator.vocabulary.names), len(rows), self.layout.row_size)
+        self.rows = torch.zeros(num_classes, len(rows), self.layout.row_size)
         for z, class_ids in enumerate(zoo.class_ids):
             own = generator.generic.select(class_ids)
             self.rows[list(class_ids), z] = rows[z, : len(class_ids)] - own
@@ -84,8 +84,8 @@ def train_mixer(
         steps: Optimiser steps, of 8 tasks and 64 images each.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mixer = Mixer(generator, zoo)
+        torch.default_generator.manual_seed(seed)
+        mixer = Mixer(generator, zoo, num_classes=dataset.num_classes)
     optimiser = torch.optim.AdamW(mixer.parameters(), lr=RATE, fused=True)
     rng = np.random.default_rng(seed)
     for step in range(steps):

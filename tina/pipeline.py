@@ -27,7 +27,7 @@ from tina.export import OnnxGraph, export_graph
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.images import fit, square
-from tina.prompts import check_task, normalise_name, pad, split_sentence
+from tina.prompts import check_pictures, check_task, normalise_name, pad, split_sentence
 from tina.storage import at_hand
 from tina.stores import is_uri
 from tina.tensors import pack_tensors
@@ -140,10 +140,11 @@ class TinaPipeline:
 
     Args:
         checkpoint: sha256 of the manifest, written into every model.
+        card: Its model card.
     """
 
-    def __init__(self, generator: Generator, *, checkpoint: str) -> None:
-        self.generator, self.checkpoint = generator, checkpoint
+    def __init__(self, generator: Generator, *, checkpoint: str, card: str = "") -> None:
+        self.generator, self.checkpoint, self.card = generator, checkpoint, card
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> TinaPipeline:
@@ -160,11 +161,12 @@ class TinaPipeline:
         if not directory.is_dir() and not is_uri(str(name)):
             own = PRETRAINED / str(name)
             directory = own if str(name) in pretrained() else _download(str(name))
-        return cls(load_generator(directory), checkpoint=check_manifest(directory))
+        generator, card = load_generator(directory), (directory / "README.md").read_text()
+        return cls(generator, checkpoint=check_manifest(directory), card=card)
 
-    def save_pretrained(self, directory: str | Path, *, card: str = "A Tina checkpoint.\n") -> None:
-        """Write the checkpoint directory; see `tina.checkpoint`."""
-        save_generator(self.generator, Path(directory), card=card)
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the checkpoint directory, with its card; see `tina.checkpoint`."""
+        save_generator(self.generator, Path(directory), card=self.card or "A Tina checkpoint.\n")
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -185,7 +187,7 @@ class TinaPipeline:
         self,
         prompt: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
-        images: Sequence[Tensor] | None = None,
+        images: Sequence[Tensor | Sequence[Tensor]] | None = None,
         descriptions: Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
@@ -196,8 +198,8 @@ class TinaPipeline:
         Args:
             prompt: One task (`["otter", "bicycle"]`), a batch of tasks (a list of lists; the result
                 is then a list), or one sentence, split at commas, "and" and "or".
-            images: For one task: per class float32 pictures (N, C, H, W) in [0, 1]. They take the
-                place of the words; names then only label the rows.
+            images: For one task: per class float32 pictures (N, C, H, W) in [0, 1], or a list of
+                such for more sizes, in the words' place; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
             seed: One for all, or one per task of a batch.
             num_inference_steps: Denoising steps.
@@ -226,6 +228,8 @@ class TinaPipeline:
                 )
             embeddings = [self.embed_images(images)]
         elif descriptions is not None:
+            if isinstance(descriptions, str):
+                raise PromptError("descriptions are a list, one text per class")
             if len(descriptions) != len(names[0]):
                 raise PromptError(
                     f"{len(names[0])} classes need as many descriptions, got {len(descriptions)}"
@@ -240,7 +244,7 @@ class TinaPipeline:
         return models if batched else models[0]
 
     @staticmethod
-    def _one(prompt: object, images: Sequence[Tensor] | None) -> Sequence[str]:
+    def _one(prompt: object, images: Sequence[object] | None) -> Sequence[str]:
         if isinstance(prompt, str):
             return split_sentence(prompt)
         if prompt is None and images is not None:
@@ -279,30 +283,30 @@ class TinaPipeline:
             "one trained with prompt.encoder open_clip or sentence"
         )
 
-    def embed_images(self, images: Sequence[Tensor]) -> Tensor:
-        """Unit embeddings (K, E) of pictures per class, (N, C, H, W) each in [0, 1].
+    def embed_images(self, images: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
+        """Unit embeddings (K, E) of pictures per class, see `__call__`.
 
         Of their centre squares, through the encoder's image tower where it has one; otherwise by
         the names that the generic model takes them for (`Generator.embed_shots`).
+
+        Raises:
+            PromptError: A class has no pictures, or they are none.
         """
-        for shots in images:
-            if (
-                shots.ndim != 4
-                or not len(shots)
-                or shots.shape[1] != self.generator.family.channels
-            ):
-                raise PromptError(
-                    "pictures must be (N, C, H, W) with N above 0 and C = "
-                    f"{self.generator.family.channels}, got {tuple(shots.shape)}"
-                )
-            if not shots.is_floating_point() or not bool(((shots >= 0) & (shots <= 1)).all()):
-                raise PromptError("pictures must be floating point, with values in [0, 1]")
-        if self.generator.config.prompt.encoder == "open_clip":
-            means = [self.encoder.encode_images(square(shots)).mean(0) for shots in images]
-            return F.normalize(torch.stack(means), dim=-1)
+        return torch.stack([self._embed_shots(shots) for shots in images])
+
+    def _embed_shots(self, shots: Tensor | Sequence[Tensor]) -> Tensor:
+        """The embedding (E,) of one class's pictures, each made small by itself."""
+        parts = [shots] if isinstance(shots, Tensor) else list(shots)
+        if not parts:
+            raise PromptError("a class has no pictures")
         family = self.generator.family
-        seen = [family.embed(fit(shots.float(), family.image_size)) for shots in images]
-        return torch.stack([self.generator.embed_shots(shots) for shots in seen])
+        for part in parts:
+            check_pictures(part, channels=family.channels)
+        if self.generator.config.prompt.encoder == "open_clip":
+            seen = [self.encoder.encode_images(square(part)) for part in parts]
+            return F.normalize(torch.cat(seen).mean(0), dim=-1)
+        seen = [family.embed(fit(part.float(), family.image_size)) for part in parts]
+        return self.generator.embed_shots(torch.cat(seen))
 
     def generate(
         self,
@@ -352,6 +356,8 @@ class TinaPipeline:
 
 
 def _is_batch(prompt: Sequence[object]) -> bool:
+    if not isinstance(prompt, Sequence):
+        raise PromptError(f"a prompt is a sentence or lists of class names, got {prompt!r}")
     if odd := [item for item in prompt if not isinstance(item, (str, list, tuple))]:
         raise PromptError(f"class names are text, got {odd[0]!r}")
     kinds = {isinstance(item, str) for item in prompt}

@@ -6,6 +6,7 @@ Axes: B batch, K classes, V vocabulary, E embedding width, R values of a head ro
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,13 +25,13 @@ nearer to one class than to any other by 1 / SHARPNESS inherits that class's row
 
 
 def normalise_name(name: str) -> str:
-    """Lower case, underscores and runs of white space as one space."""
-    return " ".join(name.replace("_", " ").split()).lower()
+    """Lower case, letters with their accents, underscores and runs of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).lower()
 
 
 def split_sentence(prompt: str) -> list[str]:
     """The class names in a sentence: split at commas, semicolons, "and" and "or"."""
-    parts = re.split(r"[,;\n]|\band\b|\bor\b", prompt, flags=re.IGNORECASE)
+    parts = re.split(r"[,;\n]|(?<![\w-])(?:and|or)(?![\w-])", prompt, flags=re.IGNORECASE)
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -38,9 +39,11 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
     """The names of a task, cleaned of surrounding white space.
 
     Raises:
-        PromptError: Fewer than 2 names or more than `max_classes`, an empty or very long name, or
-            one name twice (case and underscores aside).
+        PromptError: Fewer than 2 names or more than `max_classes`, one that is no text, empty or
+            very long, or one name twice (case and underscores aside).
     """
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise PromptError(f"class names are text, got {odd[0]!r}")
     names = tuple(" ".join(name.split()) for name in names)
     for name in names:
         if not normalise_name(name):
@@ -59,6 +62,21 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise PromptError(f"each class may stand once in a task; twice: {', '.join(sorted(twice))}")
     return names
+
+
+def check_pictures(images: Tensor, *, channels: int) -> None:
+    """Make sure that images are pictures: float (N, C, H, W) in [0, 1], N above 0.
+
+    Raises:
+        PromptError: They are not.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise PromptError(f"pictures must be (N, C, H, W), N above 0, got {got}")
+    if images.shape[1] != channels:
+        raise PromptError(f"pictures must have C = {channels}, got {tuple(images.shape)}")
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise PromptError("pictures must be floating point, with values in [0, 1]")
 
 
 def sparsemax(scores: Tensor) -> Tensor:

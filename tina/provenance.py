@@ -16,7 +16,9 @@ def commit() -> str:
         return os.environ["TINA_COMMIT"]
     # an environment may lie in a repository of somebody else's, which does not track this file
     tracked = _git("ls-files", Path(__file__).name)
-    return (tracked and _git("describe", "--always", "--dirty", "--abbrev=12")) or "unknown"
+    found = tracked and _git("describe", "--always", "--abbrev=12")
+    # a configuration that is not committed is no part of it either
+    return f"{found}{'-dirty' * bool(_git('status', '--porcelain'))}" if found else "unknown"
 
 
 def _git(*words: str) -> str:

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tina.evaluation import DIRECT, MIXER, REGRESSOR, SELECTION, SHUFFLED, SWAPPED, TINA, UNTRAINED
+from tina.evaluation import (
+    DIRECT,
+    MIXER,
+    REGRESSOR,
+    SELECTION,
+    SHUFFLED,
+    SWAPPED,
+    TINA,
+    UNTRAINED,
+    ZERO_SHOT,
+)
 from tina.files import write_whole
 from tina.generator import Generator
 
@@ -21,6 +31,7 @@ ORDER = (
     MIXER,
     SELECTION,
     UNTRAINED,
+    ZERO_SHOT,
     "generic",
     SWAPPED,
     SHUFFLED,

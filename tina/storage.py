@@ -50,7 +50,7 @@ def at_hand(location: str, *names: str) -> Path:
     folder = user_cache() / "copies" / hash_bytes(location.encode())[:16]
     folder.mkdir(parents=True, exist_ok=True)
     copy, part, files = folder / name, "", dict[str, Any]()
-    with FileLock(folder / "lock"):
+    with FileLock(folder.with_suffix(".lock")):
         for part in names or ("",):
             if files := store.listing(part):
                 break
@@ -58,13 +58,14 @@ def at_hand(location: str, *names: str) -> Path:
             store.bring({name: files[""]}, folder)
             return copy
         store.bring(files, copy)
-        _forget(copy / part, {copy / name for name in files})
+        for gone in names or ("",):
+            _forget(copy / gone, {copy / name for name in files})
     return copy
 
 
 def _forget(here: Path, known: set[Path]) -> None:
     """Remove from a copy what has left its store."""
-    if here.is_file():
+    if here.is_file() and here not in known:
         here.unlink()
     for path in sorted(here.rglob("*"), reverse=True):  # a folder after what is in it
         if path.is_file() and path not in known:

@@ -5,6 +5,7 @@ Accuracies are on `select` images of validation tasks: the images that the searc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tina.config import JobConfig
+from tina.errors import DataError
 from tina.files import write_whole
 from tina.space import config_values
 
@@ -171,9 +173,15 @@ def best_of(outcomes: Sequence[Outcome]) -> Outcome:
     """The most accurate of the trials that are done; of equal ones the default, then the smallest.
 
     One that was stopped early is compared with others at that step alone.
+
+    Raises:
+        DataError: None is done.
     """
+    done = [outcome for outcome in outcomes if outcome.state == "done"]
+    if not done:
+        raise DataError("no trial of the sweep came to its end")
     return max(
-        (outcome for outcome in outcomes if outcome.state == "done"),
+        done,
         key=lambda outcome: (outcome.accuracy, outcome.default, -outcome.parameters),
     )
 
@@ -198,10 +206,13 @@ def verdict(
     if best is default:
         return f"No trial of {count} beats the default configuration, {bar} {where}.{rest}"
     gain = 100 * (best.accuracy - default.accuracy)
-    error = 100 * float(gains.std(ddof=1)) / len(gains) ** 0.5
+    spread, error = "", math.inf  # of one task none is known
+    if len(gains) > 1:
+        error = 100 * float(gains.std(ddof=1)) / len(gains) ** 0.5
+        spread = f", paired standard error {error:.2f}"
     noise = "" if gain > 2 * error else "; that is within the noise"
     return (
         f"Trial {best.name} beats the default configuration by {gain:.2f} points "
-        f"({100 * best.accuracy:.2f} % against {bar} {where}, paired standard error {error:.2f})"
+        f"({100 * best.accuracy:.2f} % against {bar} {where}{spread})"
         f"{noise}. It is the best of {count} on the images that it was chosen by.{rest}"
     )
