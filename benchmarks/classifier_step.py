@@ -8,12 +8,13 @@ the turns stand beside each other as ratios.
 
 from __future__ import annotations
 
+import argparse
 import time
 from statistics import median
 
 import torch
 
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from tina.classifiers import InputStore, build_family
 from tina.config import RecipeConfig
 from tina.finetune import Lesson, finetune, initial_theta
@@ -24,6 +25,7 @@ MODELS, CLASSES, STEPS, TURNS = 4, 10, 20, 5
 
 def main() -> None:
     """Measure and append."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     before = load()
     torch.set_num_threads(1)
     family = build_family("cnn5k", channels=3, image_size=32)
@@ -56,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

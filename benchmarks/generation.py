@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import append, load, percentiles
+from benchmarks.record import append, as_command, checkpoint_folder, load, percentiles
 from tina import TinaPipeline
 from tina.classifiers import InputStore
 from tina.config import RecipeConfig
@@ -280,9 +280,8 @@ def roofline(generator: Generator, turns: int) -> dict[str, object]:
     }
 
 
-def accuracies(checkpoint: Path, generator: Generator) -> dict[str, object]:
+def accuracies(run: Run, generator: Generator) -> dict[str, object]:
     """Of the run's validation tasks on `select` images: both samplers', and fine-tuning's."""
-    run = Run.open(checkpoint.parent)
     weights = generator.denoiser.state_dict()
     diffusion = replace(generator.config.diffusion, sampler="ddpm", sampling_steps=PAPER_STEPS)
     slow = replace(generator, config=replace(generator.config, diffusion=diffusion))
@@ -329,12 +328,13 @@ def write_profile(pipe: TinaPipeline, file: Path) -> None:
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path("runs/cifar100_cnn5k/checkpoint")
-    parser.add_argument("--checkpoint", type=Path, default=default)
+    default = "runs/cifar100_cnn5k/checkpoint"
+    parser.add_argument("--checkpoint", type=checkpoint_folder, default=default)
     parser.add_argument("--short", action="store_true", help="few turns, speed alone")
     args = parser.parse_args()
     before, length = load(), SHORT if args.short else LONG
-    pipe = TinaPipeline.from_pretrained(args.checkpoint.resolve())
+    pipe = TinaPipeline.from_pretrained(args.checkpoint)
+    run = None if args.short else Run.open(args.checkpoint.parent)
     config = pipe.generator.config
     figures: dict[str, object] = {
         "short": args.short,
@@ -349,8 +349,8 @@ def main() -> None:
         "roofline": roofline(pipe.generator, length.turns),
     }
     figures |= compared(in_turns(pipe, length), length)
-    if not args.short:
-        found = accuracies(args.checkpoint.resolve(), pipe.generator)
+    if run:
+        found = accuracies(run, pipe.generator)
         if steps := found["direct_steps_to_pipeline"]:
             share = steps / config.classifier.direct.steps
             ratios = figures["times_direct"].items()
@@ -361,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

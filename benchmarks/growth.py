@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.generation import timed
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from benchmarks.training import (
     CLASSES,
     EMBEDDING,
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

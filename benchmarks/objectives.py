@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
 from tina.classifiers import predict
 from tina.config import DiffusionConfig, TrainConfig
@@ -194,4 +194,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from benchmarks.record import append, load, percentiles
+from benchmarks.record import append, as_command, checkpoint_folder, load, percentiles
 from benchmarks.serve_load import PORT, closed_loop, elsewhere, rate_of, service
 from tina.checkpoint import load_generator
 
@@ -105,11 +105,12 @@ def under_load(classes: list[str], seconds: float) -> dict[str, dict[str, float]
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart/checkpoint"))
+    default = "runs/quickstart/checkpoint"
+    parser.add_argument("--checkpoint", type=checkpoint_folder, default=default)
     parser.add_argument("--seconds", type=float, default=12, help="of each load")
     parser.add_argument("--replicas", type=int, default=2, help="of the endpoint, a thread each")
     args, before = parser.parse_args(), load()
-    checkpoint = args.checkpoint.resolve()
+    checkpoint = args.checkpoint
     generator = load_generator(checkpoint)
     classes = generator.vocabulary.trained_names[: min(10, generator.max_classes)]
     found = {}
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -37,7 +37,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.objectives import against, by_set, measure, select_lessons
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
@@ -250,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

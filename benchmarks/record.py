@@ -1,20 +1,39 @@
-"""What the benchmarks share: a row says where it comes from, latencies are told as percentiles."""
+"""What the benchmarks share: rows that say where they come from, percentiles, one-line errors."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from tina.errors import TinaError
 from tina.provenance import commit, hardware
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def as_command(main: Callable[[], None]) -> None:
+    """Run a benchmark; what the user can mend ends as one line and exit status 2, as in `tina`."""
+    try:
+        main()
+    except (TinaError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A checkpoint's folder, from its path or the name of one that comes with the package."""
+    from tina.checkpoint import PRETRAINED  # here: what only makes load needs no torch
+    from tina.pipeline import pretrained
+
+    return PRETRAINED / name if name in pretrained() else Path(name).resolve()
 
 
 def append(name: str, figures: Mapping[str, object], *, load_before: float) -> None:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import aiohttp
 import psutil
 
-from benchmarks.record import append, load, percentiles
+from benchmarks.record import append, as_command, checkpoint_folder, load, percentiles
 
 CLIENTS, OVERLOAD = 32, 5
 CONNECTIONS = 1000  # one for each request would fill the kernel's queues, not the service
@@ -194,7 +194,8 @@ def service(checkpoint: Path, **options: object) -> Iterator[None]:
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart/checkpoint"))
+    default = "runs/quickstart/checkpoint"
+    parser.add_argument("--checkpoint", type=checkpoint_folder, default=default)
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     parser.add_argument("--overload-seconds", type=float, default=60)
     parser.add_argument("--replicas", type=int, default=1)
@@ -204,7 +205,7 @@ def main() -> None:
         parser.error("h2load is not there: apt install nghttp2-client")
     from tina.checkpoint import load_generator
 
-    checkpoint = args.checkpoint.resolve()
+    checkpoint = args.checkpoint
     generator = load_generator(checkpoint)
     classes = generator.vocabulary.trained_names[: min(10, generator.max_classes)]
     alone = bare(checkpoint, classes)
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -38,7 +38,7 @@ from benchmarks.objectives import (
     select_lessons,
     selected,
 )
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
 from tina.generator import new_denoiser
 from tina.run import Run
@@ -136,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

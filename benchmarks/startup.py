@@ -23,7 +23,7 @@ from statistics import median
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, checkpoint_folder, load
 from tina.checkpoint import load_generator
 
 PACKAGE = "tina-text2model"
@@ -149,15 +149,14 @@ def sizes(largest: int = 5) -> Mapping[str, dict[str, object]]:
 def main() -> None:
     """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path("runs/cifar100_cnn5k/checkpoint")
-    parser.add_argument("--checkpoint", type=Path, default=default)
+    default = "runs/cifar100_cnn5k/checkpoint"
+    parser.add_argument("--checkpoint", type=checkpoint_folder, default=default)
     parser.add_argument("--short", action="store_true", help="few processes")
     args = parser.parse_args()
     before, turns = load(), 3 if args.short else 11
-    checkpoint = args.checkpoint.resolve()
-    generator = load_generator(checkpoint)
+    generator = load_generator(args.checkpoint)
     classes = generator.vocabulary.trained_names[: generator.max_classes]
-    times = start_times(checkpoint, classes, turns)
+    times = start_times(args.checkpoint, classes, turns)
     figures = {
         "short": args.short,
         "dataset": generator.dataset,
@@ -170,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -26,7 +26,7 @@ from torch import Tensor, distributed, multiprocessing
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.generation import timed
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from ray_jobs.engine import DeepSpeedEngine
 from ray_jobs.process import settle_in
 from tina.batches import Batch
@@ -199,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -14,6 +14,7 @@ GPU); the medians of the turns stand beside each other as ratios.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from statistics import median
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from ray_jobs.process import settle_in
 from tina.classifiers import Family, InputStore, build_family
 from tina.config import RecipeConfig
@@ -171,6 +172,7 @@ def measure(
 
 def main() -> None:
     """Measure and append."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     before = load()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settle_in(threads=1)
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -12,6 +12,7 @@ large zoo.
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import shutil
@@ -22,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from benchmarks.record import append, load
+from benchmarks.record import append, as_command, load
 from ray_jobs.build_zoo import Teacher, build_zoo, ensure_generic
 from ray_jobs.job import start_ray
 from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig, TaskConfig
@@ -85,6 +86,7 @@ def share(config: JobConfig, base: Path, index: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and append."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     before = load()
     start_ray()
     rates: dict[str, list[float]] = {}
@@ -123,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

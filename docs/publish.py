@@ -11,12 +11,12 @@ A table stands between `<!-- table NAME -->` (all axes) or `<!-- table NAME AXIS
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ def table(name: str, axis: str | None = None) -> str:
         f"{timing['ms_per_model_batch1']:.0f} ms per model alone, "
         f"{timing['ms_per_model_batch64']:.1f} ms in a batch of 64; direct fine-tuning "
         f"{_seconds(timing['finetune_s_per_model'])} s (timed over a twentieth of its steps). "
-        f"Measured on {report['hardware']}, commit "
-        f"`{report['commit']}`, by {_commands(name, report)}."
+        f"Evaluated on {report['hardware']}, at commit `{report['commit']}`; the same is made by "
+        f"{_commands(name, report)}."
     )
     return f"{facts}\n\n{markdown(report, axis)}"
 
@@ -54,7 +54,7 @@ def _seconds(value: float) -> str:
 
 
 def _commands(name: str, report: Mapping[str, Any]) -> str:
-    """What made a report: the demo, and where it measured more than its preset says, a job."""
+    """What makes a report: the demo, and where it measures more than its preset says, a job."""
     preset = yaml.safe_load((DOCS.parent / f"configs/{name}.yaml").read_text())
     usual = config_to_dict(config_from_dict(EvaluationConfig, preset["evaluation"]))
     more = {k: v for k, v in report.get("evaluation", usual).items() if v != usual[k]}
@@ -109,15 +109,19 @@ def release(run: Path) -> None:
     save_generator(generator, folder, card=f"{card}\n{note}", half=True)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Publish the runs named, then rewrite."""
-    for folder in [Path(name) for name in argv if name != "--release"]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs or sweeps")
+    parser.add_argument("--release", action="store_true", help="their checkpoints too")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
         (publish_sweep if (folder / "best.yaml").exists() else publish)(folder)
-        if "--release" in argv:
+        if args.release:
             release(folder)
     for file in (DOCS.parent / "README.md", DOCS / "results.md"):
         file.write_text(rewrite(file.read_text()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,6 +1,7 @@
 """The HTTP calls, over any backend: FastAPI, no torch, no state.
 
-`tina.schemas` is the only source of the OpenAPI document. Every error is a problem document.
+`tina.schemas` is the only source of the OpenAPI document. Every error is a problem document, but
+for a static file's range that there is not and a CORS preflight that is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import mimeparse
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serve.bodies import read_pictures, read_prompt
 from serve.ids import Ids, Recipe
@@ -69,6 +70,16 @@ class Access:
 
     token: str = ""
     origins: tuple[str, ...] = ()
+
+
+class Pages(StaticFiles):
+    """The playground; a browser asks each time, or a page would run another version's script."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """As Starlette has it."""
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 SCHEME = HTTPBearer(auto_error=False)
@@ -127,7 +138,9 @@ def build_api(
     Args:
         full: Whether the backend would refuse whatever a path asks of it.
     """
-    app = FastAPI(docs_url=None, redoc_url=None)  # their pages come from elsewhere
+    # the pages of the documentation come from elsewhere
+    app = FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
+    pages = Pages(directory=STATIC)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(Guard(access))])
 
     @v1.post(
@@ -144,9 +157,10 @@ def build_api(
         name = ids.short(made.recipe)
         if name is None:
             name = await run_in_threadpool(ids.issue, made.recipe)
-        response = _answer(made, name, chosen)
+        path = _path(request, name)
+        response = _answer(made, name, chosen, path)
         response.status_code = 201
-        response.headers["Location"] = f"/v1/models/{name}"
+        response.headers["Location"] = path
         return response
 
     @v1.get(
@@ -160,12 +174,14 @@ def build_api(
         chosen = negotiate(request, format)
         recipe = await run_in_threadpool(ids.read, id)
         tag = entity_tag(id, chosen)
-        if _matches(request.headers.get("if-none-match", ""), tag):
-            # also where its checkpoint has gone: the caller has it, and no replica need be asked
+        held = ", ".join(request.headers.getlist("if-none-match"))
+        known = tag.removeprefix("W/") in re.findall(r'"[^"]*"', held)
+        # no replica need be asked for what the caller has, also where its checkpoint has gone
+        made = None if known else await backend.fetch(recipe, chosen)
+        if made is None or held.strip() == "*":
             response = Response(status_code=304, headers=VARY)
         else:
-            made = await backend.fetch(recipe, chosen)
-            response = _answer(made, id, chosen)
+            response = _answer(made, id, chosen, _path(request, id))
         kept = "private" if access.token else "public"
         response.headers["Cache-Control"] = f"{kept}, max-age=31536000, immutable"
         response.headers["ETag"] = tag
@@ -210,12 +226,12 @@ def build_api(
         return {"status": "ready"}
 
     @app.get("/", include_in_schema=False)
-    async def playground() -> Response:
-        return FileResponse(STATIC / "index.html")
+    async def playground(request: Request) -> Response:
+        return await pages.get_response("index.html", request.scope)
 
     install(app, origins=access.origins, full=full)
     describe(app)
-    app.mount("/static", StaticFiles(directory=STATIC))
+    app.mount("/static", pages)
     return app
 
 
@@ -224,19 +240,19 @@ def entity_tag(name: str, format: Format) -> str:
     return f'W/"{hashlib.sha256(f"{format} {name}".encode()).hexdigest()[:32]}"'
 
 
-def _matches(header: str, tag: str) -> bool:
-    tags = re.findall(r'(?:W/)?("[^"]*")', header)
-    return header.strip() == "*" or tag.removeprefix("W/") in tags
+def _path(request: Request, name: str) -> str:
+    """Of a model, with the prefix that the service is mounted at."""
+    return f"{request.scope.get('root_path', '')}/v1/models/{name}"
 
 
-def _answer(made: Made, name: str, format: Format) -> Response:
+def _answer(made: Made, name: str, format: Format, path: str) -> Response:
     headers = dict(VARY)
     if format != "json":
         words = "-".join(re.findall(r"[a-z0-9]+", " ".join(made.recipe.classes).lower()))
         file = f"tina-{words[:60] or 'model'}.{format}"
         headers["Content-Disposition"] = f'attachment; filename="{file}"'
         return Response(made.content, media_type=MEDIA_TYPES[format], headers=headers)
-    recipe, path = made.recipe, f"/v1/models/{name}"
+    recipe = made.recipe
     reply = ModelReply(
         id=name,
         classes=list(recipe.classes),

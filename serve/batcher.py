@@ -49,11 +49,12 @@ class Batcher(Generic[Item, Result]):
         self._lock = Lock()  # of the last two together
 
     def __len__(self) -> int:
-        """Items that wait."""
-        return len(self._waiting)
+        """Items that wait, and whose callers have not gone."""
+        with self._lock:
+            return sum(not future.done() for _, future in self._waiting)
 
-    async def __call__(self, item: Item) -> Result:
-        """The item's result; a cancelled call is in no later call of `run`."""
+    def __call__(self, item: Item) -> asyncio.Future[Result]:
+        """The item's result; where it is cancelled, the item is in no later call of `run`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         with self._lock:
@@ -61,7 +62,7 @@ class Batcher(Generic[Item, Result]):
             awake, self._awake = self._awake, True
         if not awake:  # a turn later, together with what else comes in this one
             loop.call_soon(self._executor.submit, self._call)
-        return await future
+        return future
 
     def _gather(self) -> dict[int, Item]:
         """The items of the next call: those that are left, and those that wait."""

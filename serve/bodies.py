@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
-from serve.problems import Problem
+from serve.problems import Problem, brief
 from tina.schemas import (
     MAX_BODY_BYTES,
     MAX_CHARACTERS,
@@ -57,7 +57,8 @@ def faults_of(errors: Sequence[Any]) -> Problem:
     """What pydantic found wrong, as a problem."""
     faults = []
     for error in errors[:MAX_FAULTS]:
-        parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+        loc = error["loc"]
+        parts = (f"[{part}]" if isinstance(part, int) else f".{brief(part)}" for part in loc)
         faults.append(Fault(field="".join(parts).lstrip("."), detail=error["msg"]))
     detail = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults[:3])
     return Problem("invalid", detail, faults)
@@ -100,15 +101,16 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_form(
-    request: Request, files: re.Pattern[str]
+    request: Request, files: re.Pattern[str], *, most: int
 ) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
     """A multipart body: its text parts by name, and its files in their order.
 
     Args:
         files: What the names of file parts look like.
+        most: File parts; the rest is not read.
 
     Raises:
-        Problem: It is too large, not multipart, or has a file part of another name.
+        Problem: It is too large, not multipart, or has more file parts or one of another name.
     """
     body = await read_body(request)
 
@@ -116,9 +118,9 @@ async def read_form(
         return {"type": "http.request", "body": body, "more_body": False}
 
     texts, found = {}, []
-    most = {"max_files": MAX_CLASSES * MAX_IMAGES, "max_fields": 8, "max_part_size": MAX_BODY_BYTES}
+    limits = {"max_files": most, "max_fields": 8, "max_part_size": MAX_BODY_BYTES}
     try:
-        async with Request(request.scope, receive).form(**most) as form:
+        async with Request(request.scope, receive).form(**limits) as form:
             for name, value in form.multi_items():
                 name.encode()  # an odd charset may make of it what is no text
                 if isinstance(value, str):
@@ -131,7 +133,9 @@ async def read_form(
                     check_image(name, content)
                     found.append((name, content))
     except HTTPException as error:
-        raise Problem("malformed", str(error.detail)) from None
+        if error.detail.startswith("Too many files"):
+            raise Problem.of_field("images", f"are more than {most} file parts") from None
+        raise Problem("malformed", error.detail) from None
     except UnicodeError as error:
         raise Problem("malformed", f"a part is no text: {error}") from None
     return texts, found
@@ -164,7 +168,8 @@ async def read_prompt(request: Request) -> ModelRequest:
             for j, content in enumerate(of_class):
                 check_image(f"images[{i}][{j}]", content)
         return prompt
-    texts, files = await read_form(request, re.compile(r"images\[(\d{1,3})\]"))
+    most = MAX_CLASSES * MAX_IMAGES
+    texts, files = await read_form(request, re.compile(r"images\[(\d{1,3})\]"), most=most)
     if "prompt" not in texts:
         raise Problem.of_field("prompt", "is missing: a part with the request's JSON")
     if odd := texts.keys() - {"prompt"}:
@@ -198,7 +203,7 @@ async def read_pictures(request: Request) -> list[bytes]:
         for i, image in enumerate(images):
             check_image(f"images[{i}]", image)
         return list(images)
-    _, files = await read_form(request, re.compile("images"))
-    if not 1 <= len(files) <= MAX_IMAGES:
-        raise Problem.of_field("images", f"must be 1 to {MAX_IMAGES} file parts")
+    _, files = await read_form(request, re.compile("images"), most=MAX_IMAGES)
+    if not files:
+        raise Problem.of_field("images", "are missing: a file part for each")
     return [content for _, content in files]

@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve.bodies import JSON, MULTIPART
 from serve.problems import KINDS, MEDIA_TYPE
-from tina.schemas import MEDIA_TYPES, ModelRequest, PredictRequest, ProblemDocument
+from tina.schemas import MAX_IMAGES, MEDIA_TYPES, ModelRequest, PredictRequest, ProblemDocument
 
 REF = "#/components/schemas/{model}"
 BINARY = {"type": "string", "format": "binary"}
@@ -35,13 +35,8 @@ PROMPT = _body(
         "additionalProperties": BINARY,
     },
 )
-PREDICTION = _body(
-    PredictRequest,
-    {
-        "properties": {"images": {"type": "array", "items": BINARY, "minItems": 1}},
-        "required": ["images"],
-    },
-)
+FILES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_IMAGES}
+PREDICTION = _body(PredictRequest, {"properties": {"images": FILES}, "required": ["images"]})
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -22,7 +22,8 @@ HEADER = "X-Request-ID"
 LARGE_BYTES = 2**16
 MAX_HELD_BYTES = 2**28
 SECURITY = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -87,7 +88,7 @@ class Mistakes:
 
 
 class Head:
-    """Answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
+    """Answers HEAD as GET of the whole, without the body (RFC 9110, 9.3.2 and 14.2)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -101,7 +102,8 @@ class Head:
         async def bodiless(message: Message) -> None:
             await send({**message, "body": b""} if "body" in message else message)
 
-        await self.app({**scope, "method": "GET"}, receive, bodiless)
+        headers = [pair for pair in scope["headers"] if pair[0] != b"range"]
+        await self.app({**scope, "method": "GET", "headers": headers}, receive, bodiless)
 
 
 class TurnAway:
@@ -142,7 +144,7 @@ class TurnAway:
 def respond(request: Request, problem: Problem) -> Response:
     """A problem as an answer."""
     name = request.state.request_id
-    headers = {}
+    headers = {"Cache-Control": "no-store"}
     if problem.status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     if problem.status == 406:
@@ -168,6 +170,8 @@ def install(app: FastAPI, *, origins: Sequence[str], full: Callable[[str], bool]
     async def on_framework(request: Request, error: HTTPException) -> Response:
         response = respond(request, Problem(kind_of(error.status_code), str(error.detail)))
         response.headers.update(error.headers or {})
+        if response.headers.get("Allow") == "GET":
+            response.headers["Allow"] = "GET, HEAD"  # see Head
         return response
 
     app.add_middleware(TurnAway, full=full)
@@ -178,6 +182,6 @@ def install(app: FastAPI, *, origins: Sequence[str], full: Callable[[str], bool]
         allow_origins=list(origins),
         allow_methods=["GET", "HEAD", "POST"],
         allow_headers=["Authorization", "Content-Type", HEADER],
-        expose_headers=["Location", "ETag", "Retry-After", HEADER],
+        expose_headers=["Content-Disposition", "ETag", "Location", "Retry-After", HEADER],
     )
     app.add_middleware(RequestId)

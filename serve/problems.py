@@ -9,6 +9,7 @@ from tina.schemas import Fault, ProblemDocument
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
+MAX_NAME = 60  # characters of a name that the caller chose
 KINDS = {
     "malformed": (400, "The body cannot be read"),
     "unauthorised": (401, "A bearer token is needed"),
@@ -45,6 +46,7 @@ class Problem(Exception):
     @classmethod
     def of_field(cls, field: str, detail: str, kind: str = "invalid") -> Problem:
         """One part of the request is at fault."""
+        field = brief(field)
         return cls(kind, f"{field} {detail}", [Fault(field=field, detail=detail)])
 
     def document(self, request_id: str) -> ProblemDocument:
@@ -57,6 +59,11 @@ class Problem(Exception):
             instance=f"urn:tina:request:{quote(request_id)}",
             errors=self.faults,
         )
+
+
+def brief(name: str) -> str:
+    """A name as an answer repeats it: it may be as long as the body that it came in."""
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
 
 
 def overloaded() -> Problem:

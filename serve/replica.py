@@ -12,6 +12,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from cachetools import LRUCache
+from PIL import Image
 from torch import Tensor
 
 from serve.batcher import Batcher
@@ -33,10 +35,18 @@ from serve.problems import Problem
 from tina.classifiers import predict_many
 from tina.errors import ConfigError, DataError, PromptError
 from tina.export import OnnxGraph, export_graph
-from tina.images import fit, read_image, shrink, stack_images
+from tina.images import fit, read_image, shrink
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import check_task
-from tina.schemas import MAX_PIXELS, Fault, Format, Info, Limits, ModelRequest
+from tina.schemas import (
+    MAX_PIXELS,
+    MAX_REQUEST_PIXELS,
+    Fault,
+    Format,
+    Info,
+    Limits,
+    ModelRequest,
+)
 
 DECODERS = 2  # threads
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -159,18 +169,19 @@ class Replica:
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """Class probabilities (N, K) of a model on picture files."""
         side = self.pipe.generator.family.image_size
-        at_size = partial(fit, side=side)
+
+        async def read() -> Tensor:
+            await self._refuse_large(images)
+            return torch.cat(await self._pictures(images, "images", partial(fit, side=side)))
+
         try:
             async with asyncio.TaskGroup() as group:  # what is left of a refused one is cancelled
                 begun = group.create_task(self._model(recipe))
-                pictures = [
-                    group.create_task(self._picture(file, f"images[{i}]", at_size))
-                    for i, file in enumerate(images)
-                ]
+                pictures = group.create_task(read())
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         model, _ = begun.result()
-        logits = await self._predictions((model, torch.cat([p.result() for p in pictures])))
+        logits = await self._predictions((model, pictures.result()))
         return logits.softmax(-1).tolist()
 
     async def info(self) -> Info:
@@ -236,9 +247,10 @@ class Replica:
         anew = model is None
         self.metrics.lookup(hit=not anew)
         if model is None:
+            made = self._generations(recipe)
             self.metrics.waiting.set(len(self._generations))
             try:
-                model = await self._generations(recipe)
+                model = await made
             finally:
                 self.metrics.waiting.set(len(self._generations))
             if size_of(model) <= self._cache.maxsize:
@@ -277,6 +289,19 @@ class Replica:
             except PromptError as error:
                 raise Problem.of_field(field, f"cannot be encoded: {error}") from None
 
+    async def _refuse_large(self, files: Sequence[bytes]) -> None:
+        """Refuse pictures that would be decoded for long, before the first of them is."""
+        pixels = await _run(self._decoders, lambda: sum(map(pixels_of, files)))
+        if pixels > MAX_REQUEST_PIXELS:
+            most = f"more than {MAX_REQUEST_PIXELS}"
+            raise Problem.of_field("images", f"have {pixels} pixels together, {most}", "too-large")
+
+    async def _pictures(
+        self, files: Sequence[bytes], field: str, cut: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Pictures (1, C, H, W) one after another, so that requests take turns at the threads."""
+        return [await self._picture(f, f"{field}[{i}]", cut) for i, f in enumerate(files)]
+
     async def _picture(self, file: bytes, field: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture (1, C, H, W), made small at once: many large ones fit in no memory."""
         channels = self.pipe.generator.family.channels
@@ -298,19 +323,27 @@ class Replica:
         """Embeddings (K, E) of pictures per class, of which one class at a time is in memory."""
 
         def embed(shots: Sequence[Tensor]) -> Tensor:
-            return self.pipe.embed_images([stack_images(shots)])
+            return self.pipe.embed_images([shots])
 
+        await self._refuse_large([file for files in images for file in files])
         rows = []
         for i, files in enumerate(images):
-            shots = [
-                await self._picture(f, f"images[{i}][{j}]", shrink) for j, f in enumerate(files)
-            ]
+            shots = await self._pictures(files, f"images[{i}]", shrink)
             rows.append(await _run(self._torch, partial(embed, shots)))
         return torch.cat(rows)
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+def pixels_of(file: bytes) -> int:
+    """Pixels of a picture, as its header has them; 0 where that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(file), formats=PICTURES) as image:
+            return math.prod(image.size)
+    except Exception:  # whatever it is, to decode it says so, and names the picture
+        return 0
 
 
 def size_of(model: GeneratedModel) -> int:

@@ -45,10 +45,9 @@ def test_what_waits_is_run_together_and_in_order(doubler, executor):
     async def main():
         batcher = Batcher(doubler, most=8, executor=executor)
         doubler.gate.clear()
-        first = asyncio.create_task(batcher(0))
+        first = batcher(0)
         await asyncio.sleep(0.01)  # it is being run, alone
-        rest = [asyncio.create_task(batcher(x)) for x in range(1, 12)]
-        await asyncio.sleep(0)
+        rest = [batcher(x) for x in range(1, 12)]
         assert len(batcher) == 11
         doubler.gate.set()
         return await asyncio.gather(first, *rest)
@@ -82,11 +81,12 @@ def test_a_cancelled_call_is_not_run_and_hangs_nobody(doubler, executor):
     async def main():
         batcher = Batcher(doubler, most=8, executor=executor)
         doubler.gate.clear()
-        running = asyncio.create_task(batcher(0))
+        running = batcher(0)
         await asyncio.sleep(0.01)
-        gone, stays = asyncio.create_task(batcher(1)), asyncio.create_task(batcher(2))
-        await asyncio.sleep(0)
+        gone, stays = batcher(1), batcher(2)
+        assert len(batcher) == 2
         gone.cancel()
+        assert len(batcher) == 1
         running.cancel()  # in the batch that runs: its result is thrown away
         doubler.gate.set()
         assert await stays == 4
@@ -101,10 +101,9 @@ def test_what_a_call_does_not_end_is_in_the_next_and_others_join_it(doubler, exe
     async def main():
         batcher = Batcher(doubler, most=3, executor=executor)
         doubler.gate.clear()
-        first = [asyncio.create_task(batcher(x)) for x in (100, 1)]
+        first = [batcher(x) for x in (100, 1)]
         await asyncio.sleep(0.01)
-        later = [asyncio.create_task(batcher(x)) for x in (101, 2, 3)]
-        await asyncio.sleep(0)
+        later = [batcher(x) for x in (101, 2, 3)]
         doubler.gate.set()
         return await asyncio.gather(*first, *later)
 
@@ -116,7 +115,7 @@ def test_a_call_that_is_cancelled_between_two_calls_is_not_in_the_second(doubler
     async def main():
         batcher = Batcher(doubler, most=3, executor=executor)
         doubler.gate.clear()
-        gone, stays = (asyncio.create_task(batcher(x)) for x in (100, 101))
+        gone, stays = (batcher(x) for x in (100, 101))
         await asyncio.sleep(0.01)
         gone.cancel()
         doubler.gate.set()
@@ -130,10 +129,9 @@ def test_a_failure_takes_all_that_run_and_none_that_come_after(doubler, executor
     async def main():
         batcher = Batcher(doubler, most=3, executor=executor)
         doubler.gate.clear()
-        first = asyncio.create_task(batcher(100))
+        first = batcher(100)
         await asyncio.sleep(0.01)
-        second = asyncio.create_task(batcher(13))
-        await asyncio.sleep(0)
+        second = batcher(13)
         doubler.gate.set()
         failed = await asyncio.gather(first, second, return_exceptions=True)
         return failed, await batcher(102)
@@ -146,8 +144,7 @@ def test_a_failure_takes_all_that_run_and_none_that_come_after(doubler, executor
 def test_the_thread_does_not_wait_for_the_event_loop(doubler, executor):
     async def main():
         batcher = Batcher(doubler, most=3, executor=executor)
-        task = asyncio.create_task(batcher(100))
-        await asyncio.sleep(0)
+        task = batcher(100)
         await asyncio.sleep(0)
         end = time.monotonic() + 10
         while len(doubler.batches) < 2:  # the loop is busy all this time
@@ -163,7 +160,7 @@ def test_other_work_of_the_thread_comes_in_between_two_calls(doubler, executor):
     async def main():
         batcher = Batcher(doubler, most=3, executor=executor)
         doubler.gate.clear()
-        task = asyncio.create_task(batcher(100))
+        task = batcher(100)
         await asyncio.sleep(0.01)
         other = executor.submit(lambda: len(doubler.batches))
         doubler.gate.set()

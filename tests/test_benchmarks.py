@@ -1,6 +1,7 @@
 """The benchmarks compute what they say; how fast anything is no test can hold."""
 
 import asyncio
+import importlib
 import json
 import shutil
 import sys
@@ -52,6 +53,29 @@ def test_a_row_says_where_it_comes_from(monkeypatch, tmp_path, capsys):
 def test_percentiles_are_in_milliseconds():
     found = record.percentiles([i / 1000 for i in range(101)])
     assert found == {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
+
+
+@pytest.mark.parametrize(
+    "name", [f.stem for f in (ROOT / "benchmarks").glob("*.py") if f.stem != "record"]
+)
+def test_help_measures_nothing(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert stop.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_a_path_or_a_packaged_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    packaged = record.checkpoint_folder("tina-cifar100-cnn5k")
+    assert (packaged / "manifest.json").is_file()
+    monkeypatch.setattr(sys, "argv", ["startup", "--checkpoint", "nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        record.as_command(startup.main)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {tmp_path / 'nowhere'} is no checkpoint: it has no manifest.json"
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -124,7 +148,7 @@ def test_accuracy_is_asked_on_select_images(tiny_run, tiny_generator, monkeypatc
     tiny_run.claim()
     monkeypatch.setattr(generation, "FINETUNE_STEPS", (1,))
     monkeypatch.setattr(generation, "PAPER_STEPS", 3)
-    found = generation.accuracies(tiny_run.folder / "checkpoint", tiny_generator)
+    found = generation.accuracies(tiny_run, tiny_generator)
     assert found["tasks"] == len(tiny_run.space.val)
     assert 0 < found["selection"] <= 1
     assert set(found["direct_after_steps"]) == {1}

@@ -1,11 +1,13 @@
 """The command line, run in process: what each command writes, prints and returns."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from tina import TinaPipeline, cli, load_classifier
 from tina.cli import main
 from tina.images import read_image
+from tina.pipeline import pretrained
 
 COMMANDS = ("generate", "classify", "evaluate", "export", "info")
 SIZES = ((8, 8), (5, 13), (40, 17), (1, 1))
@@ -99,6 +102,23 @@ def test_help_lists_the_commands(capsys):
 def test_help_says_units_and_defaults(command, words, capsys):
     text = " ".join(help_of(capsys, command).split())
     assert [word for word in words if word not in text] == []
+
+
+def test_packaged_generators_are_named(capsys):
+    text = " ".join(help_of(capsys, "generate").split())
+    assert main(["generate", "one or two", "--out", "m.safetensors"]) == 2
+    hint = capsys.readouterr().err
+    assert pretrained()
+    for name in pretrained():
+        assert name in text
+        assert name in hint
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tina {version('tina-text2model')}\n"
 
 
 def test_help_imports_nothing_heavy():
@@ -200,6 +220,21 @@ def test_a_description_takes_the_place_of_a_name(tina):
     torch.testing.assert_close(
         tensors("a.safetensors"), tensors("b.safetensors"), atol=1e-5, rtol=0
     )
+
+
+def test_a_class_is_described_once(tiny_checkpoint, capsys):
+    described = ["--description", "zebra=two", "--description", "Zebra=three"]
+    words = ["generate", "zebra, one", *described, "--out", "m.safetensors"]
+    assert main([*words, "--checkpoint", str(tiny_checkpoint)]) == 2
+    assert "'zebra' is described twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["pipe", "/dev/null"])
+def test_force_replaces_regular_files_alone(file, workplace, capsys):
+    os.mkfifo(workplace / "pipe")
+    assert main(["generate", "one or two", "--force", "--out", file]) == 2
+    assert "regular file" in capsys.readouterr().err
+    assert not Path(file).is_file()
 
 
 def test_force_replaces(tina, workplace):
@@ -324,6 +359,13 @@ def test_info_of_a_checkpoint(words, tina, tiny_checkpoint, tiny_generator):
         "further words": "0",
         "sha256": TinaPipeline.from_pretrained(tiny_checkpoint).checkpoint,
     }
+
+
+def test_info_of_a_packaged_checkpoint_by_its_name(tina):
+    facts = tina("info", "tina-cifar100-cnn5k").out
+    known = tina("info", "tina-cifar100-cnn5k", "--words").out.splitlines()
+    assert f"further words    {len(known) - 80}\n" in facts
+    assert {"otter", "red fox"} < set(known)
 
 
 def test_info_of_a_model(tina, made):

@@ -4,13 +4,14 @@ import asyncio
 import inspect
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import httpx
 import pytest
 
 from tina import client as client_module
 from tina.client import AsyncClient, Client, ServiceError
-from tina.errors import PromptError
+from tina.errors import ConfigError, PromptError
 from tina.schemas import ModelReply, Prediction, PredictReply, ProblemDocument
 
 REPLY = ModelReply(
@@ -164,6 +165,39 @@ def test_an_answer_of_another_kind(kind, monkeypatch):
 
 
 @kinds
+def test_a_newer_service_says_more(kind, monkeypatch):
+    service, reply = Service(), REPLY.model_dump() | {"colour": "red"}
+    monkeypatch.setattr(Service, "__call__", lambda *_: httpx.Response(200, json=reply))
+    assert ask(kind, service, "model", "an-id") == REPLY
+
+
+@kinds
+def test_a_problem_without_details_from_something_in_between(kind, monkeypatch):
+    problem = {"type": "about:blank", "title": "No", "status": 404, "trace": "x"}
+    monkeypatch.setattr(Service, "__call__", lambda *_: httpx.Response(404, json=problem))
+    with pytest.raises(ServiceError, match=r"^No$") as error:
+        ask(kind, Service(), "model", "an-id")
+    assert error.value.problem.type == "about:blank"
+
+
+@kinds
+@pytest.mark.parametrize("id", ["../info", "a?x=1#y", "a/b", "a\nb", "%2e"])
+def test_an_id_is_one_part_of_the_path(kind, id):
+    service = Service()
+    for call, args in (("model", ()), ("weights", ()), ("predict", ([b"x"],))):
+        ask(kind, service, call, id, *args)
+    paths = [request.url.raw_path.decode().split("?")[0].split("/") for request in service.sent]
+    assert [len(parts) for parts in paths] == [4, 4, 5]
+    assert {unquote(parts[3]) for parts in paths} == {id}
+
+
+@kinds
+def test_a_base_url_that_is_none(kind):
+    with pytest.raises(ConfigError, match="base_url"):
+        kind("http://[::1")
+
+
+@kinds
 @pytest.mark.parametrize(
     ("call", "args", "options"),
     [
@@ -173,6 +207,9 @@ def test_an_answer_of_another_kind(kind, monkeypatch):
         ("predict", ["an-id", []], {}),
         ("predict", ["an-id", "photo.png"], {}),
         ("predict", ["an-id", b"x"], {}),
+        ("model", [""], {}),
+        ("weights", [""], {}),
+        ("predict", ["", [b"x"]], {}),
     ],
 )
 def test_prompts_that_are_refused_before_they_are_sent(kind, call, args, options):

@@ -124,6 +124,17 @@ def test_a_stored_recipe_expires_and_is_removed(tmp_path):
     assert ids.read(name) == LARGE
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_stored_recipe_that_was_cut_short_is_written_anew(tmp_path, left):
+    ids, name, file = stored(tmp_path, 0)
+    os.truncate(file, left)
+    with pytest.raises(Problem) as error:
+        ids.read(name)
+    assert error.value.kind == "prompt-gone"
+    assert ids.issue(LARGE) == name
+    assert ids.read(name) == LARGE
+
+
 def test_a_stored_recipe_that_is_asked_for_is_kept(tmp_path):
     ids, name, file = stored(tmp_path, 900)
     assert ids.read(name) == LARGE

@@ -82,7 +82,7 @@ def test_from_classes_to_bars_and_weights(page, tmp_path):
     ]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     for link, suffix in (("safetensors", ".safetensors"), ("ONNX", ".onnx")):
-        with page.expect_download() as download:
+        with page.expect_download(timeout=120_000) as download:  # ms; the export is a process
             left.get_by_role("button", name=link).click()
         assert download.value.suggested_filename == f"tina-three-five-eight{suffix}"
         download.value.save_as(tmp_path / f"m{suffix}")
@@ -115,6 +115,93 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
     page.locator("#samples button").first.focus()
     page.keyboard.press("Enter")
     page.locator('#shown[alt="zero.png"]').wait_for()
+
+
+def test_the_sample_that_was_chosen_last_is_shown(page):
+    held = []
+    page.route("**/digits-zero.png", lambda route: held.append(route))
+    for i in (0, 1):
+        page.locator("#samples button").nth(i).click()
+    page.locator('#shown[alt="three.png"]').wait_for()
+    held.pop().continue_()
+    page.wait_for_timeout(300)
+    assert page.locator("#shown").get_attribute("alt") == "three.png"
+
+
+def test_a_sample_that_does_not_come_is_said_and_forgotten(page):
+    bad = page.locator(".status.bad")
+    page.route("**/digits-zero.png", lambda route: route.fulfill(status=503, body="busy"))
+    page.locator("#samples button").nth(0).click()
+    bad.nth(1).wait_for()
+    assert bad.first.inner_text() == "Sample: Status 503"
+    assert not page.locator("#shown").is_visible()
+    page.locator("#samples button").nth(1).click()
+    page.locator('#shown[alt="three.png"]').wait_for()
+    assert bad.count() == 0
+
+
+def test_what_is_said_of_a_model_stays_while_classes_change(page):
+    left = page.locator(".side").first
+    name, status, chips = left.get_by_label("Add a class"), left.locator(".status"), ".chips li"
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    left.get_by_role("button", name="Generate").click()
+    status.get_by_text("Generating").wait_for()
+    name.fill("nine")
+    name.press("Enter")
+    assert status.inner_text() == "Generating…"
+    while not held:
+        page.wait_for_timeout(50)
+    held.pop().continue_()
+    left.locator(".status", has_text="parameters").wait_for()
+    said, many = status.inner_text(), left.locator(chips).count()
+    name.press("Backspace")
+    assert (status.inner_text(), left.locator(chips).count()) == (said, many - 1)
+    page.keyboard.down("Backspace")
+    page.keyboard.down("Backspace")  # held down it takes no more
+    assert left.locator(chips).count() == many - 2
+    page.keyboard.up("Backspace")
+    name.fill("a, b, c, d, e")
+    name.press("Enter")
+    assert "At most" in name.evaluate("input => input.validationMessage")
+    assert status.inner_text() == said
+
+
+def test_downloads_say_how_they_go_and_only_of_their_model(page):
+    left = page.locator(".side").first
+    generate, status = left.get_by_role("button", name="Generate"), left.locator(".status")
+    generate.click()
+    left.locator(".status", has_text="parameters").wait_for()
+    held = []
+    page.route("**format=onnx", lambda route: held.append(route))
+    download = left.get_by_role("button", name="ONNX")
+    download.click()
+    left.locator(".status", has_text="Preparing").wait_for()
+    generate.click()
+    left.locator(".status", has_text="parameters").wait_for()
+    said = status.inner_text()
+    held.pop().fulfill(status=500, body="no")  # the older model's
+    page.wait_for_timeout(300)
+    assert status.inner_text() == said
+    download.click()
+    left.locator(".status", has_text="Preparing").wait_for()
+    while not held:
+        page.wait_for_timeout(50)
+    held.pop().fulfill(status=500, body="no")
+    left.locator(".status.bad", has_text="Status 500").wait_for()
+    with page.expect_download():
+        left.get_by_role("button", name="safetensors").click()
+    left.locator(".status:not(.bad)", has_text="parameters").wait_for()
+    assert status.inner_text() == said
+
+
+def test_a_seed_that_would_be_rounded_is_not_sent(page):
+    left = page.locator(".side").first
+    left.locator(".seed").fill(str(2**53 + 1))
+    left.get_by_role("button", name="Generate").click()
+    page.wait_for_timeout(200)
+    assert left.locator(".seed:invalid").count() == 1
+    assert left.locator(".status").inner_text() == ""
 
 
 def test_a_picture_is_chosen_by_keyboard_and_by_mouse(page):

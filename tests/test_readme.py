@@ -7,14 +7,17 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pytest
-from PIL import Image
+from matplotlib.figure import Figure
 
 from ray_jobs.job import run_job
 from tina.checkpoint import PRETRAINED, load_generator
 from tina.cli import main
+from tina.report import plot_report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,13 +34,11 @@ def lines(start: str) -> list[list[str]]:
     return found
 
 
-def test_python_block_runs(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     block, _ = blocks("python")  # the other needs a service: tests/test_serve_cluster.py
     scope: dict[str, object] = {}
-    exec(block.replace("runs/quickstart/checkpoint", str(tiny_checkpoint)), scope)
+    exec(block, scope)
     assert (tmp_path / "mine.safetensors").exists()
     assert (tmp_path / "mine.onnx").exists()
     assert tuple(scope["logits"].shape) == (4, 3)  # type: ignore[attr-defined]
@@ -48,8 +49,7 @@ def test_command_lines_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TINA_CHECKPOINT", str(tiny_checkpoint))
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    (tmp_path / "serve").symlink_to(ROOT / "serve")
     for words in lines(".venv/bin/tina"):
         if words[0].startswith("TINA_CHECKPOINT"):  # other classes: the CIFAR-100 checkpoint's
             continue
@@ -97,20 +97,80 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_tables_are_written_from_reports() -> None:
+def load_publish() -> ModuleType:
     spec = importlib.util.spec_from_file_location("publish", ROOT / "docs" / "publish.py")
     assert spec is not None
     assert spec.loader is not None
     publish = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(publish)
+    return publish
+
+
+def test_tables_are_written_from_reports() -> None:
+    publish = load_publish()
     for file in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        assert publish.rewrite(file.read_text()) == file.read_text(), f"run {spec.origin}"
+        assert publish.rewrite(file.read_text()) == file.read_text(), f"run {publish.__file__}"
+
+
+def test_publish_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_publish().main(["--help"])
+    assert stop.value.code == 0
+    assert "--release" in capsys.readouterr().out
+
+
+def test_plots_show_no_trend_in_noise_and_no_line_in_a_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads((ROOT / "docs" / "results" / "cifar100_cnn5k" / "report.json").read_text())
+    figures: list[Figure] = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    plot_report({"by_num_classes": [], **report}, tmp_path)
+    monkeypatch.undo()
+    plt.close("all")
+    panels, (gap,), (steps,) = (figure.axes for figure in figures)
+    labels = [panel.get_yticklabels()[-1].get_text() for panel in panels]
+    assert labels == ["direct finetuning", *["direct finetuning (20 tasks)"] * 2]
+    assert gap.get_ylim()[0] <= -0.05
+    low, high = steps.get_ylim()
+    assert high - low == pytest.approx(0.02)
 
 
 def test_pictures_and_links_exist() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def row_of(benchmark: str, commit: str) -> dict[str, Any]:
+    file = ROOT / "benchmarks" / "results" / f"{benchmark}.jsonl"
+    (row,) = [r for r in map(json.loads, file.read_text().splitlines()) if r["commit"] == commit]
+    assert f"`{commit}`" in README
+    assert row["hardware"].startswith("2 cores of ")
+    return row
+
+
+def test_figures_are_those_of_the_rows() -> None:
+    row = row_of("generation", "9b9d99f20e7e")
+    alone, many = row["pipeline"]["1"], row["pipeline"]["64"]["models_per_s"]
+    paper, times = row["paper"]["1"], row["times_direct"]["1"]
+    found = row["accuracy_on_select"]
+    after = found["direct_after_steps"]["2560"]
+    start = row_of("startup", "b5bdf9cda6f2")["median_s"]
+    quick, slow = (row_of("serve_load", c)["clients_32"] for c in ("d5a8167ef456", "cd85de0c2d62"))
+    for figure in (
+        f"{alone['models_per_s']} models/s ({alone['p50_ms']} ms at the median); {many}",
+        f"{row['direct_steps']:,} steps on both cores",
+        f"{row['direct_s_per_model']['2']:.0f} s a model: {times:,.0f} times as long as one",
+        f"{100 * after:.1f} %, the generator {100 * found['pipeline']:.1f} %, "
+        f"selection {100 * found['selection']:.1f} %",
+        f"{paper['s_per_model_text_once']:.0f} s a model with the text encoded once, "
+        f"{paper['s_per_model']:,.0f} with",
+        f"{quick['models_per_s']} models/s, p99 {quick['p99_ms']:.0f} ms; "
+        f"{slow['models_per_s']}, {slow['p99_ms']:.0f} ms",
+        f"{start['cold_to_first_model']:.1f} s; {start['tina_help']:.2f} s",
+    ):
+        assert f" {figure} " in README, figure
 
 
 def test_published_reports_name_their_commit() -> None:

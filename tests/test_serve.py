@@ -8,6 +8,7 @@ import json
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import httpx
@@ -54,9 +55,9 @@ def ids(tmp_path_factory):
     return Ids(b"key", storage=tmp_path_factory.mktemp("serve"), keep_s=1000)
 
 
-def calls(app):
+def calls(app, **options):
     """A blocking client of an ASGI application; an error of the server's own is an answer."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False, **options)
 
     def request(method, path, **options):
         async def send():
@@ -116,6 +117,7 @@ def refused(response, status, field=None):
     """Check a problem document; its field names begin with `field`."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["cache-control"] == "no-store"
     problem = ProblemDocument.model_validate_json(response.content)
     assert problem.status == status
     assert problem.type.removeprefix("urn:tina:problem:") in KINDS
@@ -308,6 +310,23 @@ def test_a_model_is_made_once_and_again_after_it_was_evicted(backend, post, get,
         replica._generations._run = run
 
 
+def test_the_gauge_counts_who_waits_and_not_who_has_gone(backend, library, monkeypatch):
+    seen, replica = [], backend.replica
+    monkeypatch.setattr(replica.metrics, "waiting", SimpleNamespace(set=seen.append))
+    of = {"checkpoint": library.checkpoint, "classes": ("one", "two"), "steps": 1, "guidance": 1.0}
+
+    async def ask():
+        gone = [asyncio.create_task(backend.fetch(Recipe(**of, seed=i), "json")) for i in (91, 92)]
+        await asyncio.sleep(0)
+        assert seen == [1, 2]
+        for task in gone:
+            task.cancel()
+        await asyncio.wait(gone)
+
+    asyncio.run(ask())
+    assert seen[-1] == 0
+
+
 def test_the_cache_is_bounded_by_bytes(backend, post):
     replica = backend.replica
     long = [letter * MAX_CHARACTERS for letter in "abc"]  # a recipe larger than its model
@@ -334,6 +353,8 @@ def test_downloads_can_be_cached(get, model):
     for value in (tag, f'"x", {tag}', tag.removeprefix("W/"), "*"):
         again = get(path, headers={"if-none-match": value})
         assert (again.status_code, again.content) == (304, b"")
+    lines = [("if-none-match", '"x"'), ("if-none-match", tag)]
+    assert get(path, headers=lines).status_code == 304
     assert get(path, headers={"if-none-match": 'W/"x"'}).status_code == 200
 
 
@@ -378,6 +399,14 @@ def test_a_created_model_has_a_location(post, get):
     assert get(response.headers["location"]).json() == response.json()
 
 
+def test_under_a_prefix_a_model_has_its_paths_there(backend, ids):
+    http = calls(build_api(backend, ids, Access()), root_path="/tina")
+    response = http("POST", "/tina/v1/models", json=THREE)
+    paths = [response.headers["location"], response.json()["links"]["onnx"]]
+    assert all(path.startswith("/tina/v1/models/") for path in paths)
+    assert http("GET", paths[0]).json() == response.json()
+
+
 def test_info_and_probes(get, library):
     info = get("/v1/info").json()
     assert info["checkpoint"] == library.checkpoint
@@ -416,6 +445,7 @@ def test_cross_origin_scripts_are_off_unless_named(backend, ids):
     named = Access(origins=("https://elsewhere.example",))
     open_ = calls(build_api(backend, ids, named))("GET", "/healthz", headers=ask)
     assert open_.headers["access-control-allow-origin"] == "https://elsewhere.example"
+    assert "Content-Disposition" in open_.headers["access-control-expose-headers"]
 
 
 def test_request_ids(get):
@@ -441,6 +471,7 @@ def test_head_is_get_without_the_body(http, model):
         head, get = http("HEAD", path), http("GET", path)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-length"] == get.headers["content-length"]
+    assert http("HEAD", "/static/app.js", headers={"range": "bytes=0-9"}).status_code == 200
     assert http("HEAD", "/v1/nothing").status_code == 404
     assert http("HEAD", "/v1/models").status_code == 405
 
@@ -448,11 +479,16 @@ def test_head_is_get_without_the_body(http, model):
 def test_the_playground_needs_nothing_from_elsewhere(get):
     page = get("/")
     assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    for part in ("default-src 'self'", "base-uri", "form-action", "frame-ancestors"):
+        assert part in policy
+    assert page.headers["cache-control"] == "no-cache"
+    assert get("/", headers={"if-none-match": page.headers["etag"]}).status_code == 304
     for file in ("app.js", "style.css"):
         assert f'"static/{file}"' in page.text
         content = get(f"/static/{file}")
         assert content.status_code == 200
+        assert content.headers["cache-control"] == "no-cache"
         assert "http://" not in content.text.replace("http://www.w3.org", "")
         assert "https://" not in content.text
 
@@ -570,6 +606,21 @@ def test_the_largest_prompt_has_no_more_commas():
     assert json.dumps(text).count(",") <= bodies.MAX_COMMAS
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"json": THREE | {"x" * 100_000: 1}},
+        {"files": {"x" * 3000: ("a", b"x")}},
+        {"files": {"prompt": (None, json.dumps(THREE)), "x" * 3000: (None, "x")}},
+    ],
+    ids=["key", "file part", "text part"],
+)
+def test_a_long_name_is_not_repeated_whole(post, body):
+    response = post("/v1/models", **body)
+    refused(response, 422, "xxx")
+    assert len(response.content) < 1000
+
+
 def test_a_body_that_does_not_come_in_time(post, monkeypatch):
     monkeypatch.setattr(bodies, "READ_S", 0.05)
 
@@ -631,6 +682,46 @@ def gatekeeper(app):
 )
 def test_pictures_that_cannot_be_read(post, model, images, field):
     refused(post(f"/v1/models/{model.id}/predict", json={"images": images}), 422, field)
+
+
+def test_requests_take_turns_at_decoding(backend, ids, model, monkeypatch):
+    """One of many large pictures would keep all others waiting."""
+    recipe, large, small = ids.read(model.id), picture(1), picture(2)
+    begun, end, read = threading.Event(), threading.Event(), serve.replica.read_image
+
+    def watched(file, **options):
+        if file.getvalue() == large:
+            begun.set()
+            end.wait(60)
+        return read(file, **options)
+
+    monkeypatch.setattr(serve.replica, "read_image", watched)
+
+    async def ask():
+        many = asyncio.create_task(backend.predict(recipe, [large] * MAX_IMAGES))
+        try:
+            await asyncio.to_thread(begun.wait, 60)
+            assert len(await asyncio.wait_for(backend.predict(recipe, [small]), 30)) == 1
+        finally:
+            end.set()
+        assert len(await many) == MAX_IMAGES
+
+    asyncio.run(ask())
+
+
+def test_the_pictures_of_a_request_are_bounded_together(post, model, monkeypatch):
+    path, shot = f"/v1/models/{model.id}/predict", b64(picture(size=(9, 7)))
+    monkeypatch.setattr(serve.replica, "MAX_REQUEST_PIXELS", 3 * 9 * 7)
+    assert post(path, json={"images": [shot] * 3}).status_code == 200
+    assert post("/v1/models", json=THREE | {"images": [[shot]] * 3}).status_code == 201
+
+    def decoded(*args, **options):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(serve.replica, "read_image", decoded)
+    refused(post(path, json={"images": [shot] * 4}), 413, "images")
+    many = THREE | {"images": [[shot], [shot], [shot] * 2]}
+    assert "189" in refused(post("/v1/models", json=many), 413, "images").detail
 
 
 def test_nothing_goes_on_behind_a_refused_prediction(backend):
@@ -695,23 +786,24 @@ def test_a_white_picture_is_none_too_bright(post):
     assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
 
 
-def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, monkeypatch):
+def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, model, monkeypatch):
     """Each is made small before the next is read, and none is scaled up to another's size."""
-    shapes, held, stack = [], [], serve.replica.stack_images
+    pipe = backend.replica.pipe
+    shapes, held, embed = [], [], pipe.embed_images
 
     def watched(images):
-        found = stack(images)
-        shapes.append(tuple(found.shape[-2:]))
-        held.append(max(image.untyped_storage().nbytes() for image in images))
-        return found
+        (shots,) = images
+        shapes.append([shot.shape[-1] for shot in shots])
+        held.append(max(shot.untyped_storage().nbytes() for shot in shots))
+        return embed(images)
 
-    monkeypatch.setattr(serve.replica, "stack_images", watched)
+    monkeypatch.setattr(pipe, "embed_images", watched)
     buffer = io.BytesIO()
     Image.new("L", (3000, 2000)).save(buffer, "PNG")
     large = b64(buffer.getvalue())
     shots = [[large] + [b64(picture())] * 3] * 3
     assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
-    assert shapes == [(512, 512)] * 3
+    assert shapes == [[512, 7, 7, 7]] * 3
     long = io.BytesIO()
     Image.new("L", (100, 40_000)).save(long, "PNG")
     shots = [[b64(long.getvalue())]] * 3
@@ -735,6 +827,15 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(post, model, mon
 )
 def test_forms_that_cannot_be_served(post, parts):
     refused(post("/v1/models", **parts), 422)
+
+
+def test_forms_of_too_many_files(post, model, monkeypatch):
+    monkeypatch.setattr(bodies, "MAX_CLASSES", 1)
+    monkeypatch.setattr(bodies, "MAX_IMAGES", 2)
+    prompt = {"prompt": json.dumps(THREE)}
+    refused(post("/v1/models", data=prompt, files=[("images[0]", b"x")] * 3), 422, "images")
+    refused(post(f"/v1/models/{model.id}/predict", files=[("images", b"x")] * 3), 422, "images")
+    refused(post(f"/v1/models/{model.id}/predict", files={"x": (None, "x")}), 422, "images")
 
 
 def test_broken_multipart(post):
@@ -765,15 +866,27 @@ def test_ids_that_name_no_model(get, post, ids, library):
         refused(get(f"/v1/models/{name}"), 404)
         refused(post(f"/v1/models/{name}/predict", json={"images": [b64(picture())]}), 404)
     gone = Recipe(checkpoint="0" * 64, classes=("a", "b"), seed=0, steps=1, guidance=1.0)
-    assert refused(get(f"/v1/models/{ids.issue(gone)}"), 410).type.endswith("checkpoint-gone")
+    path = f"/v1/models/{ids.issue(gone)}"
+    for headers in ({}, {"if-none-match": "*"}):
+        assert refused(get(path, headers=headers), 410).type.endswith("checkpoint-gone")
+    tag = entity_tag(ids.issue(gone), "json")
+    assert get(path, headers={"if-none-match": tag}).status_code == 304
 
 
 def test_paths_and_methods_that_there_are_not(http):
     refused(http("GET", "/v1/nothing"), 404)
     refused(http("GET", "/nothing.html"), 404)
-    response = http("DELETE", "/v1/models")
-    refused(response, 405)
-    assert response.headers["allow"] == "POST"
+    refused(http("GET", "/v1/models/"), 404)
+    for path, allowed in (("/v1/models", "POST"), ("/v1/info", "GET, HEAD")):
+        response = http("DELETE", path)
+        refused(response, 405)
+        assert response.headers["allow"] == allowed
+
+
+def test_the_document_has_the_limit_of_files(get):
+    operation = get("/openapi.json").json()["paths"]["/v1/models/{id}/predict"]["post"]
+    form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["properties"]["images"]["maxItems"] == MAX_IMAGES
 
 
 def test_an_unknown_format(get, model):

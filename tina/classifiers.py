@@ -53,8 +53,9 @@ class Family(ABC):
 
     def layout(self, num_classes: int) -> ParamLayout:
         """Where each generated tensor of a K-class classifier lies."""
+        template = self._template(num_classes)  # here: under vmap `logits` could make none
         if num_classes not in self._layouts:
-            self._layouts[num_classes] = ParamLayout.of(self._template(num_classes))
+            self._layouts[num_classes] = ParamLayout.of(template)
         return self._layouts[num_classes]
 
     def _template(self, num_classes: int) -> nn.Module:

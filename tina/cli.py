@@ -242,7 +242,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(message=f"tina {version('tina-text2model')}\n")
+        print("tina", version("tina-text2model"))
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:

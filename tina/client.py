@@ -16,11 +16,12 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from tina.errors import PromptError, TinaError
+from tina.errors import ConfigError, PromptError, TinaError
 from tina.schemas import (
     MEDIA_TYPES,
     Info,
@@ -83,13 +84,18 @@ def _error(response: httpx.Response) -> ServiceError:
             status=response.status_code,
             problem=None,
         )
-    return ServiceError(
-        f"{problem.title}: {problem.detail}", status=response.status_code, problem=problem
-    )
+    message = f"{problem.title}: {problem.detail}" if problem.detail else problem.title
+    return ServiceError(message, status=response.status_code, problem=problem)
 
 
 def _file(picture: Picture) -> bytes:
     return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+
+
+def _path(id: str) -> str:
+    if not id:
+        raise PromptError("the id is empty")
+    return f"/v1/models/{quote(id, safe='')}"
 
 
 class _Calls:
@@ -98,8 +104,12 @@ class _Calls:
     Args:
         base_url: Such as http://localhost:8000.
         token: Bearer token, where the service wants one.
-        timeout: Seconds for one attempt.
+        timeout: Seconds for each step of an attempt: to connect, to send and to read a part. An
+            answer that comes in many parts may take longer.
         retries: Attempts after the first.
+
+    Raises:
+        ConfigError: `base_url` is no URL.
     """
 
     def __init__(
@@ -107,8 +117,12 @@ class _Calls:
     ) -> None:
         self._retries = retries
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            url = httpx.URL(base_url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"base_url is no URL: {error}, got {base_url!r}") from None
         self._options: dict[str, Any] = {
-            "base_url": base_url,
+            "base_url": url,
             "headers": headers,
             "timeout": timeout,
         }
@@ -151,7 +165,7 @@ class _Calls:
         return self._read(Info, "GET", "/v1/info")
 
     def _model(self, id: str) -> Flow[ModelReply]:
-        return self._read(ModelReply, "GET", f"/v1/models/{id}")
+        return self._read(ModelReply, "GET", _path(id))
 
     def _create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         images = options.pop("images", None)
@@ -179,7 +193,7 @@ class _Calls:
         return (yield from self._read(ModelReply, "POST", "/v1/models", **parts))
 
     def _weights(self, id: str, format: str) -> Flow[bytes]:
-        response = yield from self._send("GET", f"/v1/models/{id}", params={"format": format})
+        response = yield from self._send("GET", _path(id), params={"format": format})
         return response.content
 
     def _predict(self, id: str, images: Sequence[Picture]) -> Flow[PredictReply]:
@@ -188,7 +202,7 @@ class _Calls:
         if not images:
             raise PromptError("there is no picture to classify")
         files = [("images", ("image", _file(image))) for image in images]
-        path = f"/v1/models/{id}/predict"
+        path = f"{_path(id)}/predict"
         return (yield from self._read(PredictReply, "POST", path, files=files))
 
 

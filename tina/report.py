@@ -37,6 +37,7 @@ ORDER = (
     SHUFFLED,
 )
 Report = Mapping[str, Any]
+NARROWEST = 0.02  # accuracy that a plot by sampling steps spans at least: less looks like a trend
 
 
 def axes_of(report: Report) -> dict[str, Any]:
@@ -194,6 +195,12 @@ def model_card(name: str, generator: Generator, report: Report) -> str:
     )
 
 
+def _label(method: str, axis: Mapping[str, Any]) -> str:
+    """A method's name, with its number of tasks where it was measured on fewer than the rest."""
+    tasks = axis["methods"][method].get("tasks", axis["tasks"])
+    return method.replace("_", " ") + (f" ({tasks} tasks)" if tasks < axis["tasks"] else "")
+
+
 def _spread(value: float, ci95: Sequence[float]) -> list[list[float]]:
     """An interval as matplotlib's error bars take it: lengths below and above."""
     return [[max(0, value - ci95[0])], [max(0, ci95[1] - value)]]
@@ -231,7 +238,7 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
             color = "tab:red" if method == TINA else "tab:blue"
             panel.errorbar(value, y, xerr=spread, fmt="o", color=color, capsize=3)
         panel.axvline(axis["chance"], color="grey", linestyle=":", label="chance")
-        panel.set_yticks(range(len(shown)), [m.replace("_", " ") for m in shown])
+        panel.set_yticks(range(len(shown)), [_label(method, axis) for method in shown])
         panel.set_xlabel("accuracy on report images, 95 % interval")
         panel.set_title(f"{name.replace('_', ' ')} ({axis['tasks']} tasks)", fontsize=10)
         panel.legend(loc="lower right")
@@ -248,6 +255,7 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
         panel.errorbar(x, value, yerr=spread, fmt="o", color="tab:red", capsize=4)
     panel.axhline(0, color="grey", label="classifier selection")
     panel.axhline(1, color="grey", linestyle="--", label="direct fine-tuning")
+    panel.set_ylim(bottom=min(panel.get_ylim()[0], -0.05))  # the frame would hide the line at 0
     panel.set_xticks(range(len(gaps)), [name.replace("_", "\n") for name in gaps])
     panel.set_xlim(-0.5, max(1, len(gaps)) - 0.5)
     panel.set_ylabel("gap closed, 95 % interval")
@@ -261,6 +269,9 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
         diff = point["minus_most"]
         spread = _spread(diff["diff"], diff["ci95"])
         panel.errorbar(point["steps"], point["accuracy"], yerr=spread, color="tab:red", capsize=3)
+    low, high = panel.get_ylim()
+    room = max(0, NARROWEST - (high - low)) / 2
+    panel.set_ylim(low - room, high + room)
     panel.set_xscale("log")
     panel.set_xticks([c["steps"] for c in curve], [str(c["steps"]) for c in curve])
     panel.set_xlabel("sampling steps")

@@ -16,6 +16,7 @@ MAX_IMAGES = 32  # of a prediction, or of one class in a prompt
 MAX_IMAGE_BYTES = 8 * 2**20
 MAX_BODY_BYTES = 16 * 2**20
 MAX_PIXELS = 24_000_000  # of one picture, whatever it is compressed to
+MAX_REQUEST_PIXELS = 128_000_000  # of all pictures of a request: 32 of 4 megapixels
 MAX_STEPS = 1000
 MAX_ID_CHARACTERS = 2048
 
@@ -40,12 +41,21 @@ Image = Annotated[Base64Bytes, Field(description="A PNG, JPEG or WebP file in ba
 
 
 class _Schema(BaseModel):
-    """Strict: an unknown key or a number in quotes is an error, not a guess."""
+    """Strict: a number in quotes is an error, not a guess.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    An unknown key is ignored: a newer service's reply has more of them.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
 
-class ModelRequest(_Schema):
+class _Request(_Schema):
+    """An unknown key is an error too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRequest(_Request):
     """A prompt: class names, and a text or pictures per class that take their place."""
 
     classes: Annotated[
@@ -112,7 +122,7 @@ class ModelReply(_Schema):
     links: Annotated[dict[str, str], Field(description="Paths of safetensors, onnx and predict.")]
 
 
-class PredictRequest(_Schema):
+class PredictRequest(_Request):
     """Pictures to classify."""
 
     images: Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]
@@ -140,6 +150,7 @@ class Limits(_Schema):
     images: int = MAX_IMAGES
     image_bytes: int = MAX_IMAGE_BYTES
     image_pixels: int = MAX_PIXELS
+    request_pixels: int = MAX_REQUEST_PIXELS
     body_bytes: int = MAX_BODY_BYTES
     steps: int = MAX_STEPS
 
@@ -174,6 +185,6 @@ class ProblemDocument(_Schema):
     type: str
     title: str
     status: int
-    detail: str
-    instance: Annotated[str, Field(description="The request's id, as in the server's log.")]
+    detail: str = ""
+    instance: Annotated[str, Field(description="The request's id, as in the server's log.")] = ""
     errors: list[Fault] = []

@@ -6,6 +6,7 @@ const SAMPLES = { digits: ["zero", "three", "five", "eight"] };
 const $ = (selector, within = document) => within.querySelector(selector);
 let token = sessionStorage.getItem("token") || "";
 let picture = null; // the file that both models classify
+let chosen = 0; // pictures so far: a sample that comes after a later choice is dropped
 
 async function call(path, options = {}) {
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
@@ -29,7 +30,8 @@ class Panel {
     this.classes = [];
     this.model = null;
     this.latest = 0; // answers to older questions are dropped
-    this.made = { text: "", bad: false }; // of the last model
+    this.made = { text: "", bad: false }; // what there is to say of the model
+    this.label = ""; // of the picture
     this.part(".steps").value = info.steps;
     this.part(".steps").max = info.limits.steps;
     this.part("form").addEventListener("submit", (event) => {
@@ -42,7 +44,7 @@ class Panel {
       if (event.key === "Enter" && this.part(".name").value.trim()) {
         event.preventDefault();
         this.add();
-      } else if (event.key === "Backspace" && !this.part(".name").value) {
+      } else if (event.key === "Backspace" && !event.repeat && !this.part(".name").value) {
         this.remove(this.classes.length - 1);
       }
     });
@@ -61,6 +63,11 @@ class Panel {
   say(text, bad = false) {
     this.part(".status").textContent = text;
     this.part(".status").classList.toggle("bad", bad);
+  }
+
+  sayMade(label) {
+    this.label = label;
+    this.say([label, this.made.text].filter(Boolean).join(". "), this.made.bad);
   }
 
   add(names = this.part(".name").value) {
@@ -91,7 +98,8 @@ class Panel {
       }),
     );
     const many = this.classes.length > this.most;
-    this.say(many ? `At most ${this.most} classes` : "", many);
+    this.part(".name").setCustomValidity(many ? `At most ${this.most} classes` : "");
+    this.part(".name").reportValidity();
   }
 
   async generate() {
@@ -99,7 +107,8 @@ class Panel {
     this.model = null; // a picture that comes meanwhile waits for the new one
     this.part(".links").hidden = true;
     this.part(".bars").replaceChildren();
-    this.say("Generating…");
+    this.made = { text: "Generating…", bad: false };
+    this.sayMade("");
     const begin = performance.now();
     try {
       const body = {
@@ -107,7 +116,7 @@ class Panel {
         seed: Number(this.part(".seed").value),
         steps: Number(this.part(".steps").value),
       };
-      const response = await call("/v1/models", {
+      const response = await call("v1/models", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify(body),
@@ -119,21 +128,22 @@ class Panel {
       const size = model.parameters.toLocaleString("en");
       const made = `${model.family}, ${size} parameters, ${took} ms`;
       this.made = { text: [made, ...model.warnings].join(". "), bad: model.warnings.length > 0 };
-      this.say(this.made.text, this.made.bad);
       this.part(".links").hidden = false;
       await this.classify();
     } catch (error) {
       if (turn !== this.latest) return;
-      this.say(error.message, true);
+      this.made = { text: error.message, bad: true };
+      this.sayMade("");
     }
   }
 
   async classify() {
+    this.sayMade("");
+    this.part(".bars").replaceChildren();
     if (!this.model || !picture) return;
     const turn = this.latest;
     const asked = picture;
     const late = () => turn !== this.latest || asked !== picture;
-    this.part(".bars").replaceChildren();
     const form = new FormData();
     form.append("images", picture);
     try {
@@ -141,7 +151,7 @@ class Panel {
       const reply = await response.json();
       if (late()) return;
       const { label, probabilities } = reply.predictions[0];
-      this.say(`${label}. ${this.made.text}`, this.made.bad);
+      this.sayMade(label);
       this.part(".bars").replaceChildren(
         ...reply.classes.map((name, index) => {
           const row = document.createElement("li");
@@ -163,6 +173,8 @@ class Panel {
   }
 
   async download(format) {
+    const turn = this.latest;
+    this.say("Preparing…"); // the first ONNX file takes seconds
     try {
       const response = await call(this.model.links[format]);
       const [, name] = /filename="([^"]+)"/.exec(response.headers.get("Content-Disposition"));
@@ -171,13 +183,15 @@ class Panel {
       link.download = name;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+      if (turn === this.latest) this.sayMade(this.label);
     } catch (error) {
-      this.say(error.message, true);
+      if (turn === this.latest) this.say(error.message, true);
     }
   }
 }
 
 function show(file, panels) {
+  chosen++;
   picture = file;
   const image = $("#shown");
   URL.revokeObjectURL(image.src);
@@ -211,8 +225,14 @@ function offerSamples(dataset, panels) {
     image.alt = `Sample: ${name}`;
     button.append(image);
     button.addEventListener("click", async () => {
-      const content = await (await fetch(path)).blob();
-      show(new File([content], `${name}.png`, { type: "image/png" }), panels);
+      const turn = ++chosen;
+      try {
+        const content = await (await call(path)).blob();
+        if (turn !== chosen) return;
+        show(new File([content], `${name}.png`, { type: "image/png" }), panels);
+      } catch (error) {
+        if (turn === chosen) panels.forEach((panel) => panel.say(`Sample: ${error.message}`, true));
+      }
     });
     $("#samples").append(button);
   }
@@ -220,7 +240,7 @@ function offerSamples(dataset, panels) {
 
 async function begin() {
   try {
-    return await (await call("/v1/info")).json();
+    return await (await call("v1/info")).json();
   } catch (error) {
     $("#served").textContent = `${error.message}. Load the page again in a moment.`;
     throw error;
