@@ -155,3 +155,12 @@ def test_the_same_again(asked, curvature):
         if isinstance(one, torch.Tensor):
             one, other = (one,), (other,)
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_directions_of_rows_are_of_their_mean_over_a_tasks_rows(asked, curvature):
+    moment = sum(
+        torch.einsum("nkr,nkq->rq", rows, rows) / rows.shape[1] for _, rows in _gradients(*asked, 3)
+    )
+    turned = curvature.row_right.double().T @ moment @ curvature.row_right.double()
+    values = turned.diagonal()
+    assert (turned - values.diag()).abs().max() / values[0] < 1e-5

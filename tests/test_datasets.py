@@ -1,5 +1,6 @@
 """Data sets: partitions are sound, sources read the same images, errors say what to do."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ from PIL import Image
 
 import tina.datasets
 from tina.config import DataConfig
-from tina.datasets import PARTITIONS, load_dataset
+from tina.datasets import PARTITIONS, _Decoded, load_dataset
 from tina.errors import ConfigError, DataError
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
@@ -683,3 +684,18 @@ def test_real_cifar100(cache):
         np.testing.assert_array_equal(as_pixels(data)[50_000 + i], pixels)
         assert data.labels[50_000 + i] == row["label"]
     assert_equal(data, load(SHARED, "cifar100"))
+
+
+@pytest.mark.parametrize("part", ["images", "labels", "test", "class_names"])
+def test_the_digest_is_of_all_that_was_decoded(part):
+    plain = _Decoded(
+        images=torch.zeros(3, 1, 2, 2, dtype=torch.uint8),
+        labels=torch.tensor([0, 1, 1]),
+        test=torch.tensor([False, False, True]),
+        class_names=("ant", "bee"),
+    )
+    value = getattr(plain, part)
+    other = value[::-1] if part == "class_names" else value.clone()
+    if part != "class_names":
+        other[0] = 1
+    assert dataclasses.replace(plain, **{part: other}).digest != plain.digest

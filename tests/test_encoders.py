@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tina.config import PromptConfig
-from tina.encoders import EmbeddingSpace, HashEncoder, TableEncoder, build_encoder
+from tina.encoders import EmbeddingSpace, HashEncoder, TableEncoder, _Encoder, build_encoder
 from tina.errors import ConfigError, DataError, PromptError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -523,3 +523,34 @@ def test_model_libraries_are_imported_where_they_are_used():
         for alias in node.names
     } | {node.module.split(".")[0] for node in module.body if isinstance(node, ast.ImportFrom)}
     assert found - sys.stdlib_module_names == {"numpy", "tina", "torch"}
+
+
+def test_a_name_has_up_to_four_words():
+    heard = []
+
+    class Echo(_Encoder):
+        space = EmbeddingSpace(model="echo", dim=1, template="a {}")
+
+        def _encode(self, phrase):
+            heard.append(phrase)
+            return torch.ones(1)
+
+    Echo().encode_text(["great_white shark tooth", "one two three four five"])
+    assert heard == ["a great white shark tooth", "one two three four five"]
+
+
+def test_sentence_encoder_reads_far_into_a_text(sentence):
+    long = "otter " * 200
+    one, other = sentence.encode_text([long + "bus", long + "rose"])
+    assert not torch.equal(one, other)
+
+
+def test_open_clip_sees_no_brightness_beyond_its_range(clip, monkeypatch):
+    """Bicubic weights overshoot at an edge."""
+    seen = []
+    monkeypatch.setattr(clip, "_standardise", lambda pixels: seen.append(pixels) or pixels)
+    stripes = (torch.arange(20) % 4 < 2).float().expand(1, 1, 20, 20)
+    clip.encode_images(stripes)
+    (pixels,) = seen
+    assert pixels.min() == 0
+    assert pixels.max() == 1

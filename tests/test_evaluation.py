@@ -1,6 +1,7 @@
 """The report: its schema, its controls, and who may read which images; the baselines."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -26,19 +28,19 @@ from tina.baselines import (
 from tina.batches import Source
 from tina.checkpoint import save_generator
 from tina.classifiers import InputStore
-from tina.comparison import by_steps
+from tina.comparison import by_steps, compare
 from tina.config import ClassifierConfig, DenoiserConfig, RecipeConfig
-from tina.controls import other_classes
+from tina.controls import other_classes, shuffled_classes
 from tina.engine import LocalEngine
 from tina.errors import ConfigError, DataError
 from tina.evaluation import Evaluation
-from tina.finetune import Lesson
+from tina.finetune import Lesson, accuracy
 from tina.generator import Generator
 from tina.generic import save_generic, train_generic
-from tina.metrics import Score
+from tina.metrics import Score, overlap
 from tina.mixer import Mixer, train_mixer
 from tina.novelty import novelty, timing, twin
-from tina.report import ORDER, markdown, plot_report, print_report
+from tina.report import ORDER, _points, markdown, plot_report, print_report
 from tina.run import Run
 from tina.tasks import Task
 from tina.training import Progress, train
@@ -971,3 +973,216 @@ def test_the_gap_in_words(report, gap_closed, interval, words):
     axis |= {"gap_closed": gap_closed, "gap_closed_ci95": interval}
     assert words in markdown(report)
     assert math.isfinite(axis["chance"])
+
+
+def noisy(generator, scale=0.05):
+    """The same generator with larger outputs: prompts and seeds show."""
+    denoiser = copy.deepcopy(generator.denoiser)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in denoiser.parameters():
+            parameter.data.add_(scale * torch.randn_like(parameter))
+    return replace(generator, denoiser=denoiser)
+
+
+def test_each_seed_is_another_classifier(evaluation, tiny_run, tiny_generator):
+    tasks, generator = tiny_run.space.held_out[AXIS], noisy(tiny_generator)
+    thetas = replace(evaluation, generator=generator).generate(tasks)
+    embeddings, mask = generator.vocabulary.of([t.class_ids for t in tasks])
+    for seed in range(evaluation.config.seeds):
+        body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(tasks))
+        for i, own in enumerate(tasks):
+            want = generator.theta(body[i], rows[i, : own.num_classes])
+            assert torch.equal(thetas[i][seed], want)
+    assert not torch.equal(thetas[0][0], thetas[0][1])
+
+
+def test_a_swapped_condition_leaves_what_is_inherited(tiny_generator, tiny_run):
+    """The denoiser sees other classes; zeros in its place show what the rows begin with."""
+    vocabulary = tiny_generator.vocabulary
+    embeddings, mask = vocabulary.of([(0, 1, 2)])
+    conditions, _ = vocabulary.of([(5, 6, 7)])
+    _, rows = tiny_generator.generate(
+        embeddings,
+        mask,
+        seeds=[0],
+        conditions=conditions,
+        denoise=lambda x, *_: torch.zeros_like(x),
+    )
+    assert torch.equal(rows[0], tiny_generator.generic.select((0, 1, 2)))
+    other = noisy(tiny_generator)
+    one, two = (
+        other.generate(embeddings, mask, seeds=[0], conditions=shown)[1]
+        for shown in (None, conditions)
+    )
+    assert (one - two).abs().max() > 1e-2
+
+
+def test_a_shuffle_is_the_tasks_own():
+    orders = Counter()
+    for seed in range(60):
+        shuffled = shuffled_classes(replace(task(3, 1, 7), seed=seed))
+        assert shuffled == shuffled_classes(replace(task(3, 1, 7), seed=seed))
+        orders[tuple(shuffled)] += 1
+    assert len(orders) == 6
+    assert max(orders.values()) < 25
+
+
+def test_accuracy_by_steps_is_that_of_so_many_steps(evaluation, tiny_run, tiny_generator):
+    other = replace(evaluation, generator=noisy(tiny_generator))
+    found = other.report(dict(other.score_here()))["accuracy_by_steps"]
+    tasks = tiny_run.space.val
+    for point in found:
+        scores = other.score(tasks, other.generate(tasks, steps=point["steps"], seeds=1))
+        assert point["accuracy"] == pytest.approx(np.mean([s.accuracy for s in scores]))
+    assert found[0]["accuracy"] != found[1]["accuracy"]
+
+
+def test_a_validation_measures_what_its_weights_generate(tiny_run, tiny_generator):
+    generator, tasks = noisy(tiny_generator), tiny_run.space.val
+    validate = tiny_run.validator(tiny_generator)
+
+    def by_hand(made):
+        found = []
+        for own in tasks:
+            embeddings, mask = made.vocabulary.of([own.class_ids])
+            body, rows = made.generate(embeddings, mask, seeds=[0])
+            theta = made.theta(body[0], rows[0])
+            lesson = Lesson.of(tiny_run.dataset, own.class_ids, seed=0, partition="select")
+            found.append(accuracy(made.family, theta, tiny_run.store, lesson))
+        return found
+
+    want, plain = by_hand(generator), by_hand(tiny_run.new_generator())
+    assert validate(generator.denoiser.state_dict()) == pytest.approx(want)
+    assert validate(None) == pytest.approx(plain)  # classifier selection
+    assert want != plain
+    assert validate(generator.denoiser.state_dict()) == pytest.approx(want)
+
+
+def test_a_comparison_by_hand():
+    """Tina lies half way between selection and direct fine-tuning, which ran on some tasks."""
+
+    def of(hits):
+        return [Score(hit=np.arange(100)[None] < n, confidence=np.ones((1, 100))) for n in hits]
+
+    levels, subset = np.arange(20), [3, 8, 9, 15]
+    scores = {"tina": of(40 + levels), "classifier_selection": of(20 + levels)}
+    scores["direct_finetuning"] = of(60 + levels[subset])
+    images = list(np.arange(2000).reshape(20, 100))
+    found = compare(scores, images, subset, bootstrap=500)
+    assert found["gap"]["diff"] == pytest.approx(0.4)
+    assert found["gap_closed"] == pytest.approx(0.5)
+    low, high = found["gap_closed_ci95"]
+    assert 0.3 < low < 0.5 < high < 0.7
+    for other, sign, below in (("classifier_selection", 1, 0), ("direct_finetuning", -1, 1)):
+        minus = found["tina_minus"][other]
+        assert minus["diff"] == pytest.approx(0.2 * sign)
+        low, high = minus["ci95"]
+        assert 0.1 < sign * low < 0.3
+        assert 0.1 < sign * high < 0.3
+        assert minus["tasks_below"] == below
+    tina = found["methods"]["tina"]
+    assert (tina["accuracy"], tina["p05"]) == pytest.approx((0.495, 0.4095))
+    # a gap that may be nothing has no interval of a ratio
+    scores["direct_finetuning"] = of(20 + levels[subset] + [-9, 9, 5, -3])
+    assert compare(scores, images, subset, bootstrap=500)["gap_closed_ci95"] is None
+
+
+def test_the_ridge_penalty_is_the_best_on_validation_tasks(evaluation, monkeypatch):
+    best = classifier_selection(evaluation.generator)
+
+    def worst(task):
+        body, rows = best(task)
+        return body, -rows
+
+    monkeypatch.setattr(
+        tina.evaluation, "ridge", lambda *_, penalty: best if penalty == 10 else worst
+    )
+    assert replace(evaluation)._tuned_ridge is best
+
+
+def test_baselines_know_training_p_models_alone(evaluation, tiny_run, monkeypatch):
+    seen, selection = {}, classifier_selection(evaluation.generator)
+    for name in ("nearest_pmodel", "class_mean", "ridge", "train_mixer"):
+
+        def make(generator, zoo, *rest, name=name, **options):
+            seen[name] = set(zoo.splits)
+            return selection
+
+        monkeypatch.setattr(tina.evaluation, name, make)
+    contenders, tasks = replace(evaluation).contenders, tiny_run.space.held_out[AXIS]
+    for method in ("nearest_pmodel", "class_mean", "ridge", "taper"):
+        contenders[method](tasks)
+    assert set(evaluation.zoo.splits) == {"train", "val"}
+    assert list(seen.values()) == [{"train"}] * 4
+
+
+def test_a_mixer_is_trained_on_fit_images(tiny_generator, tiny_run):
+    store = Recording(tiny_run.family, tiny_run.dataset.views)
+    zoo = tiny_run.read_zoo("zoo").only("train")
+    train_mixer(tiny_generator, zoo, tiny_run.space, tiny_run.dataset, store, steps=3, seed=0)
+    assert store.read
+    assert store.read <= set(tiny_run.dataset.indices("fit").tolist())
+
+
+def test_untrained_is_a_new_network_whatever_that_predicts(evaluation, tiny_run):
+    """v of nothing is the posterior mean of noise, not selection: what `untrained` must show."""
+    config = evaluation.generator.config
+    diffusion = replace(config.diffusion, prediction="v")
+    generator = replace(tiny_run.new_generator(), config=replace(config, diffusion=diffusion))
+    other = replace(evaluation, generator=generator)
+    tasks = tiny_run.space.held_out[AXIS][:2]
+    for (one,), (new,) in zip(
+        other.generate(tasks, seeds=1, untrained=True), other.generate(tasks, seeds=1), strict=True
+    ):
+        torch.testing.assert_close(one, new, rtol=0, atol=1e-5)
+
+
+def test_novelty_by_hand(evaluation, report, tiny_run):
+    tasks, layout = tiny_run.space.held_out[AXIS][:2], evaluation.generator.family.layout
+    train = evaluation.zoo.only("train")
+    nearest = nearest_pmodel(evaluation.generator, train)
+    distances, overlaps = [], []
+    for own in tasks:
+        mine = evaluation.generate([own], seeds=2)
+        copy = [[evaluation.generator.theta(*nearest(own))]]
+        body = layout(own.num_classes).split(mine[0][0])[0]
+        distances.append(min(float((z - body).norm()) for z in layout(4).split(train.theta)[0]))
+        overlaps.append(overlap(*evaluation.score([own], mine), *evaluation.score([own], copy)))
+    found = report["novelty"]
+    assert found["l2_to_nearest_pmodel"] == pytest.approx(sum(distances) / 2, rel=1e-4)
+    assert found["error_overlap_with_nearest_pmodel"] == pytest.approx(sum(overlaps) / 2)
+    assert 0 < sum(overlaps) < 2  # there was something to compare
+
+
+def test_times_are_per_model_and_of_all_steps(evaluation, monkeypatch):
+    """With a clock that shows one second more each time."""
+    clock = itertools.count()
+    monkeypatch.setattr(tina.novelty, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert timing(evaluation) == {
+        "ms_per_model_batch1": 1000,
+        "ms_per_model_batch64": 1000 / 64,
+        "finetune_s_per_model": 20,  # 1 of 20 steps was timed
+    }
+
+
+def test_each_row_of_the_table_has_its_own_numbers(report):
+    axis = report["axes"][AXIS]
+    rows = [line.split(" | ") for line in markdown(report, AXIS).splitlines()[4:] if line]
+    assert len(rows) == len(SHOWN)
+    for name, right, _, worst, _, minus in rows:
+        name, minus = name.removeprefix("| "), minus.removesuffix(" |")
+        method = axis["methods"][name]
+        assert right == f"{100 * method['accuracy']:.1f}"
+        assert worst == f"{100 * method['p05']:.1f}"
+        assert minus == ("" if name == "tina" else _points(axis["tina_minus"][name]))
+
+
+def test_nearest_is_what_has_a_near_class_for_each_of_the_tasks(tiny_generator, random_zoo):
+    """And not what is near on average: a class more would speak against a model that has all."""
+    models, _ = random_zoo
+    layout = tiny_generator.family.layout(4)
+    rows = torch.randn(4, layout.row_size)
+    pair = [((1, 5), models[0][1], rows[:2]), ((2, 7, 5, 1), models[1][1], rows)]
+    body, _ = nearest_pmodel(tiny_generator, make_zoo(tiny_generator, pair))(task(1, 5, 7))
+    assert torch.equal(body, models[1][1])

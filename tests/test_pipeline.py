@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_checkpoint import resnet_generator
 
 from tina.checkpoint import check_manifest
 from tina.config import PromptConfig
 from tina.encoders import EmbeddingSpace
 from tina.errors import CheckpointError, ConfigError, NonFiniteError, PromptError
+from tina.generator import new_denoiser
 from tina.images import resize
 from tina.pipeline import GeneratedModel, TinaPipeline, load_classifier
 
@@ -526,3 +528,55 @@ def test_what_is_no_text(pipe, prompt, options):
 def test_seeds_out_of_range(pipe, seed):
     with pytest.raises(PromptError, match="seed"):
         pipe(["one", "two"], seed=seed)
+
+
+def test_the_configurations_guidance_is_the_default(pipe):
+    generator = pipe.generator
+    diffusion = replace(generator.config.diffusion, guidance=3.0)
+    config = replace(generator.config, diffusion=diffusion)
+    other = TinaPipeline(replace(generator, config=config), checkpoint="x")
+    assert torch.equal(other(TASK).theta, pipe(TASK, guidance_scale=3.0).theta)
+    assert torch.equal(other(TASK, guidance_scale=1.0).theta, pipe(TASK).theta)
+
+
+def test_pictures_are_taken_for_trained_names_alone():
+    """The generic model's rows are the trained classes': here all but the fourth."""
+    generator = resnet_generator()
+    generator.generic.rows[3, -1] = 1e4
+    found = generator.embed_shots(torch.zeros(2, 64))
+    close(found, generator.vocabulary.embeddings[4])
+
+
+def test_a_new_denoiser_is_its_seeds(pipe):
+    generator = pipe.generator
+    one, again, other = (
+        new_denoiser(generator.config, generator.codec, dim=256, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.position, again.position)
+    assert not torch.equal(one.position, other.position)
+
+
+def test_pictures_for_clip_are_cut_square_and_their_mean_has_unit_norm(pipe, monkeypatch):
+    seen = []
+
+    class Tower:
+        def encode_images(self, images):
+            seen.append(images.shape)
+            return torch.nn.functional.normalize(images.flatten(1)[:, :256], dim=1)
+
+    config = replace(pipe.generator.config, prompt=PromptConfig(encoder="open_clip"))
+    other = TinaPipeline(replace(pipe.generator, config=config), checkpoint="x")
+    other.__dict__["encoder"] = Tower()
+    found = other.embed_images([torch.rand(3, 1, 20, 30), torch.rand(2, 1, 40, 24)])
+    assert seen == [(3, 1, 20, 20), (2, 1, 24, 24)]
+    close(found.norm(dim=1), torch.ones(2))
+
+
+def test_a_draw_does_not_depend_on_the_number_of_classes():
+    """Torch draws the last values of an odd count otherwise than those of a longer draw."""
+    generator = resnet_generator()
+    few, more = (
+        generator.begin(*generator.vocabulary.of([ids]), seeds=[3]).x for ids in ((0, 1), (0, 1, 2))
+    )
+    assert few.shape[1:] == (2, 65)
+    assert torch.equal(few, more[:, :2])

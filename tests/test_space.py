@@ -200,3 +200,14 @@ def test_a_file_that_is_no_search(tmp_path, text):
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"space\.yaml"):
         read_search(file, BASE)
+
+
+def test_three_values_that_do_not_go_together(tmp_path):
+    """Betas of one and more: of a linear schedule, few timesteps and a high end alone."""
+    space = {
+        "diffusion.schedule": {"choice": ["cosine", "linear"]},
+        "diffusion.timesteps": {"choice": [1000, 50]},
+        "diffusion.beta_range": {"choice": [[1e-4, 0.02], [1e-4, 0.05]]},
+    }
+    reason = refused(tmp_path, space)
+    assert "must rise in 0..T / 1000" in reason

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -880,3 +881,168 @@ def test_a_gradient_that_is_not_finite_is_not_taken(fresh, short):
     with pytest.raises(NonFiniteError, match="not taken"):
         engine.step()
     assert_equal(weights(module), before)
+
+
+def test_every_p_model_level_and_fit_image_can_be_drawn(tiny_run, base, short):
+    config = replace(short, zoo_batch=64, fresh_tasks=16, images_per_task=64)
+    source = replace(tiny_run.source(base, config), store=Places())
+    batches = [source.batch(step) for step in range(20)]
+    tokens = torch.cat([batch.tokens[:, 0] for batch in batches])
+    assert len({row.numpy().tobytes() for row in tokens}) == len(source.zoo.task_ids)
+    own = torch.cat([batch.t[64:][~batch.pure] for batch in batches])
+    for levels in (torch.cat([batch.t[:64] for batch in batches]), own):
+        assert levels.max() >= 98
+        assert levels.min() <= 1
+        assert abs(levels.float().mean() - 49.5) < 4 * (100**2 / 12 / len(levels)) ** 0.5
+    read = torch.cat([places for batch in batches for places in batch.images])
+    assert set(read.tolist()) == set(tiny_run.dataset.indices("fit").tolist())
+
+
+def test_neighbours_are_those_of_the_names(tiny_run, base, short, monkeypatch):
+    asked = []
+
+    def draw(rng, space, cosines, *, num_classes):
+        asked.append((cosines, num_classes))
+        return tuple(range(num_classes))
+
+    monkeypatch.setattr("tina.batches.draw_near", draw)
+    config = replace(short, steps=100, fresh_tasks=64, near_tasks=1.0)
+    tiny_run.source(base, config).batch(99)
+    names = base.vocabulary.embeddings
+    want = F.cosine_similarity(names[:, None], names, dim=-1)
+    torch.testing.assert_close(torch.from_numpy(asked[0][0]), want)
+    assert {classes for _, classes in asked} == {2, 3, 4}
+
+
+def test_noises_of_a_batch_are_independent(tiny_run, base, short):
+    batch = tiny_run.source(base, short).batch(3)
+    draws = torch.cat([batch.noise, batch.first]).flatten(1)
+    off = torch.corrcoef(draws) - torch.eye(len(draws))
+    assert off.abs().max() < 6 / draws.shape[1] ** 0.5
+
+
+def test_a_perfect_velocity_has_no_weight_loss(tiny_run, base, short):
+    diffusion = replace(base.config.diffusion, prediction="v")
+    generator = replace(base, config=replace(base.config, diffusion=diffusion))
+    batch = tiny_run.source(generator, replace(short, function_loss=0.0)).batch(2)
+    abar = signal_level(diffusion)
+    a = abar[batch.t].view(-1, 1, 1)
+    velocity = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.tokens
+    assert losses(Answer(velocity), generator, batch, abar)["weight_loss"] < 1e-6
+
+
+def test_the_own_prediction_is_not_trained_through_and_pure_noise_holds_none_of_it(
+    tiny_run, base, short
+):
+    batch = tiny_run.source(base, replace(short, fresh_tasks=8)).batch(0)
+    calls, z, abar = [], len(batch.tokens), signal_level(base.config.diffusion)
+
+    def engine(x, t, cond, mask, drop=None):
+        calls.append((x, torch.is_grad_enabled()))
+        return torch.full_like(x, 1e4)
+
+    losses(engine, base, batch, abar)
+    assert [graded for _, graded in calls] == [False, True]
+    assert 0 < batch.pure.sum() < 8
+    want = (1 - abar[-1]).sqrt() * batch.noise[z:][batch.pure]
+    assert torch.equal(calls[1][0][z:][batch.pure], want)
+
+
+def test_reported_losses_are_means_over_the_steps_since_the_last_report(tiny_run, fresh, short):
+    taken, reports = [], []
+    go(
+        tiny_run,
+        fresh(),
+        short,
+        report=lambda progress, figures: reports.append(dict(figures)),
+        judge=lambda ema: [0.5],
+        on_step=lambda step, figures: taken.append(figures),
+    )
+    for figures, steps in zip(reports, (taken[:5], taken[5:10], taken[10:]), strict=True):
+        for name in ("weight_loss", "function_loss"):
+            assert figures[name] == pytest.approx(mean(f[name] for f in steps), rel=1e-5)
+    assert reports[0]["lr"] < short.lr
+
+
+def test_the_loop_weighs_by_min_snr(tiny_run, fresh, short):
+    config, generator, taken = replace(short, steps=1, min_snr=5.0), fresh(), []
+    source = tiny_run.source(generator, config)
+    abar = signal_level(generator.config.diffusion)
+    with torch.no_grad():
+        want = losses(generator.denoiser, generator, source.batch(0), abar, min_snr=5.0)
+    go(
+        tiny_run,
+        generator,
+        config,
+        source=source,
+        judge=lambda ema: [0.5],
+        on_step=lambda step, figures: taken.append(figures["weight_loss"]),
+    )
+    assert taken == [pytest.approx(want["weight_loss"].item(), rel=1e-5)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_takes_its_own_parts(tiny_run, fresh, short, rank):
+    asked, generator = [], fresh()
+
+    class Noted(Source):
+        def batch(self, step, *, part=0, parts=1) -> Batch:
+            asked.append((step, part, parts))
+            return super().batch(step, part=part, parts=parts)
+
+    config = replace(short, steps=2, zoo_batch=4, fresh_tasks=4, accumulation=2)
+    train(
+        config,
+        engine=LocalEngine(generator.denoiser, config),
+        source=Noted(**vars(tiny_run.source(generator, config))),
+        start=Progress.start(generator.denoiser),
+        report=lambda progress, figures: None,
+        validate=None,
+        rank=rank,
+        world=2,
+    )
+    own = [2 * rank, 2 * rank + 1]
+    assert asked == [(step, part, 4) for step in (0, 1) for part in own]
+
+
+def test_a_step_clips_the_gradient_and_decays_the_weights(fresh, short):
+    config, module, norms = replace(short, clip=0.5, weight_decay=0.25), fresh().denoiser, []
+    engine = LocalEngine(module, config)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def note():
+        norms.append(torch.stack([p.grad.norm() for p in module.parameters()]).norm().item())
+
+    engine.optimizer.step = note
+    engine.step()
+    assert norms == [pytest.approx(0.5, rel=1e-3)]
+    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_a_p_model_counts_by_its_own_noise_and_not_a_fresh_tasks(tiny_run, base, short):
+    batch = tiny_run.source(base, replace(short, zoo_batch=4, fresh_tasks=4)).batch(2)
+    z, abar = len(batch.tokens), signal_level(base.config.diffusion)
+    answer = torch.randn(len(batch.mask), *batch.tokens.shape[1:])
+    found = losses(Answer(answer), base, batch, abar, min_snr=5.0)["weight_loss"]
+    valid = base.codec.valid(batch.mask[:z])
+    error = ((answer[:z] - batch.tokens).square() * valid).sum((1, 2)) / valid.sum((1, 2))
+    a = abar[batch.t[:z]]
+    want = ((a / (1 - a) / 5).clamp(max=1) * error).mean()
+    assert found.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loop_computes_in_the_precision_that_is_asked_for(tiny_run, fresh, short, precision):
+    seen = set()
+
+    class Noting(LocalEngine):
+        def __call__(self, *args, **options):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return super().__call__(*args, **options)
+
+    generator, config = fresh(), replace(short, steps=1, precision=precision)
+    engine = Noting(generator.denoiser, config)
+    go(tiny_run, generator, config, engine=engine, judge=lambda ema: [0.5])
+    assert seen == {precision == "bf16"}
+    assert {p.dtype for p in generator.denoiser.parameters()} == {torch.float32}

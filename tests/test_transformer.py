@@ -281,3 +281,27 @@ def test_training_reaches_every_parameter():
     gates = {f"blocks.{i}.modulation.{part}" for i in (0, 1) for part in ("weight", "bias")}
     assert reached[1] >= gates | {"body_in", "position", "row_in.weight", "null_cond"}
     assert reached[2] == set(before)
+
+
+def test_classes_are_told_as_a_set_at_unit_scale(denoiser):
+    _, _, cond, mask = draw(2, 4)
+    mask[1, 2:] = False
+    of_set = denoiser.prepare(cond, mask).chunk(3, -1)[2]
+    for i, present in enumerate((4, 2)):
+        want = denoiser.set_cond(cond[i, :present].sum(0) / present**0.5)
+        assert_close(of_set[i], want.expand(4, -1), tolerance=1e-5)
+
+
+def test_timesteps_turn_at_the_rates_of_the_formula():
+    found = timestep_embedding(torch.tensor([700.0]), 8)[0]
+    angles = torch.tensor([700 / 10_000 ** (i / 4) for i in range(4)])
+    assert_close(found, torch.cat([angles.cos(), angles.sin()]), tolerance=1e-4)
+
+
+def test_noisy_tokens_come_in_quietly():
+    """Beside positions of unit scale."""
+    denoiser, x = new_denoiser(), draw(64, 1)[0]
+    body = torch.einsum("bsp,spd->bsd", x[:, :S], denoiser.body_in)
+    assert 0.05 < body.std() < 0.2
+    assert 0.5 < denoiser.position.std() < 1.5
+    assert denoiser.row_in.weight.abs().max() <= 0.1 / R**0.5
