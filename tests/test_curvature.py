@@ -80,6 +80,15 @@ def test_factors_are_diagonal_in_their_directions(asked, curvature):
     assert (turned - values.diag()).abs().max() < 1e-5 * values[0]
 
 
+def test_directions_of_rows_are_of_their_mean_over_a_tasks_rows(asked, curvature):
+    moment = sum(
+        torch.einsum("nkr,nkq->rq", rows, rows) / rows.shape[1] for _, rows in _gradients(*asked, 3)
+    )
+    turned = curvature.row_right.double().T @ moment @ curvature.row_right.double()
+    values = turned.diagonal()
+    assert (turned - values.diag()).abs().max() / values[0] < 1e-5
+
+
 def test_turning_leaves_the_sum_as_it_is(asked, curvature):
     square, row_square, samples = 0.0, 0.0, 0
     for body, rows in _gradients(*asked, 3):
@@ -155,12 +164,3 @@ def test_the_same_again(asked, curvature):
         if isinstance(one, torch.Tensor):
             one, other = (one,), (other,)
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_directions_of_rows_are_of_their_mean_over_a_tasks_rows(asked, curvature):
-    moment = sum(
-        torch.einsum("nkr,nkq->rq", rows, rows) / rows.shape[1] for _, rows in _gradients(*asked, 3)
-    )
-    turned = curvature.row_right.double().T @ moment @ curvature.row_right.double()
-    values = turned.diagonal()
-    assert (turned - values.diag()).abs().max() / values[0] < 1e-5

@@ -541,6 +541,21 @@ def test_the_cache_follows_the_files_and_the_size(tmp_path, cache):
     assert len(list(cache.iterdir())) == 4
 
 
+@pytest.mark.parametrize("part", ["images", "labels", "test", "class_names"])
+def test_the_digest_is_of_all_that_was_decoded(part):
+    plain = _Decoded(
+        images=torch.zeros(3, 1, 2, 2, dtype=torch.uint8),
+        labels=torch.tensor([0, 1, 1]),
+        test=torch.tensor([False, False, True]),
+        class_names=("ant", "bee"),
+    )
+    value = getattr(plain, part)
+    other = value[::-1] if part == "class_names" else value.clone()
+    if part != "class_names":
+        other[0] = 1
+    assert dataclasses.replace(plain, **{part: other}).digest != plain.digest
+
+
 @pytest.mark.parametrize("damage", ["truncated", "header", "pixel", "class name"])
 def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path, cache, caplog, damage):
     small_set(tmp_path)
@@ -684,18 +699,3 @@ def test_real_cifar100(cache):
         np.testing.assert_array_equal(as_pixels(data)[50_000 + i], pixels)
         assert data.labels[50_000 + i] == row["label"]
     assert_equal(data, load(SHARED, "cifar100"))
-
-
-@pytest.mark.parametrize("part", ["images", "labels", "test", "class_names"])
-def test_the_digest_is_of_all_that_was_decoded(part):
-    plain = _Decoded(
-        images=torch.zeros(3, 1, 2, 2, dtype=torch.uint8),
-        labels=torch.tensor([0, 1, 1]),
-        test=torch.tensor([False, False, True]),
-        class_names=("ant", "bee"),
-    )
-    value = getattr(plain, part)
-    other = value[::-1] if part == "class_names" else value.clone()
-    if part != "class_names":
-        other[0] = 1
-    assert dataclasses.replace(plain, **{part: other}).digest != plain.digest

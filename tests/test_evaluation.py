@@ -111,6 +111,16 @@ def full_report(evaluation):
     )
 
 
+def noisy(generator):
+    """The same generator with larger outputs: prompts and seeds show."""
+    denoiser = copy.deepcopy(generator.denoiser)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in denoiser.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return replace(generator, denoiser=denoiser)
+
+
 @contextlib.contextmanager
 def watching():
     """Which images are read: by split of the task scored, to predict at all, to train."""
@@ -209,7 +219,7 @@ def test_chance_is_the_mean_over_tasks(axis, tiny_run):
 
 def test_report_is_json_without_nan(report):
     text = json.dumps(report, allow_nan=False)
-    assert json.loads(text) == json.loads(json.dumps(report))
+    assert json.loads(text) == report
 
 
 def test_direct_finetuning_counts_its_own_tasks(axis):
@@ -238,6 +248,35 @@ def test_gap_closed_is_a_ratio_on_the_same_tasks(evaluation, axis, tiny_run):
     assert axis["gap_closed"] == (
         pytest.approx((tina - base) / (top - base)) if top != base else None
     )
+
+
+def test_a_comparison_by_hand():
+    """Tina lies half way between selection and direct fine-tuning, which ran on some tasks."""
+
+    def of(hits):
+        return [Score(hit=np.arange(100)[None] < n, confidence=np.ones((1, 100))) for n in hits]
+
+    levels, subset = np.arange(20), [3, 8, 9, 15]
+    scores = {"tina": of(40 + levels), "classifier_selection": of(20 + levels)}
+    scores["direct_finetuning"] = of(60 + levels[subset])
+    images = list(np.arange(2000).reshape(20, 100))
+    found = compare(scores, images, subset, bootstrap=500)
+    assert found["gap"]["diff"] == pytest.approx(0.4)
+    assert found["gap_closed"] == pytest.approx(0.5)
+    low, high = found["gap_closed_ci95"]
+    assert 0.3 < low < 0.5 < high < 0.7
+    for other, sign, below in (("classifier_selection", 1, 0), ("direct_finetuning", -1, 1)):
+        minus = found["tina_minus"][other]
+        assert minus["diff"] == pytest.approx(0.2 * sign)
+        low, high = minus["ci95"]
+        assert 0.1 < sign * low < 0.3
+        assert 0.1 < sign * high < 0.3
+        assert minus["tasks_below"] == below
+    tina = found["methods"]["tina"]
+    assert (tina["accuracy"], tina["p05"]) == pytest.approx((0.495, 0.4095))
+    # a gap that may be nothing has no interval of a ratio
+    scores["direct_finetuning"] = of(20 + levels[subset] + [-9, 9, 5, -3])
+    assert compare(scores, images, subset, bootstrap=500)["gap_closed_ci95"] is None
 
 
 def test_a_run_asked_for_less_direct_finetuning_reads_less(tiny_run):
@@ -270,6 +309,16 @@ def test_accuracy_by_steps(report):
     assert most["minus_most"] == {"diff": 0, "ci95": [0, 0], "tasks_below": 0}
     low, high = few["minus_most"]["ci95"]
     assert low <= few["minus_most"]["diff"] == few["accuracy"] - most["accuracy"] <= high
+
+
+def test_accuracy_by_steps_is_that_of_so_many_steps(evaluation, tiny_run, tiny_generator):
+    other = replace(evaluation, generator=noisy(tiny_generator))
+    found = other.report(dict(other.score_here()))["accuracy_by_steps"]
+    tasks = tiny_run.space.val
+    for point in found:
+        scores = other.score(tasks, other.generate(tasks, steps=point["steps"], seeds=1))
+        assert point["accuracy"] == pytest.approx(np.mean([s.accuracy for s in scores]))
+    assert found[0]["accuracy"] != found[1]["accuracy"]
 
 
 def test_steps_are_compared_in_pairs():
@@ -391,7 +440,6 @@ def test_tasks_below_are_counted_one_by_one(evaluation, axis, tiny_run):
     others = evaluation.score(tasks, evaluation.contenders["ridge"](tasks))
     below = sum(a.accuracy < b.accuracy for a, b in zip(mine, others, strict=True))
     assert axis["tina_minus"]["ridge"]["tasks_below"] == below / 4
-    assert axis["tina_minus"]["untrained"]["tasks_below"] <= 1
 
 
 def test_novelty_stands_beside_twins(report):
@@ -400,6 +448,23 @@ def test_novelty_stands_beside_twins(report):
     assert novelty["l2_between_two_finetunings"] > 0
     for key in ("error_overlap_with_nearest_pmodel", "error_overlap_between_two_finetunings"):
         assert 0 <= novelty[key] <= 1
+
+
+def test_novelty_by_hand(evaluation, report, tiny_run):
+    tasks, layout = tiny_run.space.held_out[AXIS][:2], evaluation.generator.family.layout
+    train = evaluation.zoo.only("train")
+    nearest = nearest_pmodel(evaluation.generator, train)
+    distances, overlaps = [], []
+    for own in tasks:
+        mine = evaluation.generate([own], seeds=2)
+        other = [[evaluation.generator.theta(*nearest(own))]]
+        body = layout(own.num_classes).split(mine[0][0])[0]
+        distances.append(min(float((z - body).norm()) for z in layout(4).split(train.theta)[0]))
+        overlaps.append(overlap(*evaluation.score([own], mine), *evaluation.score([own], other)))
+    found = report["novelty"]
+    assert found["l2_to_nearest_pmodel"] == pytest.approx(sum(distances) / 2, rel=1e-4)
+    assert found["error_overlap_with_nearest_pmodel"] == pytest.approx(sum(overlaps) / 2)
+    assert 0 < sum(overlaps) < 2  # there was something to compare
 
 
 @pytest.fixture
@@ -469,6 +534,17 @@ def test_a_twin_is_the_same_task_with_other_batches(tiny_run):
     assert other.task_id != task.task_id
 
 
+def test_times_are_per_model_and_of_all_steps(evaluation, monkeypatch):
+    """With a clock that shows one second more each time."""
+    clock = itertools.count()
+    monkeypatch.setattr(tina.novelty, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert timing(evaluation) == {
+        "ms_per_model_batch1": 1000,
+        "ms_per_model_batch64": 1000 / 64,
+        "finetune_s_per_model": 20,  # 1 of 20 steps was timed
+    }
+
+
 # --- cells ----------------------------------------------------------------------------------------
 
 
@@ -521,6 +597,18 @@ def test_a_cell_scores_the_same_alone_and_last(evaluation):
             assert np.array_equal(one.confidence, other.confidence)
 
 
+def test_each_seed_is_another_classifier(evaluation, tiny_run, tiny_generator):
+    tasks, generator = tiny_run.space.held_out[AXIS], noisy(tiny_generator)
+    thetas = replace(evaluation, generator=generator).generate(tasks)
+    embeddings, mask = generator.vocabulary.of([t.class_ids for t in tasks])
+    for seed in range(evaluation.config.seeds):
+        body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(tasks))
+        for i, own in enumerate(tasks):
+            want = generator.theta(body[i], rows[i, : own.num_classes])
+            assert torch.equal(thetas[i][seed], want)
+    assert not torch.equal(thetas[0][0], thetas[0][1])
+
+
 def test_a_report_needs_every_cell_in_any_order(evaluation):
     scores = dict(evaluation.score_here())
     backwards = dict(reversed(scores.items()))
@@ -569,6 +657,19 @@ def test_the_new_denoiser_says_what_untrained_says(tiny_run, evaluation):
     assert torch.equal(one[0], other[0])
 
 
+def test_untrained_is_a_new_network_whatever_that_predicts(evaluation, tiny_run):
+    """Which may be no selection: v of nothing is the posterior mean of noise."""
+    config = evaluation.generator.config
+    diffusion = replace(config.diffusion, prediction="v")
+    generator = replace(tiny_run.new_generator(), config=replace(config, diffusion=diffusion))
+    other = replace(evaluation, generator=generator)
+    tasks = tiny_run.space.held_out[AXIS][:2]
+    for (one,), (new,) in zip(
+        other.generate(tasks, seeds=1, untrained=True), other.generate(tasks, seeds=1), strict=True
+    ):
+        torch.testing.assert_close(one, new, rtol=0, atol=1e-5)
+
+
 def test_swapped_condition_keeps_the_rows_and_changes_the_classes(watched, tiny_run, evaluation):
     _, _, asked = watched
     vocabulary = evaluation.generator.vocabulary
@@ -602,6 +703,27 @@ def test_swapped_condition_shows_other_classes_where_there_are_any():
     assert other_classes([task(0, 1, 2), task(2, 1, 0)]) == [(2, 1, 0), (0, 1, 2)]
 
 
+def test_a_swapped_condition_leaves_what_is_inherited(tiny_generator, tiny_run):
+    """The denoiser sees other classes; zeros in its place show what the rows begin with."""
+    vocabulary = tiny_generator.vocabulary
+    embeddings, mask = vocabulary.of([(0, 1, 2)])
+    conditions, _ = vocabulary.of([(5, 6, 7)])
+    _, rows = tiny_generator.generate(
+        embeddings,
+        mask,
+        seeds=[0],
+        conditions=conditions,
+        denoise=lambda x, *_: torch.zeros_like(x),
+    )
+    assert torch.equal(rows[0], tiny_generator.generic.select((0, 1, 2)))
+    other = noisy(tiny_generator)
+    one, two = (
+        other.generate(embeddings, mask, seeds=[0], conditions=shown)[1]
+        for shown in (None, conditions)
+    )
+    assert (one - two).abs().max() > 1e-2
+
+
 def test_shuffled_prompt_permutes_the_tasks_own_names(watched, tiny_run, evaluation):
     _, _, asked = watched
     table = evaluation.generator.vocabulary.embeddings
@@ -618,6 +740,16 @@ def test_shuffled_prompt_permutes_the_tasks_own_names(watched, tiny_run, evaluat
     own = [t.class_ids for t in tasks]
     assert own in found  # tina's own prompts
     assert any(ids != own for ids in found)
+
+
+def test_a_shuffle_is_the_tasks_own():
+    orders = Counter()
+    for seed in range(60):
+        shuffled = shuffled_classes(replace(task(3, 1, 7), seed=seed))
+        assert shuffled == shuffled_classes(replace(task(3, 1, 7), seed=seed))
+        orders[tuple(shuffled)] += 1
+    assert len(orders) == 6
+    assert max(orders.values()) < 25
 
 
 def test_uniform_shuffles_fall_to_chance_whatever_the_classifier(evaluation, tiny_run):
@@ -672,11 +804,45 @@ def test_evaluation_scores_on_report_and_chooses_on_select(watched, tiny_run):
     assert seen["predicted"] == seen["held_out"] | seen["val"]
 
 
+def test_a_validation_measures_what_its_weights_generate(tiny_run, tiny_generator):
+    generator, tasks = noisy(tiny_generator), tiny_run.space.val
+    validate = tiny_run.validator(tiny_generator)
+
+    def by_hand(made):
+        found = []
+        for own in tasks:
+            embeddings, mask = made.vocabulary.of([own.class_ids])
+            body, rows = made.generate(embeddings, mask, seeds=[0])
+            theta = made.theta(body[0], rows[0])
+            lesson = Lesson.of(tiny_run.dataset, own.class_ids, seed=0, partition="select")
+            found.append(accuracy(made.family, theta, tiny_run.store, lesson))
+        return found
+
+    want, plain = by_hand(generator), by_hand(tiny_run.new_generator())
+    assert validate(generator.denoiser.state_dict()) == pytest.approx(want)
+    assert validate(None) == pytest.approx(plain)  # classifier selection
+    assert want != plain
+    assert validate(generator.denoiser.state_dict()) == pytest.approx(want)
+
+
 def test_the_ridge_penalty_is_chosen_without_report_images(evaluation, tiny_run):
     with watching() as seen:
         assert replace(evaluation)._tuned_ridge
     assert seen["predicted"]
     assert seen["predicted"] <= set(tiny_run.dataset.indices("select").tolist())
+
+
+def test_the_ridge_penalty_is_the_best_on_validation_tasks(evaluation, monkeypatch):
+    best = classifier_selection(evaluation.generator)
+
+    def worst(task):
+        body, rows = best(task)
+        return body, -rows
+
+    monkeypatch.setattr(
+        tina.evaluation, "ridge", lambda *_, penalty: best if penalty == 10 else worst
+    )
+    assert replace(evaluation)._tuned_ridge is best
 
 
 def test_training_and_zoo_never_read_report_images(tiny_run):
@@ -799,6 +965,16 @@ def test_nearest_inherits_rows_that_its_p_model_lacks(tiny_generator, random_zoo
     assert torch.equal(rows[2], tiny_generator.generic.select([4])[0])
 
 
+def test_nearest_is_what_has_a_near_class_for_each_of_the_tasks(tiny_generator, random_zoo):
+    """And not what is near on average: a class more would speak against a model that has all."""
+    models, _ = random_zoo
+    layout = tiny_generator.family.layout(4)
+    rows = torch.randn(4, layout.row_size)
+    pair = [((1, 5), models[0][1], rows[:2]), ((2, 7, 5, 1), models[1][1], rows)]
+    body, _ = nearest_pmodel(tiny_generator, make_zoo(tiny_generator, pair))(task(1, 5, 7))
+    assert torch.equal(body, models[1][1])
+
+
 @pytest.fixture(scope="module")
 def linear_world(tiny_generator):
     """A zoo whose residuals are linear in the conditions, and the maps that made it."""
@@ -873,6 +1049,22 @@ def test_few_and_many_samples_have_the_same_least_squares(shape):
     torch.testing.assert_close(found.double(), want.solution, rtol=0, atol=1e-5)
 
 
+def test_baselines_know_training_p_models_alone(evaluation, tiny_run, monkeypatch):
+    seen, selection = {}, classifier_selection(evaluation.generator)
+    for name in ("nearest_pmodel", "class_mean", "ridge", "train_mixer"):
+
+        def make(generator, zoo, *rest, name=name, **options):
+            seen[name] = set(zoo.splits)
+            return selection
+
+        monkeypatch.setattr(tina.evaluation, name, make)
+    contenders, tasks = replace(evaluation).contenders, tiny_run.space.held_out[AXIS]
+    for method in ("nearest_pmodel", "class_mean", "ridge", "taper"):
+        contenders[method](tasks)
+    assert set(evaluation.zoo.splits) == {"train", "val"}
+    assert list(seen.values()) == [{"train"}] * 4
+
+
 # --- the mixer ------------------------------------------------------------------------------------
 
 
@@ -922,6 +1114,14 @@ def test_training_a_mixer_helps_and_repeats(tiny_generator, tiny_run):
     assert loss(trained) == loss(again)
 
 
+def test_a_mixer_is_trained_on_fit_images(tiny_generator, tiny_run):
+    store = Recording(tiny_run.family, tiny_run.dataset.views)
+    zoo = tiny_run.read_zoo("zoo").only("train")
+    train_mixer(tiny_generator, zoo, tiny_run.space, tiny_run.dataset, store, steps=3, seed=0)
+    assert store.read
+    assert store.read <= set(tiny_run.dataset.indices("fit").tolist())
+
+
 # --- for people -----------------------------------------------------------------------------------
 
 
@@ -935,6 +1135,18 @@ def test_markdown_has_every_method_and_only_measured_axes(report):
     assert "shifted" not in text
     accuracy = report["axes"][AXIS]["methods"]["tina"]["accuracy"]
     assert f"| tina | {100 * accuracy:.1f} |" in text
+
+
+def test_each_row_of_the_table_has_its_own_numbers(report):
+    axis = report["axes"][AXIS]
+    rows = [line.split(" | ") for line in markdown(report, AXIS).splitlines()[4:] if line]
+    assert len(rows) == len(SHOWN)
+    for name, right, _, worst, _, minus in rows:
+        name, minus = name.removeprefix("| "), minus.removesuffix(" |")
+        method = axis["methods"][name]
+        assert right == f"{100 * method['accuracy']:.1f}"
+        assert worst == f"{100 * method['p05']:.1f}"
+        assert minus == ("" if name == "tina" else _points(axis["tina_minus"][name]))
 
 
 def test_print_report(report, capsys):
@@ -973,216 +1185,3 @@ def test_the_gap_in_words(report, gap_closed, interval, words):
     axis |= {"gap_closed": gap_closed, "gap_closed_ci95": interval}
     assert words in markdown(report)
     assert math.isfinite(axis["chance"])
-
-
-def noisy(generator, scale=0.05):
-    """The same generator with larger outputs: prompts and seeds show."""
-    denoiser = copy.deepcopy(generator.denoiser)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in denoiser.parameters():
-            parameter.data.add_(scale * torch.randn_like(parameter))
-    return replace(generator, denoiser=denoiser)
-
-
-def test_each_seed_is_another_classifier(evaluation, tiny_run, tiny_generator):
-    tasks, generator = tiny_run.space.held_out[AXIS], noisy(tiny_generator)
-    thetas = replace(evaluation, generator=generator).generate(tasks)
-    embeddings, mask = generator.vocabulary.of([t.class_ids for t in tasks])
-    for seed in range(evaluation.config.seeds):
-        body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(tasks))
-        for i, own in enumerate(tasks):
-            want = generator.theta(body[i], rows[i, : own.num_classes])
-            assert torch.equal(thetas[i][seed], want)
-    assert not torch.equal(thetas[0][0], thetas[0][1])
-
-
-def test_a_swapped_condition_leaves_what_is_inherited(tiny_generator, tiny_run):
-    """The denoiser sees other classes; zeros in its place show what the rows begin with."""
-    vocabulary = tiny_generator.vocabulary
-    embeddings, mask = vocabulary.of([(0, 1, 2)])
-    conditions, _ = vocabulary.of([(5, 6, 7)])
-    _, rows = tiny_generator.generate(
-        embeddings,
-        mask,
-        seeds=[0],
-        conditions=conditions,
-        denoise=lambda x, *_: torch.zeros_like(x),
-    )
-    assert torch.equal(rows[0], tiny_generator.generic.select((0, 1, 2)))
-    other = noisy(tiny_generator)
-    one, two = (
-        other.generate(embeddings, mask, seeds=[0], conditions=shown)[1]
-        for shown in (None, conditions)
-    )
-    assert (one - two).abs().max() > 1e-2
-
-
-def test_a_shuffle_is_the_tasks_own():
-    orders = Counter()
-    for seed in range(60):
-        shuffled = shuffled_classes(replace(task(3, 1, 7), seed=seed))
-        assert shuffled == shuffled_classes(replace(task(3, 1, 7), seed=seed))
-        orders[tuple(shuffled)] += 1
-    assert len(orders) == 6
-    assert max(orders.values()) < 25
-
-
-def test_accuracy_by_steps_is_that_of_so_many_steps(evaluation, tiny_run, tiny_generator):
-    other = replace(evaluation, generator=noisy(tiny_generator))
-    found = other.report(dict(other.score_here()))["accuracy_by_steps"]
-    tasks = tiny_run.space.val
-    for point in found:
-        scores = other.score(tasks, other.generate(tasks, steps=point["steps"], seeds=1))
-        assert point["accuracy"] == pytest.approx(np.mean([s.accuracy for s in scores]))
-    assert found[0]["accuracy"] != found[1]["accuracy"]
-
-
-def test_a_validation_measures_what_its_weights_generate(tiny_run, tiny_generator):
-    generator, tasks = noisy(tiny_generator), tiny_run.space.val
-    validate = tiny_run.validator(tiny_generator)
-
-    def by_hand(made):
-        found = []
-        for own in tasks:
-            embeddings, mask = made.vocabulary.of([own.class_ids])
-            body, rows = made.generate(embeddings, mask, seeds=[0])
-            theta = made.theta(body[0], rows[0])
-            lesson = Lesson.of(tiny_run.dataset, own.class_ids, seed=0, partition="select")
-            found.append(accuracy(made.family, theta, tiny_run.store, lesson))
-        return found
-
-    want, plain = by_hand(generator), by_hand(tiny_run.new_generator())
-    assert validate(generator.denoiser.state_dict()) == pytest.approx(want)
-    assert validate(None) == pytest.approx(plain)  # classifier selection
-    assert want != plain
-    assert validate(generator.denoiser.state_dict()) == pytest.approx(want)
-
-
-def test_a_comparison_by_hand():
-    """Tina lies half way between selection and direct fine-tuning, which ran on some tasks."""
-
-    def of(hits):
-        return [Score(hit=np.arange(100)[None] < n, confidence=np.ones((1, 100))) for n in hits]
-
-    levels, subset = np.arange(20), [3, 8, 9, 15]
-    scores = {"tina": of(40 + levels), "classifier_selection": of(20 + levels)}
-    scores["direct_finetuning"] = of(60 + levels[subset])
-    images = list(np.arange(2000).reshape(20, 100))
-    found = compare(scores, images, subset, bootstrap=500)
-    assert found["gap"]["diff"] == pytest.approx(0.4)
-    assert found["gap_closed"] == pytest.approx(0.5)
-    low, high = found["gap_closed_ci95"]
-    assert 0.3 < low < 0.5 < high < 0.7
-    for other, sign, below in (("classifier_selection", 1, 0), ("direct_finetuning", -1, 1)):
-        minus = found["tina_minus"][other]
-        assert minus["diff"] == pytest.approx(0.2 * sign)
-        low, high = minus["ci95"]
-        assert 0.1 < sign * low < 0.3
-        assert 0.1 < sign * high < 0.3
-        assert minus["tasks_below"] == below
-    tina = found["methods"]["tina"]
-    assert (tina["accuracy"], tina["p05"]) == pytest.approx((0.495, 0.4095))
-    # a gap that may be nothing has no interval of a ratio
-    scores["direct_finetuning"] = of(20 + levels[subset] + [-9, 9, 5, -3])
-    assert compare(scores, images, subset, bootstrap=500)["gap_closed_ci95"] is None
-
-
-def test_the_ridge_penalty_is_the_best_on_validation_tasks(evaluation, monkeypatch):
-    best = classifier_selection(evaluation.generator)
-
-    def worst(task):
-        body, rows = best(task)
-        return body, -rows
-
-    monkeypatch.setattr(
-        tina.evaluation, "ridge", lambda *_, penalty: best if penalty == 10 else worst
-    )
-    assert replace(evaluation)._tuned_ridge is best
-
-
-def test_baselines_know_training_p_models_alone(evaluation, tiny_run, monkeypatch):
-    seen, selection = {}, classifier_selection(evaluation.generator)
-    for name in ("nearest_pmodel", "class_mean", "ridge", "train_mixer"):
-
-        def make(generator, zoo, *rest, name=name, **options):
-            seen[name] = set(zoo.splits)
-            return selection
-
-        monkeypatch.setattr(tina.evaluation, name, make)
-    contenders, tasks = replace(evaluation).contenders, tiny_run.space.held_out[AXIS]
-    for method in ("nearest_pmodel", "class_mean", "ridge", "taper"):
-        contenders[method](tasks)
-    assert set(evaluation.zoo.splits) == {"train", "val"}
-    assert list(seen.values()) == [{"train"}] * 4
-
-
-def test_a_mixer_is_trained_on_fit_images(tiny_generator, tiny_run):
-    store = Recording(tiny_run.family, tiny_run.dataset.views)
-    zoo = tiny_run.read_zoo("zoo").only("train")
-    train_mixer(tiny_generator, zoo, tiny_run.space, tiny_run.dataset, store, steps=3, seed=0)
-    assert store.read
-    assert store.read <= set(tiny_run.dataset.indices("fit").tolist())
-
-
-def test_untrained_is_a_new_network_whatever_that_predicts(evaluation, tiny_run):
-    """v of nothing is the posterior mean of noise, not selection: what `untrained` must show."""
-    config = evaluation.generator.config
-    diffusion = replace(config.diffusion, prediction="v")
-    generator = replace(tiny_run.new_generator(), config=replace(config, diffusion=diffusion))
-    other = replace(evaluation, generator=generator)
-    tasks = tiny_run.space.held_out[AXIS][:2]
-    for (one,), (new,) in zip(
-        other.generate(tasks, seeds=1, untrained=True), other.generate(tasks, seeds=1), strict=True
-    ):
-        torch.testing.assert_close(one, new, rtol=0, atol=1e-5)
-
-
-def test_novelty_by_hand(evaluation, report, tiny_run):
-    tasks, layout = tiny_run.space.held_out[AXIS][:2], evaluation.generator.family.layout
-    train = evaluation.zoo.only("train")
-    nearest = nearest_pmodel(evaluation.generator, train)
-    distances, overlaps = [], []
-    for own in tasks:
-        mine = evaluation.generate([own], seeds=2)
-        copy = [[evaluation.generator.theta(*nearest(own))]]
-        body = layout(own.num_classes).split(mine[0][0])[0]
-        distances.append(min(float((z - body).norm()) for z in layout(4).split(train.theta)[0]))
-        overlaps.append(overlap(*evaluation.score([own], mine), *evaluation.score([own], copy)))
-    found = report["novelty"]
-    assert found["l2_to_nearest_pmodel"] == pytest.approx(sum(distances) / 2, rel=1e-4)
-    assert found["error_overlap_with_nearest_pmodel"] == pytest.approx(sum(overlaps) / 2)
-    assert 0 < sum(overlaps) < 2  # there was something to compare
-
-
-def test_times_are_per_model_and_of_all_steps(evaluation, monkeypatch):
-    """With a clock that shows one second more each time."""
-    clock = itertools.count()
-    monkeypatch.setattr(tina.novelty, "time", SimpleNamespace(perf_counter=clock.__next__))
-    assert timing(evaluation) == {
-        "ms_per_model_batch1": 1000,
-        "ms_per_model_batch64": 1000 / 64,
-        "finetune_s_per_model": 20,  # 1 of 20 steps was timed
-    }
-
-
-def test_each_row_of_the_table_has_its_own_numbers(report):
-    axis = report["axes"][AXIS]
-    rows = [line.split(" | ") for line in markdown(report, AXIS).splitlines()[4:] if line]
-    assert len(rows) == len(SHOWN)
-    for name, right, _, worst, _, minus in rows:
-        name, minus = name.removeprefix("| "), minus.removesuffix(" |")
-        method = axis["methods"][name]
-        assert right == f"{100 * method['accuracy']:.1f}"
-        assert worst == f"{100 * method['p05']:.1f}"
-        assert minus == ("" if name == "tina" else _points(axis["tina_minus"][name]))
-
-
-def test_nearest_is_what_has_a_near_class_for_each_of_the_tasks(tiny_generator, random_zoo):
-    """And not what is near on average: a class more would speak against a model that has all."""
-    models, _ = random_zoo
-    layout = tiny_generator.family.layout(4)
-    rows = torch.randn(4, layout.row_size)
-    pair = [((1, 5), models[0][1], rows[:2]), ((2, 7, 5, 1), models[1][1], rows)]
-    body, _ = nearest_pmodel(tiny_generator, make_zoo(tiny_generator, pair))(task(1, 5, 7))
-    assert torch.equal(body, models[1][1])

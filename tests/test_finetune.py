@@ -298,6 +298,32 @@ def test_a_trunk_is_trained_from_its_seed(digits):
         train_trunk(family, digits, range(10), dataclasses.replace(recipe, lr=1e30), seed=0)
 
 
+def test_a_trunk_is_taught_its_images_own_labels(digits, monkeypatch):
+    family = build_family("resnet20_head", channels=1, image_size=8)
+    shown, taught, plain = [], [], torch.nn.functional.cross_entropy
+
+    class Noting(nn.Flatten):
+        def forward(self, x):
+            shown.append(x.detach())
+            return super().forward(x)
+
+    def noting(logits, labels):
+        taught.append(labels)
+        return plain(logits, labels)
+
+    monkeypatch.setattr(family, "new_trunk", Noting)
+    monkeypatch.setattr("tina.finetune.F.cross_entropy", noting)
+    train_trunk(family, digits, (7, 2, 5), RecipeConfig(steps=3, batch_size=16), seed=0)
+    known = {
+        (family.scale(digits.views[i[None]]).numpy().tobytes(), int(digits.labels[i]))
+        for i in digits.indices("fit", (7, 2, 5))
+    }
+    for images, labels in zip(shown, taught, strict=True):
+        for image, label in zip(images, labels.tolist(), strict=True):
+            assert (image[None].numpy().tobytes(), (7, 2, 5)[label]) in known
+    assert len(shown) == 3
+
+
 def test_a_step_is_adamws_however_a_gradient_lies_in_memory():
     recipe = RecipeConfig(steps=4, lr=1e-2, warmup=0.0, weight_decay=0.1)
     layer = nn.Conv2d(3, 8, 3)
@@ -365,29 +391,3 @@ def test_a_p_model_does_not_depend_on_its_neighbours(tiny_run, stacked):
         # one step of AdamW moves a weight by its learning rate at most, and the decay
         drift = (body - run.generic.body).abs().max()
         assert 0 < drift < recipe.steps * recipe.lr * 2
-
-
-def test_a_trunk_is_taught_its_images_own_labels(digits, monkeypatch):
-    family = build_family("resnet20_head", channels=1, image_size=8)
-    shown, taught, plain = [], [], torch.nn.functional.cross_entropy
-
-    class Noting(nn.Flatten):
-        def forward(self, x):
-            shown.append(x.detach())
-            return super().forward(x)
-
-    def noting(logits, labels):
-        taught.append(labels)
-        return plain(logits, labels)
-
-    monkeypatch.setattr(family, "new_trunk", Noting)
-    monkeypatch.setattr("tina.finetune.F.cross_entropy", noting)
-    train_trunk(family, digits, (7, 2, 5), RecipeConfig(steps=3, batch_size=16), seed=0)
-    known = {
-        (family.scale(digits.views[i[None]]).numpy().tobytes(), int(digits.labels[i]))
-        for i in digits.indices("fit", (7, 2, 5))
-    }
-    for images, labels in zip(shown, taught, strict=True):
-        for image, label in zip(images, labels.tolist(), strict=True):
-            assert (image[None].numpy().tobytes(), (7, 2, 5)[label]) in known
-    assert len(shown) == 3

@@ -105,6 +105,15 @@ def test_guidance_of_one_is_none(pipe):
     assert not torch.equal(pipe(TASK, guidance_scale=3.0).theta, plain)
 
 
+def test_the_configurations_guidance_is_the_default(pipe):
+    generator = pipe.generator
+    diffusion = replace(generator.config.diffusion, guidance=3.0)
+    config = replace(generator.config, diffusion=diffusion)
+    other = TinaPipeline(replace(generator, config=config), checkpoint="x")
+    assert torch.equal(other(TASK).theta, pipe(TASK, guidance_scale=3.0).theta)
+    assert torch.equal(other(TASK, guidance_scale=1.0).theta, pipe(TASK).theta)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
@@ -188,6 +197,16 @@ def test_mixed_numbers_of_classes_do_not_disturb_each_other(pipe):
         assert model.familiarity == pytest.approx(alone.familiarity, abs=1e-6)
 
 
+def test_a_draw_does_not_depend_on_the_number_of_classes():
+    """Torch draws the last values of an odd count otherwise than those of a longer draw."""
+    generator = resnet_generator()
+    few, more = (
+        generator.begin(*generator.vocabulary.of([ids]), seeds=[3]).x for ids in ((0, 1), (0, 1, 2))
+    )
+    assert few.shape[1:] == (2, 65)
+    assert torch.equal(few, more[:, :2])
+
+
 def test_an_ancestral_sampler_keeps_to_its_seeds(pipe):
     generator = pipe.generator
     diffusion = replace(generator.config.diffusion, sampler="ddpm")
@@ -196,6 +215,15 @@ def test_an_ancestral_sampler_keeps_to_its_seeds(pipe):
     models = other([TASK] * 5, seed=[4, 5, 6, 7, 8])
     close(models[2].theta, other(TASK, seed=6).theta)
     assert not torch.equal(models[2].theta, models[3].theta)
+
+
+def test_a_new_denoiser_is_its_seeds(pipe):
+    generator = pipe.generator
+    one, again, other = (
+        new_denoiser(generator.config, generator.codec, dim=256, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.position, again.position)
+    assert not torch.equal(one.position, other.position)
 
 
 def test_the_prompt_counts(pipe):
@@ -293,6 +321,22 @@ def test_a_picture_counts_the_same_beside_one_of_another_size(pipe, pictures):
     close(beside, alone)
 
 
+def test_pictures_for_clip_are_cut_square_and_their_mean_has_unit_norm(pipe, monkeypatch):
+    seen = []
+
+    class Tower:
+        def encode_images(self, images):
+            seen.append(images.shape)
+            return torch.nn.functional.normalize(images.flatten(1)[:, :256], dim=1)
+
+    config = replace(pipe.generator.config, prompt=PromptConfig(encoder="open_clip"))
+    other = TinaPipeline(replace(pipe.generator, config=config), checkpoint="x")
+    other.__dict__["encoder"] = Tower()
+    found = other.embed_images([torch.rand(3, 1, 20, 30), torch.rand(2, 1, 40, 24)])
+    assert seen == [(3, 1, 20, 20), (2, 1, 24, 24)]
+    close(found.norm(dim=1), torch.ones(2))
+
+
 def test_pictures_lie_near_their_names(pipe, pictures):
     """For most classes, nearer to the own name than the names are on average."""
     names = pipe.generator.vocabulary.embeddings
@@ -318,6 +362,14 @@ def test_pictures_are_the_names_by_their_posterior(pipe, pictures):
     # a crowd of one class's pictures leaves no doubt
     many = generator.family.embed(pictures(3).repeat(50, 1, 1, 1))
     close(generator.embed_shots(many), generator.vocabulary.embeddings[3])
+
+
+def test_pictures_are_taken_for_trained_names_alone():
+    """The generic model's rows are the trained classes': here all but the fourth."""
+    generator = resnet_generator()
+    generator.generic.rows[3, -1] = 1e4
+    found = generator.embed_shots(torch.zeros(2, 64))
+    close(found, generator.vocabulary.embeddings[4])
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -528,55 +580,3 @@ def test_what_is_no_text(pipe, prompt, options):
 def test_seeds_out_of_range(pipe, seed):
     with pytest.raises(PromptError, match="seed"):
         pipe(["one", "two"], seed=seed)
-
-
-def test_the_configurations_guidance_is_the_default(pipe):
-    generator = pipe.generator
-    diffusion = replace(generator.config.diffusion, guidance=3.0)
-    config = replace(generator.config, diffusion=diffusion)
-    other = TinaPipeline(replace(generator, config=config), checkpoint="x")
-    assert torch.equal(other(TASK).theta, pipe(TASK, guidance_scale=3.0).theta)
-    assert torch.equal(other(TASK, guidance_scale=1.0).theta, pipe(TASK).theta)
-
-
-def test_pictures_are_taken_for_trained_names_alone():
-    """The generic model's rows are the trained classes': here all but the fourth."""
-    generator = resnet_generator()
-    generator.generic.rows[3, -1] = 1e4
-    found = generator.embed_shots(torch.zeros(2, 64))
-    close(found, generator.vocabulary.embeddings[4])
-
-
-def test_a_new_denoiser_is_its_seeds(pipe):
-    generator = pipe.generator
-    one, again, other = (
-        new_denoiser(generator.config, generator.codec, dim=256, seed=seed) for seed in (1, 1, 2)
-    )
-    assert torch.equal(one.position, again.position)
-    assert not torch.equal(one.position, other.position)
-
-
-def test_pictures_for_clip_are_cut_square_and_their_mean_has_unit_norm(pipe, monkeypatch):
-    seen = []
-
-    class Tower:
-        def encode_images(self, images):
-            seen.append(images.shape)
-            return torch.nn.functional.normalize(images.flatten(1)[:, :256], dim=1)
-
-    config = replace(pipe.generator.config, prompt=PromptConfig(encoder="open_clip"))
-    other = TinaPipeline(replace(pipe.generator, config=config), checkpoint="x")
-    other.__dict__["encoder"] = Tower()
-    found = other.embed_images([torch.rand(3, 1, 20, 30), torch.rand(2, 1, 40, 24)])
-    assert seen == [(3, 1, 20, 20), (2, 1, 24, 24)]
-    close(found.norm(dim=1), torch.ones(2))
-
-
-def test_a_draw_does_not_depend_on_the_number_of_classes():
-    """Torch draws the last values of an odd count otherwise than those of a longer draw."""
-    generator = resnet_generator()
-    few, more = (
-        generator.begin(*generator.vocabulary.of([ids]), seeds=[3]).x for ids in ((0, 1), (0, 1, 2))
-    )
-    assert few.shape[1:] == (2, 65)
-    assert torch.equal(few, more[:, :2])

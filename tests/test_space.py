@@ -168,6 +168,17 @@ def test_values_that_do_not_go_together(tmp_path):
     assert "'denoiser.heads': 32" in reason
 
 
+def test_three_values_that_do_not_go_together(tmp_path):
+    """Betas of one and more: of a linear schedule, few timesteps and a high end alone."""
+    space = {
+        "diffusion.schedule": {"choice": ["cosine", "linear"]},
+        "diffusion.timesteps": {"choice": [1000, 50]},
+        "diffusion.beta_range": {"choice": [[1e-4, 0.02], [1e-4, 0.05]]},
+    }
+    reason = refused(tmp_path, space)
+    assert "must rise in 0..T / 1000" in reason
+
+
 def test_a_batch_that_the_ranks_cannot_share(tmp_path):
     space = {"train.zoo_batch": {"choice": [32, 33]}}
     assert search(tmp_path, space).sweep.workers == 1
@@ -200,14 +211,3 @@ def test_a_file_that_is_no_search(tmp_path, text):
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"space\.yaml"):
         read_search(file, BASE)
-
-
-def test_three_values_that_do_not_go_together(tmp_path):
-    """Betas of one and more: of a linear schedule, few timesteps and a high end alone."""
-    space = {
-        "diffusion.schedule": {"choice": ["cosine", "linear"]},
-        "diffusion.timesteps": {"choice": [1000, 50]},
-        "diffusion.beta_range": {"choice": [[1e-4, 0.02], [1e-4, 0.05]]},
-    }
-    reason = refused(tmp_path, space)
-    assert "must rise in 0..T / 1000" in reason

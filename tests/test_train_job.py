@@ -118,7 +118,7 @@ def test_what_no_training_has_reached_is_zero_in_the_end(
     Progress.start(load_generator(run.start).denoiser).save(state / PROGRESS)
     result = SimpleNamespace(checkpoint=Checkpoint.from_directory(str(state)), metrics={})
     trainer = SimpleNamespace(fit=lambda: result)
-    for name in ("check_zoo", "check_stage", "check_tracking"):
+    for name in ("check_zoo", "check_tracking"):
         monkeypatch.setattr(f"ray_jobs.train.{name}", lambda run: None)
     monkeypatch.setattr("ray_jobs.train.build_trainer", lambda run: trainer)
     assert train_generator(run).takes_guidance is reached

@@ -233,6 +233,30 @@ def test_a_rank_without_validation_reports_its_losses(tiny_run, fresh, short):
     assert reports == [(3, ["function_loss", "lr", "weight_loss"])]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_takes_its_own_parts(tiny_run, fresh, short, rank):
+    asked, generator = [], fresh()
+
+    class Noted(Source):
+        def batch(self, step, *, part=0, parts=1) -> Batch:
+            asked.append((step, part, parts))
+            return super().batch(step, part=part, parts=parts)
+
+    config = replace(short, steps=2, zoo_batch=4, fresh_tasks=4, accumulation=2)
+    train(
+        config,
+        engine=LocalEngine(generator.denoiser, config),
+        source=Noted(**vars(tiny_run.source(generator, config))),
+        start=Progress.start(generator.denoiser),
+        report=lambda progress, figures: None,
+        validate=None,
+        rank=rank,
+        world=2,
+    )
+    own = [2 * rank, 2 * rank + 1]
+    assert asked == [(step, part, 4) for step in (0, 1) for part in own]
+
+
 def test_a_validation_is_not_waited_for_before_the_next_report(tiny_run, fresh, short):
     generator, events = fresh(), []
 
@@ -278,6 +302,22 @@ def test_reports_come_every_few_steps_and_at_the_end(tiny_run, fresh, short):
     )
     assert reports == [5, 10, 12]
     assert steps == list(range(1, 13))
+
+
+def test_reported_losses_are_means_over_the_steps_since_the_last_report(tiny_run, fresh, short):
+    taken, reports = [], []
+    go(
+        tiny_run,
+        fresh(),
+        short,
+        report=lambda progress, figures: reports.append(dict(figures)),
+        judge=lambda ema: [0.5],
+        on_step=lambda step, figures: taken.append(figures),
+    )
+    for figures, steps in zip(reports, (taken[:5], taken[5:10], taken[10:]), strict=True):
+        for name in ("weight_loss", "function_loss"):
+            assert figures[name] == pytest.approx(mean(f[name] for f in steps), rel=1e-5)
+    assert reports[0]["lr"] < short.lr
 
 
 def test_killed_run_equals_an_undisturbed_one(tiny_run, fresh, tmp_path):
@@ -349,6 +389,13 @@ def test_batches_are_functions_of_seed_step_and_slot(tiny_run, base, short):
             assert not torch.equal(found[name], want[name]), name
 
 
+def test_noises_of_a_batch_are_independent(tiny_run, base, short):
+    batch = tiny_run.source(base, short).batch(3)
+    draws = torch.cat([batch.noise, batch.first]).flatten(1)
+    off = torch.corrcoef(draws) - torch.eye(len(draws))
+    assert off.abs().max() < 6 / draws.shape[1] ** 0.5
+
+
 @pytest.mark.parametrize(
     ("share", "step", "least", "most"),
     [(0.0, 99, 0, 0), (1.0, 0, 0, 0), (1.0, 50, 16, 48), (0.5, 99, 16, 48), (1.0, 99, 58, 64)],
@@ -367,6 +414,22 @@ def test_neighbouring_classes_come_in_as_training_goes_on(
     config = replace(short, steps=100, fresh_tasks=64, near_tasks=share)
     tiny_run.source(base, config).batch(step)
     assert least <= len(drawn) <= most
+
+
+def test_neighbours_are_those_of_the_names(tiny_run, base, short, monkeypatch):
+    asked = []
+
+    def draw(rng, space, cosines, *, num_classes):
+        asked.append((cosines, num_classes))
+        return tuple(range(num_classes))
+
+    monkeypatch.setattr("tina.batches.draw_near", draw)
+    config = replace(short, steps=100, fresh_tasks=64, near_tasks=1.0)
+    tiny_run.source(base, config).batch(99)
+    names = base.vocabulary.embeddings
+    want = F.cosine_similarity(names[:, None], names, dim=-1)
+    torch.testing.assert_close(torch.from_numpy(asked[0][0]), want)
+    assert {classes for _, classes in asked} == {2, 3, 4}
 
 
 def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):
@@ -532,6 +595,21 @@ def test_batches_draw_training_p_models_only(tiny_run, base, short):
             assert not any(torch.equal(own, other) for other in val)
 
 
+def test_every_p_model_level_and_fit_image_can_be_drawn(tiny_run, base, short):
+    config = replace(short, zoo_batch=64, fresh_tasks=16, images_per_task=64)
+    source = replace(tiny_run.source(base, config), store=Places())
+    batches = [source.batch(step) for step in range(20)]
+    tokens = torch.cat([batch.tokens[:, 0] for batch in batches])
+    assert len({row.numpy().tobytes() for row in tokens}) == len(source.zoo.task_ids)
+    own = torch.cat([batch.t[64:][~batch.pure] for batch in batches])
+    for levels in (torch.cat([batch.t[:64] for batch in batches]), own):
+        assert levels.max() >= 98
+        assert levels.min() <= 1
+        assert abs(levels.float().mean() - 49.5) < 4 * (100**2 / 12 / len(levels)) ** 0.5
+    read = torch.cat([places for batch in batches for places in batch.images])
+    assert set(read.tolist()) == set(tiny_run.dataset.indices("fit").tolist())
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 
@@ -601,6 +679,16 @@ def test_weight_loss_is_the_mean_square_over_what_is_there(tiny_run, base, short
     assert found["weight_loss"].item() == pytest.approx(sum(means) / len(means), rel=1e-5)
 
 
+def test_a_perfect_velocity_has_no_weight_loss(tiny_run, base, short):
+    diffusion = replace(base.config.diffusion, prediction="v")
+    generator = replace(base, config=replace(base.config, diffusion=diffusion))
+    batch = tiny_run.source(generator, replace(short, function_loss=0.0)).batch(2)
+    abar = signal_level(diffusion)
+    a = abar[batch.t].view(-1, 1, 1)
+    velocity = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.tokens
+    assert losses(Answer(velocity), generator, batch, abar)["weight_loss"] < 1e-6
+
+
 def test_below_min_snr_the_weight_loss_is_that_of_the_noise(tiny_run, base, short):
     """eps - eps_hat = sqrt(SNR) (x0_hat - x0), so SNR times the error of x0 is the error of eps."""
     batch = tiny_run.source(base, replace(short, function_loss=0.0)).batch(2)
@@ -622,6 +710,18 @@ def test_from_min_snr_on_a_p_model_counts_in_full():
     abar = snr / (1 + snr)
     assert shown(abar, 5.0).tolist() == pytest.approx([0.0, 2e-4, 0.2, 0.5, 1.0, 1.0])
     assert shown(abar, 0.0).tolist() == [1.0] * 6
+
+
+def test_a_p_model_counts_by_its_own_noise_and_not_a_fresh_tasks(tiny_run, base, short):
+    batch = tiny_run.source(base, replace(short, zoo_batch=4, fresh_tasks=4)).batch(2)
+    z, abar = len(batch.tokens), signal_level(base.config.diffusion)
+    answer = torch.randn(len(batch.mask), *batch.tokens.shape[1:])
+    found = losses(Answer(answer), base, batch, abar, min_snr=5.0)["weight_loss"]
+    valid = base.codec.valid(batch.mask[:z])
+    error = ((answer[:z] - batch.tokens).square() * valid).sum((1, 2)) / valid.sum((1, 2))
+    a = abar[batch.t[:z]]
+    want = ((a / (1 - a) / 5).clamp(max=1) * error).mean()
+    assert found.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_without_noise_min_snr_says_nothing(tiny_run, base, short):
@@ -713,6 +813,23 @@ def test_fresh_tasks_start_from_pure_noise_or_the_own_prediction(tiny_run, base,
     assert 8 <= int((t == top).sum()) <= 24
     centre = (x.mean((1, 2)) - 100 * abar[t].sqrt()).abs()
     assert (centre < 0.2).all()
+
+
+def test_the_own_prediction_is_not_trained_through_and_pure_noise_holds_none_of_it(
+    tiny_run, base, short
+):
+    batch = tiny_run.source(base, replace(short, fresh_tasks=8)).batch(0)
+    calls, z, abar = [], len(batch.tokens), signal_level(base.config.diffusion)
+
+    def engine(x, t, cond, mask, drop=None):
+        calls.append((x, torch.is_grad_enabled()))
+        return torch.full_like(x, 1e4)
+
+    losses(engine, base, batch, abar)
+    assert [graded for _, graded in calls] == [False, True]
+    assert 0 < batch.pure.sum() < 8
+    want = (1 - abar[-1]).sqrt() * batch.noise[z:][batch.pure]
+    assert torch.equal(calls[1][0][z:][batch.pure], want)
 
 
 def test_a_regressor_is_taught_the_same_without_noise(tiny_run, base, tiny_regressor, short):
@@ -839,6 +956,23 @@ def test_ema_has_the_horizon_that_is_asked_for(tiny_run, fresh, short, share, la
     assert not torch.equal(passed[0], passed[-1])
 
 
+def test_the_loop_weighs_by_min_snr(tiny_run, fresh, short):
+    config, generator, taken = replace(short, steps=1, min_snr=5.0), fresh(), []
+    source = tiny_run.source(generator, config)
+    abar = signal_level(generator.config.diffusion)
+    with torch.no_grad():
+        want = losses(generator.denoiser, generator, source.batch(0), abar, min_snr=5.0)
+    go(
+        tiny_run,
+        generator,
+        config,
+        source=source,
+        judge=lambda ema: [0.5],
+        on_step=lambda step, figures: taken.append(figures["weight_loss"]),
+    )
+    assert taken == [pytest.approx(want["weight_loss"].item(), rel=1e-5)]
+
+
 @pytest.mark.parametrize(("kind", "lr", "share"), [("weight", 3e-3, 0.5), ("function", 1e-2, 0.96)])
 def test_training_reduces_its_loss(tiny_run, fresh, short, kind, lr, share):
     """On steps and tasks that it was not trained on."""
@@ -883,128 +1017,6 @@ def test_a_gradient_that_is_not_finite_is_not_taken(fresh, short):
     assert_equal(weights(module), before)
 
 
-def test_every_p_model_level_and_fit_image_can_be_drawn(tiny_run, base, short):
-    config = replace(short, zoo_batch=64, fresh_tasks=16, images_per_task=64)
-    source = replace(tiny_run.source(base, config), store=Places())
-    batches = [source.batch(step) for step in range(20)]
-    tokens = torch.cat([batch.tokens[:, 0] for batch in batches])
-    assert len({row.numpy().tobytes() for row in tokens}) == len(source.zoo.task_ids)
-    own = torch.cat([batch.t[64:][~batch.pure] for batch in batches])
-    for levels in (torch.cat([batch.t[:64] for batch in batches]), own):
-        assert levels.max() >= 98
-        assert levels.min() <= 1
-        assert abs(levels.float().mean() - 49.5) < 4 * (100**2 / 12 / len(levels)) ** 0.5
-    read = torch.cat([places for batch in batches for places in batch.images])
-    assert set(read.tolist()) == set(tiny_run.dataset.indices("fit").tolist())
-
-
-def test_neighbours_are_those_of_the_names(tiny_run, base, short, monkeypatch):
-    asked = []
-
-    def draw(rng, space, cosines, *, num_classes):
-        asked.append((cosines, num_classes))
-        return tuple(range(num_classes))
-
-    monkeypatch.setattr("tina.batches.draw_near", draw)
-    config = replace(short, steps=100, fresh_tasks=64, near_tasks=1.0)
-    tiny_run.source(base, config).batch(99)
-    names = base.vocabulary.embeddings
-    want = F.cosine_similarity(names[:, None], names, dim=-1)
-    torch.testing.assert_close(torch.from_numpy(asked[0][0]), want)
-    assert {classes for _, classes in asked} == {2, 3, 4}
-
-
-def test_noises_of_a_batch_are_independent(tiny_run, base, short):
-    batch = tiny_run.source(base, short).batch(3)
-    draws = torch.cat([batch.noise, batch.first]).flatten(1)
-    off = torch.corrcoef(draws) - torch.eye(len(draws))
-    assert off.abs().max() < 6 / draws.shape[1] ** 0.5
-
-
-def test_a_perfect_velocity_has_no_weight_loss(tiny_run, base, short):
-    diffusion = replace(base.config.diffusion, prediction="v")
-    generator = replace(base, config=replace(base.config, diffusion=diffusion))
-    batch = tiny_run.source(generator, replace(short, function_loss=0.0)).batch(2)
-    abar = signal_level(diffusion)
-    a = abar[batch.t].view(-1, 1, 1)
-    velocity = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.tokens
-    assert losses(Answer(velocity), generator, batch, abar)["weight_loss"] < 1e-6
-
-
-def test_the_own_prediction_is_not_trained_through_and_pure_noise_holds_none_of_it(
-    tiny_run, base, short
-):
-    batch = tiny_run.source(base, replace(short, fresh_tasks=8)).batch(0)
-    calls, z, abar = [], len(batch.tokens), signal_level(base.config.diffusion)
-
-    def engine(x, t, cond, mask, drop=None):
-        calls.append((x, torch.is_grad_enabled()))
-        return torch.full_like(x, 1e4)
-
-    losses(engine, base, batch, abar)
-    assert [graded for _, graded in calls] == [False, True]
-    assert 0 < batch.pure.sum() < 8
-    want = (1 - abar[-1]).sqrt() * batch.noise[z:][batch.pure]
-    assert torch.equal(calls[1][0][z:][batch.pure], want)
-
-
-def test_reported_losses_are_means_over_the_steps_since_the_last_report(tiny_run, fresh, short):
-    taken, reports = [], []
-    go(
-        tiny_run,
-        fresh(),
-        short,
-        report=lambda progress, figures: reports.append(dict(figures)),
-        judge=lambda ema: [0.5],
-        on_step=lambda step, figures: taken.append(figures),
-    )
-    for figures, steps in zip(reports, (taken[:5], taken[5:10], taken[10:]), strict=True):
-        for name in ("weight_loss", "function_loss"):
-            assert figures[name] == pytest.approx(mean(f[name] for f in steps), rel=1e-5)
-    assert reports[0]["lr"] < short.lr
-
-
-def test_the_loop_weighs_by_min_snr(tiny_run, fresh, short):
-    config, generator, taken = replace(short, steps=1, min_snr=5.0), fresh(), []
-    source = tiny_run.source(generator, config)
-    abar = signal_level(generator.config.diffusion)
-    with torch.no_grad():
-        want = losses(generator.denoiser, generator, source.batch(0), abar, min_snr=5.0)
-    go(
-        tiny_run,
-        generator,
-        config,
-        source=source,
-        judge=lambda ema: [0.5],
-        on_step=lambda step, figures: taken.append(figures["weight_loss"]),
-    )
-    assert taken == [pytest.approx(want["weight_loss"].item(), rel=1e-5)]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_takes_its_own_parts(tiny_run, fresh, short, rank):
-    asked, generator = [], fresh()
-
-    class Noted(Source):
-        def batch(self, step, *, part=0, parts=1) -> Batch:
-            asked.append((step, part, parts))
-            return super().batch(step, part=part, parts=parts)
-
-    config = replace(short, steps=2, zoo_batch=4, fresh_tasks=4, accumulation=2)
-    train(
-        config,
-        engine=LocalEngine(generator.denoiser, config),
-        source=Noted(**vars(tiny_run.source(generator, config))),
-        start=Progress.start(generator.denoiser),
-        report=lambda progress, figures: None,
-        validate=None,
-        rank=rank,
-        world=2,
-    )
-    own = [2 * rank, 2 * rank + 1]
-    assert asked == [(step, part, 4) for step in (0, 1) for part in own]
-
-
 def test_a_step_clips_the_gradient_and_decays_the_weights(fresh, short):
     config, module, norms = replace(short, clip=0.5, weight_decay=0.25), fresh().denoiser, []
     engine = LocalEngine(module, config)
@@ -1018,18 +1030,6 @@ def test_a_step_clips_the_gradient_and_decays_the_weights(fresh, short):
     engine.step()
     assert norms == [pytest.approx(0.5, rel=1e-3)]
     assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25
-
-
-def test_a_p_model_counts_by_its_own_noise_and_not_a_fresh_tasks(tiny_run, base, short):
-    batch = tiny_run.source(base, replace(short, zoo_batch=4, fresh_tasks=4)).batch(2)
-    z, abar = len(batch.tokens), signal_level(base.config.diffusion)
-    answer = torch.randn(len(batch.mask), *batch.tokens.shape[1:])
-    found = losses(Answer(answer), base, batch, abar, min_snr=5.0)["weight_loss"]
-    valid = base.codec.valid(batch.mask[:z])
-    error = ((answer[:z] - batch.tokens).square() * valid).sum((1, 2)) / valid.sum((1, 2))
-    a = abar[batch.t[:z]]
-    want = ((a / (1 - a) / 5).clamp(max=1) * error).mean()
-    assert found.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

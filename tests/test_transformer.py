@@ -150,6 +150,15 @@ def test_samples_do_not_see_one_another(denoiser):
         assert_close(alone, out[i : i + 1], tolerance=3e-6)
 
 
+def test_classes_are_told_as_a_set_at_unit_scale(denoiser):
+    _, _, cond, mask = draw(2, 4)
+    mask[1, 2:] = False
+    of_set = denoiser.prepare(cond, mask).chunk(3, -1)[2]
+    for i, present in enumerate((4, 2)):
+        want = denoiser.set_cond(cond[i, :present].sum(0) / present**0.5)
+        assert_close(of_set[i], want.expand(4, -1), tolerance=1e-5)
+
+
 # --- condition dropout ----------------------------------------------------------------------------
 
 
@@ -184,6 +193,12 @@ def test_timesteps_lie_on_circles_and_keep_their_distance():
         along = products.diagonal(lag)
         assert_close(along, along[:1].expand_as(along), tolerance=1e-2)
         assert along[0] < 15
+
+
+def test_timesteps_turn_at_the_rates_of_the_formula():
+    found = timestep_embedding(torch.tensor([700.0]), 8)[0]
+    angles = torch.tensor([700 / 10_000 ** (i / 4) for i in range(4)])
+    assert_close(found, torch.cat([angles.cos(), angles.sin()]), tolerance=1e-4)
 
 
 def test_the_timestep_matters(denoiser):
@@ -281,21 +296,6 @@ def test_training_reaches_every_parameter():
     gates = {f"blocks.{i}.modulation.{part}" for i in (0, 1) for part in ("weight", "bias")}
     assert reached[1] >= gates | {"body_in", "position", "row_in.weight", "null_cond"}
     assert reached[2] == set(before)
-
-
-def test_classes_are_told_as_a_set_at_unit_scale(denoiser):
-    _, _, cond, mask = draw(2, 4)
-    mask[1, 2:] = False
-    of_set = denoiser.prepare(cond, mask).chunk(3, -1)[2]
-    for i, present in enumerate((4, 2)):
-        want = denoiser.set_cond(cond[i, :present].sum(0) / present**0.5)
-        assert_close(of_set[i], want.expand(4, -1), tolerance=1e-5)
-
-
-def test_timesteps_turn_at_the_rates_of_the_formula():
-    found = timestep_embedding(torch.tensor([700.0]), 8)[0]
-    angles = torch.tensor([700 / 10_000 ** (i / 4) for i in range(4)])
-    assert_close(found, torch.cat([angles.cos(), angles.sin()]), tolerance=1e-4)
 
 
 def test_noisy_tokens_come_in_quietly():

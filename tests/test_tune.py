@@ -318,6 +318,14 @@ def test_the_verdict_says_what_is(search):
     assert vain.endswith("None is above classifier selection, 95.00 %.")
 
 
+def test_a_gain_of_less_than_two_standard_errors_is_noise(search):
+    own, other = outcome(search, default=True), outcome(search, "b", 0.95)
+    gains = np.array([0.15, 0.05, 0.05, -0.05])  # 5 points, its standard error 4.08
+    said = verdict([own, other], gains, SCALE, default=own, best=other)
+    assert "by 5.00 points" in said
+    assert "standard error 4.08); that is within the noise" in said
+
+
 def test_the_table_has_a_row_per_trial(search, tmp_path, capsys):
     file = tmp_path / "trials.parquet"
     outcomes = [
@@ -555,11 +563,3 @@ def test_what_cannot_be_trained_is_said_before_anything_starts(
     assert end(job, log, *flags) == 2
     assert log.read_text().splitlines()[-1].startswith(reason)
     assert not list(Run(parse_config(JobConfig, ["--config", str(tiny_file)])).folder.glob("zoo"))
-
-
-def test_a_gain_of_less_than_two_standard_errors_is_noise(search):
-    own, other = outcome(search, default=True), outcome(search, "b", 0.95)
-    gains = np.array([0.15, 0.05, 0.05, -0.05])  # 5 points, its standard error 4.08
-    said = verdict([own, other], gains, SCALE, default=own, best=other)
-    assert "by 5.00 points" in said
-    assert "standard error 4.08); that is within the noise" in said

@@ -175,6 +175,31 @@ def test_each_part_of_the_description_counts(tiny_run, copied, key):
         open_zoo(copied, description)
 
 
+def test_a_description_says_all_that_rows_depend_on(tiny_run, monkeypatch):
+    run = tiny_run
+    plain = [run.dataset, run.family, "hash", run.recipe("zoo"), 4]
+    others = {
+        1: build_family("cnn15k", channels=1, image_size=8),
+        2: "another hash",
+        3: replace(run.recipe("zoo"), lr=1e-4),
+        4: 5,
+    }
+    want = describe_zoo(*plain)
+    assert describe_zoo(*plain) == want
+    differing = {}
+    for place, other in others.items():
+        found = describe_zoo(*plain[:place], other, *plain[place + 1 :])
+        differing[place] = {key for key in want if found[key] != want[key]}
+    assert differing == {
+        1: {"family", "layout"},
+        2: {"generic"},
+        3: {"recipe"},
+        4: {"max_classes", "layout"},
+    }
+    monkeypatch.setattr("tina.zoo.version", lambda package: f"{package} 0")
+    assert describe_zoo(*plain)["versions"] == {"torch": "torch 0"}
+
+
 # --- spoilt folders -------------------------------------------------------------------------------
 
 
@@ -274,28 +299,3 @@ def test_inheriting_one_hot_is_selection():
     assert torch.equal(body, torch.stack([generic.body] * 2))
     assert torch.equal(rows[0], generic.select([9, 5]))
     torch.testing.assert_close(rows[1, 0], (generic.rows[0] + generic.rows[1]) / 2)
-
-
-def test_a_description_says_all_that_rows_depend_on(tiny_run, monkeypatch):
-    run = tiny_run
-    plain = [run.dataset, run.family, "hash", run.recipe("zoo"), 4]
-    others = {
-        1: build_family("cnn15k", channels=1, image_size=8),
-        2: "another hash",
-        3: replace(run.recipe("zoo"), lr=1e-4),
-        4: 5,
-    }
-    want = describe_zoo(*plain)
-    assert describe_zoo(*plain) == want
-    differing = {}
-    for place, other in others.items():
-        found = describe_zoo(*plain[:place], other, *plain[place + 1 :])
-        differing[place] = {key for key in want if found[key] != want[key]}
-    assert differing == {
-        1: {"family", "layout"},
-        2: {"generic"},
-        3: {"recipe"},
-        4: {"max_classes", "layout"},
-    }
-    monkeypatch.setattr("tina.zoo.version", lambda package: f"{package} 0")
-    assert describe_zoo(*plain)["versions"] == {"torch": "torch 0"}
