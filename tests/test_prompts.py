@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tina.config import PromptConfig
 from tina.encoders import HashEncoder, build_encoder
 from tina.errors import PromptError
+from tina.names import normalise_name
 from tina.prompts import (
     MAX_CHARACTERS,
     SHARPNESS,
     Vocabulary,
     check_task,
-    normalise_name,
     sparsemax,
     split_sentence,
 )

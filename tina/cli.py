@@ -50,8 +50,9 @@ def generate(args: argparse.Namespace) -> None:
     _check_outputs(outputs, force=args.force)
     from tina.files import write_whole
     from tina.images import read_image, shrink
+    from tina.names import normalise_name
     from tina.pipeline import GeneratedModel
-    from tina.prompts import normalise_name, split_sentence
+    from tina.prompts import split_sentence
 
     extras = [(normalise_name(name), value) for name, value in args.image or args.description]
     given, words = dict(extras), args.prompt or list(dict(extras))

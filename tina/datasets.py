@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tina.config import DataConfig
 from tina.errors import DataError
+from tina.names import normalise_name
 from tina.sources import Item, Listing, Source, find_source, one_line
 from tina.storage import user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
@@ -282,7 +283,7 @@ def _decode_all(listing: Listing, size: int | None) -> _Decoded:
                 test.append(item.test)
             bar.update(len(chunk))
     names = tuple(_human(name) for name in listing.class_names)
-    keys = [" ".join(name.split()).lower() for name in names]  # as prompts compare them
+    keys = [normalise_name(name) for name in names]
     if twice := [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1]:
         raise DataError(f"two classes have one name to a prompt: {twice[0]!r} and {twice[1]!r}")
     return _Decoded(

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import os
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
+from tina.names import clean, normalise_name
 from tina.storage import at_hand, user_cache
 from tina.stores import below
 
@@ -155,7 +155,7 @@ class TableEncoder(_Encoder):
         model, rows, self._vectors = _read_table(Path(path).expanduser())
         self._rows: dict[str, dict[str, int]] = {}
         for index, (group, name, _) in enumerate(rows):
-            self._rows.setdefault(group, {}).setdefault(_clean(name).lower(), index)
+            self._rows.setdefault(group, {}).setdefault(normalise_name(name), index)
         if vocabulary not in self._rows:
             sets = ", ".join(self._rows)
             raise ConfigError(f"prompt.model {vocabulary!r} is no set of {path}: {sets}")
@@ -183,7 +183,7 @@ class TableEncoder(_Encoder):
 
     def wordings(self, name: str) -> Tensor:
         """The name's vectors in the file's other sets, with other templates: (V, E), V may be 0."""
-        key, own = _clean(name).lower(), self._rows[self._vocabulary]
+        key, own = normalise_name(name), self._rows[self._vocabulary]
         found = [rows[key] for rows in self._rows.values() if rows is not own and key in rows]
         return self._vectors[torch.tensor(found, dtype=torch.int64)]
 
@@ -263,12 +263,8 @@ class OpenClipEncoder(_Encoder):
         return torch.cat(features)
 
 
-def _clean(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).replace("_", " ").split())
-
-
 def _normalise(texts: Sequence[str]) -> list[str]:
-    normalised = [_clean(text) for text in texts]
+    normalised = [clean(text) for text in texts]
     if not normalised or "" in normalised:
         raise PromptError("there is no text to encode, or one is empty")
     # JSON can carry half of a surrogate pair, which no tokenizer takes.

@@ -27,7 +27,8 @@ from tina.export import OnnxGraph, export_graph
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.images import fit, square
-from tina.prompts import check_pictures, check_task, normalise_name, pad, split_sentence
+from tina.names import normalise_name
+from tina.prompts import check_pictures, check_task, pad, split_sentence
 from tina.storage import at_hand
 from tina.stores import is_uri
 from tina.tensors import pack_tensors
@@ -221,19 +222,16 @@ class TinaPipeline:
             raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
         if odd := [s for s in seeds if not 0 <= s < 2**63]:
             raise PromptError(f"a seed must lie in 0..2^63 - 1, got {odd[0]}")
+        k = len(names[0])  # of the one task that may have them
         if images is not None:
-            if len(images) != len(names[0]):
-                raise PromptError(
-                    f"{len(names[0])} classes need pictures of as many, got {len(images)}"
-                )
+            if len(images) != k:
+                raise PromptError(f"{k} classes need pictures of as many, got {len(images)}")
             embeddings = [self.embed_images(images)]
         elif descriptions is not None:
             if isinstance(descriptions, str):
                 raise PromptError("descriptions are a list, one text per class")
-            if len(descriptions) != len(names[0]):
-                raise PromptError(
-                    f"{len(names[0])} classes need as many descriptions, got {len(descriptions)}"
-                )
+            if len(descriptions) != k:
+                raise PromptError(f"{k} classes need as many descriptions, got {len(descriptions)}")
             check_task(descriptions, max_classes=most)
             embeddings = [self.embed_names(descriptions)]
         else:

@@ -6,7 +6,6 @@ Axes: B batch, K classes, V vocabulary, E embedding width, R values of a head ro
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,16 +16,12 @@ from torch import Tensor
 
 from tina.encoders import EmbeddingSpace
 from tina.errors import PromptError
+from tina.names import normalise_name
 
 MAX_CHARACTERS = 1000
 SHARPNESS = 10.0
 """Cosines are multiplied by this before the sparsemax of `Vocabulary.attention`: a prompt that is
 nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone."""
-
-
-def normalise_name(name: str) -> str:
-    """Lower case, letters with their accents, underscores and runs of white space as one space."""
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).lower()
 
 
 def split_sentence(prompt: str) -> list[str]:

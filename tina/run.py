@@ -42,9 +42,10 @@ from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, load_generic
 from tina.metrics import Score
+from tina.names import normalise_name
 from tina.novelty import novelty, timing, twin
 from tina.precision import has_bf16, settle
-from tina.prompts import Vocabulary, normalise_name
+from tina.prompts import Vocabulary
 from tina.provenance import commit, hardware
 from tina.report import model_card, plot_report
 from tina.sources import find_source
@@ -354,10 +355,8 @@ class Run:
         mine, its = config_to_dict(self.config), config_to_dict(other.config)
         keys = ("data", "tasks", "classifier", "prompt", "denoiser", "train")
         if differing := [key for key in keys if mine[key] != its[key]]:
-            raise ConfigError(
-                f"evaluation.regressor {name} has another {', '.join(differing)} "
-                f"than {self.place.location}"
-            )
+            odd, here = ", ".join(differing), self.place.location
+            raise ConfigError(f"evaluation.regressor {name} has another {odd} than {here}")
         if other.config.diffusion.schedule != "none" or not other.trained.is_dir():
             raise ConfigError(f"evaluation.regressor {name} is no trained run of schedule none")
         return load_generator(other.trained)
