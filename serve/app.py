@@ -49,6 +49,7 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = Field(description="Absolute path, URI, or a Hugging Face hub id.")
+    open_clip: bool = Field(False, description="Encode words it does not know with open_clip.")
     storage: str = Field("", description="Folder all nodes share; default: beside the checkpoint.")
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(2, ge=1)
@@ -225,6 +226,7 @@ def build_app(args: ServeArgs) -> "Application":
         **shared,
     )(Replica).bind(
         args.checkpoint,
+        open_clip=args.open_clip,
         device="cuda" if args.gpus else "cpu",
         threads=args.threads,
         max_batch=args.max_batch,

@@ -76,6 +76,7 @@ class Replica:
 
     Args:
         checkpoint: Directory, or a repository of the Hugging Face hub.
+        open_clip: Whether open_clip encodes the words that it does not know.
         device: cpu or cuda.
         threads: Of torch.
         max_batch: Prompts of one denoising step, and models of one forward pass.
@@ -88,6 +89,7 @@ class Replica:
         self,
         checkpoint: str,
         *,
+        open_clip: bool = False,
         device: str,
         threads: int,
         max_batch: int,
@@ -96,7 +98,7 @@ class Replica:
         threshold: float,
     ) -> None:
         torch.set_num_threads(threads)
-        self.pipe = TinaPipeline.from_pretrained(checkpoint)
+        self.pipe = TinaPipeline.from_pretrained(checkpoint, open_clip=open_clip)
         self.pipe.generator.denoiser.to(device)
         diffusion = self.pipe.generator.config.diffusion
         self.most_steps = max(diffusion.sampling_steps, min(max_steps, diffusion.timesteps))
@@ -196,6 +198,7 @@ class Replica:
             classes=vocabulary.trained_names,
             encoder=vocabulary.space.model,
             semantic=generator.config.prompt.encoder != "hash",
+            free_text=self.pipe.reads_text,
             steps=diffusion.sampling_steps,
             guidance=diffusion.guidance,
             familiarity_threshold=self.threshold,

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tina import TinaPipeline, cli, load_classifier
+from tina.checkpoint import pretrained
 from tina.cli import main
 from tina.images import read_image
-from tina.pipeline import pretrained
 
 COMMANDS = ("generate", "classify", "evaluate", "export", "info")
 SIZES = ((8, 8), (5, 13), (40, 17), (1, 1))

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tina import TinaPipeline
-from tina.checkpoint import PRETRAINED
+from tina.checkpoint import PRETRAINED, pretrained
+from tina.cli import main
+from tina.encoders import EmbeddingSpace, OpenClipEncoder
 from tina.errors import CheckpointError, ConfigError, PromptError
-from tina.pipeline import pretrained
 from tina.report import markdown
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -45,8 +47,69 @@ def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
     assert laptop < tiger < otter == pytest.approx(1)
     with pytest.raises(PromptError, match=r"does not know 'lap top'; the closest .* are laptop; "):
         pipe(["otter", "lap top"])
-    with pytest.raises(PromptError, match="does not know 'zzzzzz'; free text needs"):
+    with pytest.raises(
+        PromptError, match="does not know 'zzzzzz'; free text needs open_clip beside"
+    ):
         pipe(["otter", "zzzzzz"])
+
+
+TINY_VIT = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def clip_at_hand(tmp_path, monkeypatch):
+    """open_clip, whose ViT-B-32 of OpenAI is a small random one from a file."""
+    import open_clip
+
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, TINY_VIT)
+        tags = {"openai": {"file": str(tmp_path / "clip.safetensors"), "quick_gelu": True}}
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, tags)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = open_clip.create_model("ViT-B-32").state_dict()
+    save_file(state, tmp_path / "clip.safetensors")
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_open_clip_encodes_what_they_do_not_know(name, clip_at_hand):
+    alone = TinaPipeline.from_pretrained(name)
+    both = TinaPipeline.from_pretrained(name, open_clip=True)
+    space = alone.generator.vocabulary.space
+    assert (alone.reads_text, both.reads_text) == (False, True)
+    assert both.encoder.space == space
+    first, second = alone.generator.vocabulary.trained_names[:2]
+    # a known name keeps its own vector, and an unknown one has open_clip's in the same sentence
+    found = both.embed_names([first, "zzzzzz"])
+    assert torch.equal(found[0], alone.embed_names([first])[0])
+    clip, tokens = both.encoder._clip, both.encoder._tokenizer
+    sentence = space.template.replace("{}", "zzzzzz")
+    with torch.no_grad():
+        assert torch.equal(found[1], clip.encode_text(tokens([sentence]), normalize=True)[0])
+    assert torch.equal(both([first, second], seed=1).theta, alone([first, second], seed=1).theta)
+    assert both([first, "zzzzzz"]).class_names == (first, "zzzzzz")
+    # pictures go by the names that the generic model takes them for, as the reports have it
+    shots = [torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    assert torch.equal(both.embed_images(shots), alone.embed_images(shots))
+
+
+def test_open_clip_stands_beside_them_on_the_command_line(clip_at_hand, tmp_path, capsys):
+    words = ["generate", "otter", "zzzzzz", "--checkpoint", "tina-cifar100-cnn5k"]
+    words += ["--out", str(tmp_path / "m.safetensors")]
+    assert main(words) == 2
+    assert "free text needs open_clip beside it (--open-clip" in capsys.readouterr().err
+    assert main([*words, "--open-clip"]) == 0
+    assert "zzzzzz" in capsys.readouterr().out
+
+
+def test_open_clip_has_no_model_of_every_space():
+    space = EmbeddingSpace(model="hash-ngram-v1", dim=256, template="{}")
+    with pytest.raises(ConfigError, match="no pretrained model of the space hash-ngram-v1"):
+        OpenClipEncoder.of(space)
 
 
 @pytest.mark.parametrize("name", pretrained())

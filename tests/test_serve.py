@@ -412,6 +412,7 @@ def test_info_and_probes(get, library):
     assert info["checkpoint"] == library.checkpoint
     assert info["limits"]["classes"] == library.generator.max_classes
     assert info["semantic"] is False
+    assert info["free_text"] is True
     assert get("/healthz").status_code == get("/readyz").status_code == 200
 
 

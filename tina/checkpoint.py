@@ -36,7 +36,8 @@ from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
-from tina.storage import MANIFEST
+from tina.storage import MANIFEST, at_hand
+from tina.stores import is_uri
 from tina.tensors import write_tensors
 
 FORMAT_VERSION = 3
@@ -219,3 +220,39 @@ def attach_trunk(
         trunk = family.new_trunk()
         trunk.load_state_dict(load_file(file))
         family.attach_trunk(trunk)
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint, see `TinaPipeline.from_pretrained`.
+
+    Raises:
+        CheckpointError: There is none of that name.
+    """
+    directory = at_hand(name)
+    if directory.is_dir() or is_uri(name):
+        return directory
+    return PRETRAINED / name if name in pretrained() else _download(name)
+
+
+def pretrained() -> list[str]:
+    """Names of the checkpoints that come with Tina."""
+    return sorted(folder.name for folder in PRETRAINED.iterdir())
+
+
+def _download(name: str) -> Path:
+    """A checkpoint of the Hugging Face hub, in its local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        known = ", ".join(pretrained())
+        raise CheckpointError(
+            f"no checkpoint at {name}: train one with `make demo` first, or take one of {known}"
+        )
+    try:
+        return Path(snapshot_download(name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub repository: {reason}"
+        ) from error

@@ -64,7 +64,7 @@ def generate(args: argparse.Namespace) -> None:
     # a class may go without a description, but not without a picture where others have one
     if odd := given.keys() ^ keys if args.image else given.keys() - keys:
         raise PromptError(f"pictures or texts do not fit the prompt: {', '.join(sorted(odd))}")
-    pipe = _load(args.checkpoint)
+    pipe = _load(args.checkpoint, open_clip=args.open_clip)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image:
         channels = pipe.generator.family.channels
@@ -171,7 +171,7 @@ def info(args: argparse.Namespace) -> None:
         _print_table({"parameters": f"{size:,}"} | stream.metadata())
 
 
-def _load(name: str | Path | None) -> TinaPipeline:
+def _load(name: str | Path | None, *, open_clip: bool = False) -> TinaPipeline:
     """The checkpoint that the option, the environment or `make demo` names."""
     from tina.pipeline import TinaPipeline
 
@@ -180,7 +180,7 @@ def _load(name: str | Path | None) -> TinaPipeline:
         raise CheckpointError(
             f"no {DEFAULT_CHECKPOINT}: run `make demo`, or give --checkpoint, such as {PACKAGED}"
         )
-    return TinaPipeline.from_pretrained(name or DEFAULT_CHECKPOINT)
+    return TinaPipeline.from_pretrained(name or DEFAULT_CHECKPOINT, open_clip=open_clip)
 
 
 def _check_outputs(files: Sequence[Path], *, force: bool) -> None:
@@ -273,6 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")
     arg("--onnx", **onnx)
     arg("--checkpoint", **folder)
+    unknown = "encode words that the checkpoint does not know with open_clip, downloaded once"
+    arg("--open-clip", action="store_true", help=f"{unknown} (default: as it says itself)")
     arg("--seed", type=_number(0), default=0, help="of the initial noise (default: 0)")
     arg("--steps", type=_number(1), help="denoising steps (default: the checkpoint's)")
     arg("--guidance", type=float, help="factor; 1 is none (default: the checkpoint's)")

@@ -243,6 +243,21 @@ class OpenClipEncoder(_Encoder):
         width = open_clip.get_model_config(model)["embed_dim"]
         self.space = EmbeddingSpace(model=identity, dim=width, template=template)
 
+    @classmethod
+    def of(cls, space: EmbeddingSpace) -> OpenClipEncoder:
+        """The encoder of a space that was made otherwise, such as a table of CLIP's vectors.
+
+        Raises:
+            ConfigError: None of open_clip's pretrained models has that space.
+            DataError: Its weights cannot be had.
+        """
+        import open_clip
+
+        for model, tag in open_clip.list_pretrained():
+            if _open_clip_weights(model, weights=tag)[0] == space.model:
+                return cls(model, weights=tag, template=space.template)
+        raise ConfigError(f"open_clip has no pretrained model of the space {space.model}")
+
     @torch.no_grad()
     def _encode(self, phrase: str) -> Tensor:
         return self._clip.encode_text(self._tokenizer([phrase]), normalize=True)[0]  # (E,)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tina.checkpoint import PRETRAINED, check_manifest, load_generator, save_generator
+from tina.checkpoint import check_manifest, find_checkpoint, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
-from tina.encoders import PromptEncoder, build_encoder
+from tina.encoders import OpenClipEncoder, PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.files import write_whole
@@ -29,8 +29,6 @@ from tina.generator import Generator
 from tina.images import fit, square
 from tina.names import normalise_name
 from tina.prompts import check_pictures, check_task, pad, split_sentence
-from tina.storage import at_hand
-from tina.stores import is_uri
 from tina.tensors import pack_tensors
 
 
@@ -142,28 +140,40 @@ class TinaPipeline:
     Args:
         checkpoint: sha256 of the manifest, written into every model.
         card: Its model card.
+        encoder: Of the checkpoint's space, for words that it does not know; default: the one that
+            its configuration names.
     """
 
-    def __init__(self, generator: Generator, *, checkpoint: str, card: str = "") -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        checkpoint: str,
+        card: str = "",
+        encoder: PromptEncoder | None = None,
+    ) -> None:
         self.generator, self.checkpoint, self.card = generator, checkpoint, card
+        self._given = encoder
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> TinaPipeline:
+    def from_pretrained(cls, name: str | Path, *, open_clip: bool = False) -> TinaPipeline:
         """Load a checkpoint.
 
         Args:
             name: A checkpoint's folder or URI (`s3://...`); the name of one that comes with Tina,
                 as `tina-cifar100-cnn5k`; or a repository of the Hugging Face hub, `owner/name`.
+            open_clip: Encode words that the checkpoint does not know with open_clip's model of its
+                embedding space, which is downloaded once, instead of the encoder that it names.
 
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
+            ConfigError: open_clip has no model of its embedding space.
+            DataError: open_clip's weights cannot be had.
         """
-        directory = at_hand(str(name))
-        if not directory.is_dir() and not is_uri(str(name)):
-            own = PRETRAINED / str(name)
-            directory = own if str(name) in pretrained() else _download(str(name))
+        directory = find_checkpoint(str(name))
         generator, card = load_generator(directory), (directory / "README.md").read_text()
-        return cls(generator, checkpoint=check_manifest(directory), card=card)
+        encoder = OpenClipEncoder.of(generator.vocabulary.space) if open_clip else None
+        return cls(generator, checkpoint=check_manifest(directory), card=card, encoder=encoder)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory, with its card; see `tina.checkpoint`."""
@@ -174,9 +184,9 @@ class TinaPipeline:
         """The encoder of the checkpoint's space; only built when a prompt needs it.
 
         Raises:
-            ConfigError: The configured encoder's space is not the checkpoint's.
+            ConfigError: The encoder's space is not the checkpoint's.
         """
-        encoder = build_encoder(self.generator.config.prompt)
+        encoder = self._given or build_encoder(self.generator.config.prompt)
         if encoder.space != self.generator.vocabulary.space:
             raise ConfigError(
                 f"the prompt encoder's space is {encoder.space}, "
@@ -255,7 +265,7 @@ class TinaPipeline:
         """Unit embeddings (K, E): the checkpoint's own for the names it knows, else encoded.
 
         Raises:
-            PromptError: It does not know one, and was trained on a table, which knows no more.
+            PromptError: It does not know one, and has a table for an encoder, which knows no more.
         """
         vocabulary = self.generator.vocabulary
         known = [vocabulary.lookup(name) for name in names]
@@ -263,6 +273,11 @@ class TinaPipeline:
         self.check_known(new)
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         return torch.stack([next(encoded) if vector is None else vector for vector in known])
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether words that the checkpoint does not know can be encoded."""
+        return self._given is not None or self.generator.config.prompt.encoder != "table"
 
     def check_known(self, names: Sequence[str]) -> None:
         """Make sure that names can be embedded.
@@ -272,13 +287,14 @@ class TinaPipeline:
         """
         vocabulary = self.generator.vocabulary
         new = next((name for name in names if vocabulary.lookup(name) is None), None)
-        if new is None or self.generator.config.prompt.encoder != "table":
+        if new is None or self.reads_text:
             return
         close = difflib.get_close_matches(normalise_name(new), vocabulary.names)
         closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
         raise PromptError(
             f"the checkpoint does not know {shorten(new, 60)!r}{closest}; free text needs "
-            "one trained with prompt.encoder open_clip or sentence"
+            "open_clip beside it (--open-clip, open_clip=True), or a checkpoint trained with "
+            "prompt.encoder open_clip or sentence"
         )
 
     def embed_images(self, images: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
@@ -372,27 +388,3 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
         return [operator.index(s) for s in seed]  # type: ignore[union-attr]
     except TypeError:
         raise PromptError(f"a seed is an integer, or one per task, got {seed!r}") from None
-
-
-def pretrained() -> list[str]:
-    """Names of the checkpoints that come with Tina."""
-    return sorted(folder.name for folder in PRETRAINED.iterdir())
-
-
-def _download(name: str) -> Path:
-    """A checkpoint of the Hugging Face hub, in its local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        known = ", ".join(pretrained())
-        raise CheckpointError(
-            f"no checkpoint at {name}: train one with `make demo` first, or take one of {known}"
-        )
-    try:
-        return Path(snapshot_download(name))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{name} is neither a folder nor a hub repository: {reason}"
-        ) from error

@@ -165,6 +165,7 @@ class Info(_Schema):
     classes: Annotated[list[str], Field(description="Names that it was trained on.")]
     encoder: Annotated[str, Field(description="What turns words into conditions.")]
     semantic: Annotated[bool, Field(description="Whether related words have related vectors.")]
+    free_text: Annotated[bool, Field(description="Whether it takes words that it does not know.")]
     steps: Annotated[int, Field(description="Denoising steps where a request names none.")]
     guidance: float
     familiarity_threshold: float
