@@ -105,7 +105,7 @@ def test_printed_configuration_works_as_a_file(config_file, tmp_path, capsys):
     [
         (["--train.learning_rate", "1"], "train.lr"),  # the valid keys are listed
         (["--train.lr", "fast"], "train.lr"),
-        (["--train.lr", "-1"], "TrainConfig.lr must be above 0"),
+        (["--train.lr", "-1"], "train.lr must be above 0"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--storage", "s3://me:secret@bucket/runs"], "storage holds a password"),
         (["--storage", "s4://bucket/runs"], "s4://bucket/runs/short is no storage"),

@@ -133,7 +133,7 @@ def test_an_empty_space(tmp_path, space):
         ("train.lr", {"choice": []}, "choice is empty"),
         ("train.lr", {"choice": None}, "choice is empty"),
         ("train.lr", {"uniform": [1e-4]}, "needs its two ends"),
-        ("train.lr", {"uniform": [0, 1]}, "TrainConfig.lr must be above 0"),
+        ("train.lr", {"uniform": [0, 1]}, "train.lr must be above 0"),
         ("train.weight_loss", {"loguniform": [0, 1]}, "must start above 0"),
         ("train.lr", {"choice": [1e-3, 1.0e-3]}, "a value twice"),
         ("train.lr", {"choice": [1e-3, "fast"]}, "space.train.lr: "),

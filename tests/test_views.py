@@ -102,5 +102,5 @@ def test_a_trunk_is_trained_on_moved_images_and_what_follows_it_is_not():
 
 
 def test_a_negative_shift_is_refused():
-    with pytest.raises(ConfigError, match=r"DataConfig\.shift must not be negative, got -1"):
+    with pytest.raises(ConfigError, match=r"data\.shift must not be negative, got -1"):
         DataConfig(shift=-1)

@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 from tina.errors import ConfigError
 from tina.stores import is_uri
 
+SECTIONS = {"task": "tasks", "recipe": "classifier.*"}
+"""Of a configuration, where the class is called otherwise; a recipe is the part of three."""
+
 
 def absolute(paths: Mapping[str, str | None]) -> None:
     """Absolute paths or URIs by their keys, where there are any."""
@@ -38,32 +41,38 @@ def positive(owner: object, *keys: str, optional: bool = False) -> None:
         if optional and got is None:
             continue
         if not got > 0:
-            raise ConfigError(f"{type(owner).__name__}.{key} must be above 0, got {got}")
+            raise ConfigError(f"{_dotted(owner, key)} must be above 0, got {got}")
 
 
 def distinct(owner: object, *keys: str) -> None:
     """No value twice."""
     for key in keys:
         if len(set(got := getattr(owner, key))) < len(got):
-            raise ConfigError(f"{type(owner).__name__}.{key} holds a value twice, got {got}")
+            raise ConfigError(f"{_dotted(owner, key)} holds a value twice, got {got}")
 
 
 def not_negative(owner: object, *keys: str) -> None:
     """Zero or above."""
     for key in keys:
         if not (got := getattr(owner, key)) >= 0:
-            raise ConfigError(f"{type(owner).__name__}.{key} must not be negative, got {got}")
+            raise ConfigError(f"{_dotted(owner, key)} must not be negative, got {got}")
 
 
 def inside(owner: object, *keys: str) -> None:
     """Between zero and one."""
     for key in keys:
         if not 0 < (got := getattr(owner, key)) < 1:
-            raise ConfigError(f"{type(owner).__name__}.{key} must lie between 0 and 1, got {got}")
+            raise ConfigError(f"{_dotted(owner, key)} must lie between 0 and 1, got {got}")
 
 
 def shares(owner: object, *keys: str) -> None:
     """From zero to one."""
     for key in keys:
         if not 0 <= (got := getattr(owner, key)) <= 1:
-            raise ConfigError(f"{type(owner).__name__}.{key} is a share, from 0 to 1, got {got}")
+            raise ConfigError(f"{_dotted(owner, key)} is a share, from 0 to 1, got {got}")
+
+
+def _dotted(owner: object, key: str) -> str:
+    """A key as one writes it."""
+    kind = type(owner).__name__.removesuffix("Config").lower()
+    return f"{SECTIONS.get(kind, kind)}.{key}"
