@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
-from ray_jobs.job import capacity, leave_ray, on_gpu, own_share, require, run_job, start_ray
+from ray_jobs.job import capacity, leave_ray, on_gpu, require, run_job, start_ray
 from ray_jobs.tracking import check_tracking
 from tina.config import JobConfig
 from tina.configio import parse_config
@@ -35,8 +35,9 @@ from tina.stores import below
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
 
-DRIVER_CPUS = 0.01
-"""Of a trial's own process, which starts its ranks and waits for them."""
+DRIVER = {"memory": 1.0}
+"""Of a trial's own process, which starts its ranks and waits for them; Tune wants something, and a
+byte takes no place of theirs."""
 
 SNAPSHOT_S = "2"
 SWEEP = "sweep.yaml"
@@ -76,19 +77,10 @@ def at_once(search: Search) -> int:
     Raises:
         ConfigError: Not even one.
     """
-    import ray
-
     sweep = search.sweep
     each = {"CPU": sweep.cpus} | ({"GPU": 1.0} if on_gpu() else {})
     require(sweep.workers, each, key="sweep.workers", wait_s=search.config.cluster.wait_s)
-    need, own = sweep.workers * sweep.cpus + DRIVER_CPUS, own_share().values()
-    cpus = ray.cluster_resources()["CPU"] - sum(held.get("CPU", 0) for held in own)
-    if need > cpus:
-        raise ConfigError(
-            f"a trial needs {need:g} CPUs with its own process, and the cluster has {cpus:g}: "
-            "lower sweep.cpus or sweep.workers"
-        )
-    fit = min(capacity(each) // sweep.workers, int(cpus / need + 1e-6))
+    fit = capacity(each) // sweep.workers
     return min(fit, sweep.concurrent or fit)
 
 
@@ -104,7 +96,7 @@ def build_tuner(run: Run, search: Search) -> Tuner:
     sweep = run.place.below("tune", search.sweep.name)
     trainable = tune.with_resources(
         partial(run_trial, search=search, base=run.place, judge=start_judge()),
-        {"CPU": DRIVER_CPUS},
+        DRIVER,
     )
     concurrent = at_once(search)
     # what frees a stopped trial's CPUs looks for its cluster anew, and gives up if it sees two

@@ -477,6 +477,16 @@ def check(run, folder, printed):
     return best
 
 
+@pytest.mark.parametrize(("workers", "most", "fit"), [(1, None, 2), (1, 1, 1), (2, None, 1)])
+def test_trials_fill_the_cluster_to_its_last_cpu(search, monkeypatch, workers, most, fit):
+    monkeypatch.setattr(tune, "require", lambda *_, **__: None)
+    monkeypatch.setattr(tune, "on_gpu", lambda: False)
+    monkeypatch.setattr(tune, "capacity", lambda each: int(2 / each["CPU"]))
+    sweep = replace(search.sweep, workers=workers, cpus=1.0, concurrent=most)
+    assert tune.at_once(replace(search, sweep=sweep)) == fit
+    assert "CPU" not in tune.DRIVER
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["optuna", "random"])
