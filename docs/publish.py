@@ -80,20 +80,26 @@ def rewrite(text: str) -> str:
 
 
 def publish_sweep(sweep: Path) -> None:
-    """Copy what a sweep found, the best configuration without the place where it lies."""
+    """Copy what a sweep found."""
     folder = RESULTS / f"tune_{sweep.name}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("trials.parquet", "pareto.png"):
         shutil.copy(sweep / name, folder)
-    best = (sweep / "best.yaml").read_text()
-    write_text(folder / "best.yaml", re.sub(r"^storage: .*\n", "", best, flags=re.MULTILINE))
+    _copy_config(sweep / "best.yaml", folder)
+
+
+def _copy_config(file: Path, folder: Path) -> None:
+    """A configuration without the place where its run lies."""
+    text = re.sub(r"^storage: .*\n", "", file.read_text(), flags=re.MULTILINE)
+    write_text(folder / file.name, text)
 
 
 def publish(run: Path) -> None:
-    """Copy what a run measured."""
+    """Copy what a run measured, and how it was made."""
     folder = RESULTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "report.json", folder)
+    _copy_config(run / "config.yaml", folder)
     for plot in (run / "plots").glob("*.png"):
         shutil.copy(plot, folder)
 

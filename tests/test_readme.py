@@ -12,11 +12,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from ray_jobs.job import run_job
 from tina.checkpoint import PRETRAINED, load_generator
 from tina.cli import main
+from tina.config import JobConfig
+from tina.configio import config_to_dict, parse_config
 from tina.report import plot_report
 
 ROOT = Path(__file__).parents[1]
@@ -177,3 +180,25 @@ def test_published_reports_name_their_commit() -> None:
     for file in (ROOT / "docs" / "results").glob("*/report.json"):
         report = json.loads(file.read_text())
         assert re.fullmatch(r"[0-9a-f]{7,40}", report["commit"]), file
+
+
+def test_published_reports_were_made_as_their_presets_say(tmp_path: Path) -> None:
+    """Those that say how: their precision is the machine's, the rest is the preset's."""
+    made = {file.parent.name: file for file in (ROOT / "docs" / "results").glob("*/config.yaml")}
+    assert made
+    for name, file in made.items():
+        words = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--storage", str(tmp_path)]
+        preset, found = (
+            config_to_dict(parse_config(JobConfig, words)),
+            yaml.safe_load(file.read_text()),
+        )
+        for part in ("data", "tasks", "classifier", "prompt", "denoiser", "diffusion", "train"):
+            assert without_precision(found[part]) == without_precision(preset[part]), (name, part)
+
+
+def without_precision(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: without_precision(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key != "precision"
+    }
