@@ -29,6 +29,7 @@ MAX_FAULTS = 20  # of one answer
 MAX_ERRORS = 1000  # to choose those from
 # What has no more commas has hardly more values, of which each takes a hundred times its bytes.
 MAX_COMMAS = 2 * MAX_CLASSES * (MAX_CHARACTERS + MAX_IMAGES)
+PIECE = 2**14  # bytes of a form that are parsed at once: thousands of small parts take long
 READ_S = 60  # as a request may take in cluster/
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -113,9 +114,16 @@ async def read_form(
         Problem: It is too large, not multipart, or has more file parts or one of another name.
     """
     body = await read_body(request)
+    starts = iter(range(0, len(body), PIECE))
 
     async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.sleep(0)  # other requests have their turn
+        end = next(starts, len(body)) + PIECE
+        return {
+            "type": "http.request",
+            "body": body[end - PIECE : end],
+            "more_body": end < len(body),
+        }
 
     texts, found = {}, []
     limits = {"max_files": most, "max_fields": 8, "max_part_size": MAX_BODY_BYTES}

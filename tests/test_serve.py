@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -837,6 +838,32 @@ def test_forms_of_too_many_files(post, model, monkeypatch):
     refused(post("/v1/models", data=prompt, files=[("images[0]", b"x")] * 3), 422, "images")
     refused(post(f"/v1/models/{model.id}/predict", files=[("images", b"x")] * 3), 422, "images")
     refused(post(f"/v1/models/{model.id}/predict", files={"x": (None, "x")}), 422, "images")
+
+
+def test_a_form_of_many_parts_lets_others_have_their_turn():
+    part = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\nA\r\n'
+    body = 1000 * part + b"--b--\r\n"
+    kind = (b"content-type", b"multipart/form-data; boundary=b")
+    turns = 0
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def other():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def read():
+        request = Request({"type": "http", "method": "POST", "headers": [kind]}, receive)
+        beside = asyncio.create_task(other())
+        _, files = await bodies.read_form(request, re.compile("images"), most=1000)
+        beside.cancel()
+        return files
+
+    assert asyncio.run(read()) == 1000 * [("images", b"A")]
+    assert turns >= len(body) // bodies.PIECE > 3
 
 
 def test_broken_multipart(post):
