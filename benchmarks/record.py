@@ -30,8 +30,7 @@ def as_command(main: Callable[[], None]) -> None:
 
 def checkpoint_folder(name: str) -> Path:
     """A checkpoint's folder, from its path or the name of one that comes with the package."""
-    from tina.checkpoint import PRETRAINED  # here: what only makes load needs no torch
-    from tina.pipeline import pretrained
+    from tina.checkpoint import PRETRAINED, pretrained  # here: what only makes load needs no torch
 
     return PRETRAINED / name if name in pretrained() else Path(name).resolve()
 

@@ -28,6 +28,7 @@ from ray_jobs.build_zoo import Teacher, build_zoo, ensure_generic
 from ray_jobs.job import start_ray
 from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig, TaskConfig
 from tina.run import Run
+from tina.storage import Place
 from tina.zoo import build_rows
 
 MODELS, STEPS, ROUNDS = 120, 300, 5
@@ -72,7 +73,7 @@ def bare(run: Run) -> float:
     return MODELS / (max(ends) - min(begins))
 
 
-def share(config: JobConfig, base: Path, index: int) -> tuple[float, float]:
+def share(config: JobConfig, base: Place, index: int) -> tuple[float, float]:
     """Fine-tune every n-th p-model; when the first step began and the last ended."""
     os.nice(RAYS_NICENESS)
     teacher = Teacher(config, base, "zoo", "cpu")

@@ -84,8 +84,10 @@ class Reports(TuneReportCallback):
         """As `UserCallback` says; rank 0 has validated."""
         row = {key: metrics[0][key] for key in ("step", TIME, METRIC, BEST)}
         row["seconds"] = time.time() - self.begin
-        with self.place.fetch(HISTORY).open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        file = self.place.fetch(HISTORY)
+        cut_off = file.is_file() and not file.read_text().endswith("\n")
+        with file.open("a") as stream:
+            stream.write("\n" * cut_off + json.dumps(row) + "\n")
         self.place.keep(HISTORY)
         super().after_report(run_context, [row], checkpoint)
 

@@ -24,7 +24,7 @@ from ray_jobs.build_zoo import build_zoo, ensure_generic
 from ray_jobs.job import capacity, leave_ray, on_gpu, require, run_job, start_ray
 from ray_jobs.tracking import check_tracking
 from tina.config import JobConfig
-from tina.configio import parse_config
+from tina.configio import parse_config, read_yaml
 from tina.errors import ConfigError, TinaError
 from tina.files import write_text
 from tina.run import Run
@@ -52,7 +52,7 @@ def refuse_another(sweep: Place, search: Search) -> None:
         ConfigError: It is another.
     """
     file = sweep.fetch(SWEEP)
-    if file.is_file() and yaml.safe_load(file.read_text()) != search.plain():
+    if file.is_file() and read_yaml(file) != search.plain():
         raise ConfigError(
             f"{sweep.location} holds a sweep of another space: "
             "choose another sweep.name or remove it"
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("no space to search: give its YAML with --space")
         search = read_search(at_hand(given.space), config)
     except (argparse.ArgumentError, TinaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
     code = start(partial(work, search=search), rest)
     if "--dry-run" in rest:

@@ -48,7 +48,7 @@ class ServeArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: str = Field(description="Absolute path, URI, or a Hugging Face hub id.")
+    checkpoint: str = Field(description="Absolute path, URI, packaged name, or hub id.")
     open_clip: bool = Field(False, description="Encode words it does not know with open_clip.")
     storage: str = Field("", description="Folder all nodes share; default: beside the checkpoint.")
     min_replicas: int = Field(1, ge=0)

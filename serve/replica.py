@@ -1,7 +1,8 @@
 """The generator behind the endpoint: loads a checkpoint once, batches what comes in together.
 
-Torch runs in one thread of its own, never on the event loop; pictures are decoded in others, and
-the one export to ONNX that a replica needs is another process's.
+Denoising and forward passes run in one thread of their own, never on the event loop; pictures are
+decoded and made small in others, and the one export to ONNX that a replica needs is another
+process's.
 Callers get every expected refusal as a `Problem` they are given back, not as an exception: Ray
 would wrap one, with its traceback, and log it as a failure of the replica.
 """
@@ -39,8 +40,10 @@ from tina.images import fit, read_image, shrink
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import check_task
 from tina.schemas import (
+    MAX_CLASSES,
     MAX_PIXELS,
     MAX_REQUEST_PIXELS,
+    MAX_STEPS,
     Fault,
     Format,
     Info,
@@ -75,7 +78,7 @@ class Replica:
     """One copy of the generator.
 
     Args:
-        checkpoint: Directory, or a repository of the Hugging Face hub.
+        checkpoint: What `TinaPipeline.from_pretrained` takes.
         open_clip: Whether open_clip encodes the words that it does not know.
         device: cpu or cuda.
         threads: Of torch.
@@ -197,12 +200,15 @@ class Replica:
             dataset=generator.dataset,
             classes=vocabulary.trained_names,
             encoder=vocabulary.space.model,
-            semantic=generator.config.prompt.encoder != "hash",
+            semantic=self.pipe.is_semantic,
             free_text=self.pipe.reads_text,
             steps=diffusion.sampling_steps,
             guidance=diffusion.guidance,
             familiarity_threshold=self.threshold,
-            limits=Limits(classes=generator.max_classes, steps=self.most_steps),
+            limits=Limits(
+                classes=min(generator.max_classes, MAX_CLASSES),
+                steps=min(self.most_steps, MAX_STEPS),
+            ),
             licences={"code": "Apache-2.0"},
         )
 

@@ -379,6 +379,25 @@ def test_nan_in_a_checkpoint(name, checkpoint, refuse_checkpoint):
     refuse_checkpoint("NaN or infinite weights", NonFiniteError)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("codec.safetensors", "generic_body"),
+        ("codec.safetensors", "generic_rows"),
+        ("prompts.safetensors", "embeddings"),
+        ("prompts.safetensors", "trained"),
+    ],
+)
+def test_a_tensor_that_is_cut_short_behind_a_true_manifest(
+    name, key, checkpoint, refuse_checkpoint
+):
+    tensors = load_file(checkpoint / name)
+    tensors[key] = tensors[key][..., :-1].clone()
+    save_file(tensors, checkpoint / name)
+    reseal(checkpoint)
+    refuse_checkpoint("must have the shape")
+
+
 def test_truncated_weights_behind_a_true_manifest(checkpoint, refuse_checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

@@ -454,6 +454,21 @@ def test_a_schema_without_images_and_classes_is_refused(tmp_path, features):
     assert f"{path} needs one Image and one ClassLabel feature" in refusal(tmp_path)
 
 
+def test_a_class_label_without_names_is_refused(tmp_path):
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "num_classes": 3}}
+    path = tmp_path / "train-0.parquet"
+    write_parquet(path, [encode(p) for p in noise(9)], [0, 1, 2] * 3, features=features)
+    assert f"{path} has no names for the classes of label" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", '{"info": {"features": 3}}'])
+def test_metadata_that_are_not_the_hubs_are_refused(tmp_path, metadata):
+    path = tmp_path / "train-0.parquet"
+    write_parquet(path, [encode(p) for p in noise(9)], [0, 1, 2] * 3)
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": metadata}), path)
+    assert f"{path} has metadata that are not the hub's" in refusal(tmp_path)
+
+
 def test_shards_of_other_classes_are_refused(tmp_path):
     small_set(tmp_path)
     contents = [encode(p) for p in noise(3)]

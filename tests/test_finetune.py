@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tina.classifiers import ClipImageTrunk, InputStore, build_family
+from tina.classifiers import ClipImageTrunk, InputStore, build_family, widen
 from tina.config import DataConfig, RecipeConfig
 from tina.datasets import load_dataset
 from tina.errors import NonFiniteError
@@ -22,7 +22,6 @@ from tina.finetune import (
     finetune,
     initial_theta,
     train_trunk,
-    widen,
 )
 from tina.zoo import build_rows
 

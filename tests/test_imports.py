@@ -1,6 +1,8 @@
 """The one allowed direction of imports, and what the library may lean on."""
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,22 @@ def test_the_library_knows_no_cluster(file):
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
 def test_no_module_is_long(file):
     assert len(file.read_text().splitlines()) <= MOST_LINES
+
+
+OUTSIDE = [*(PACKAGE.parent / "benchmarks").glob("*.py"), PACKAGE.parent / "docs" / "publish.py"]
+
+
+@pytest.mark.parametrize("file", sorted(OUTSIDE), ids=lambda file: file.stem)
+def test_what_mypy_does_not_read_imports_what_there_is(file):
+    """Within functions too, which only a whole run of a benchmark would come to."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in (*FORBIDDEN, "tina"):
+            source = importlib.import_module(node.module)
+            for alias in node.names:
+                found = hasattr(source, alias.name) or importlib.util.find_spec(
+                    f"{node.module}.{alias.name}"
+                )
+                assert found, f"{node.module} has no {alias.name}"
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,26 @@ def test_a_picture_is_chosen_by_keyboard_and_by_mouse(page):
     assert page.locator("#file").input_value() == ""  # so that the same file again is a change
 
 
+def test_a_known_name_with_commas_is_one_class(page):
+    def rename(route):
+        info = route.fetch().json()
+        route.fulfill(json=info | {"classes": ["tench, Tinca tinca", *info["classes"]]})
+
+    page.route("**/v1/info", rename)
+    page.reload()
+    chips = page.locator(".side").first.locator(".chips li")
+    chips.first.wait_for()
+    assert chips.first.inner_text().startswith("tench, Tinca tinca")
+    right = page.locator(".side").nth(1)
+    clear(right)
+    name = right.get_by_label("Add a class")
+    for typed in ("tench, Tinca tinca", "one, two"):
+        name.fill(typed)
+        name.press("Enter")
+    assert right.locator(".chips li").count() == 3
+    page.unroute("**/v1/info")
+
+
 def test_a_refusal_is_shown_and_can_be_mended(page):
     left = page.locator(".side").first
     clear(left)

@@ -106,6 +106,14 @@ def test_open_clip_stands_beside_them_on_the_command_line(clip_at_hand, tmp_path
     assert "zzzzzz" in capsys.readouterr().out
 
 
+def test_a_known_description_needs_no_encoder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TINA_DATA", str(tmp_path))  # there is no table
+    words = ["generate", "otter, bicycle", "--description", "otter=beaver"]
+    words += ["--checkpoint", "tina-cifar100-cnn5k", "--out", str(tmp_path / "m.safetensors")]
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_open_clip_has_no_model_of_every_space():
     space = EmbeddingSpace(model="hash-ngram-v1", dim=256, template="{}")
     with pytest.raises(ConfigError, match="no pretrained model of the space hash-ngram-v1"):
@@ -127,6 +135,15 @@ def test_the_card_has_the_published_reports_numbers(name):
     assert report["generator"]["parameters"] == sum(
         p.numel() for p in TinaPipeline.from_pretrained(name).generator.denoiser.parameters()
     )
+
+
+def test_whatever_stops_a_download_is_one_line(monkeypatch):
+    def broken(name):
+        raise RuntimeError("403 Forbidden\nby the proxy")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(CheckpointError, match=r"^a/b is neither .*: 403 Forbidden by the proxy$"):
+        TinaPipeline.from_pretrained("a/b")
 
 
 def test_another_name_is_refused_with_those_there_are():

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 import yaml
 from matplotlib.figure import Figure
 
@@ -69,6 +70,10 @@ def test_it_counts_the_words_of_the_packaged_generator() -> None:
     assert f"and knows {further:,} further" in text
     for word in re.findall(r"further words \((.*?);", README)[0].split(", "):
         assert vocabulary.lookup(word.strip('"')) is not None, word
+    fox, pizza = vocabulary.familiarity(
+        torch.stack([vocabulary.lookup(word) for word in ("red fox", "pizza")])  # type: ignore[misc]
+    ).tolist()
+    assert f"{fox:.2f} for the fox, {pizza:.2f} for the pizza" in text
 
 
 def test_job_lines_parse(

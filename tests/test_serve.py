@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -398,6 +399,14 @@ def test_any_accept_header_has_a_format_or_is_a_problem(accept):
 def test_a_created_model_has_a_location(post, get):
     response = post("/v1/models", json=THREE)
     assert get(response.headers["location"]).json() == response.json()
+
+
+def test_limits_are_no_higher_than_what_a_request_can_say(backend, get, monkeypatch):
+    pipe = backend.replica.pipe
+    monkeypatch.setattr(pipe, "generator", replace(pipe.generator, max_classes=80))
+    monkeypatch.setattr(backend.replica, "most_steps", 2000)
+    limits = get("/v1/info").json()["limits"]
+    assert (limits["classes"], limits["steps"]) == (64, 1000)
 
 
 def test_under_a_prefix_a_model_has_its_paths_there(backend, ids):

@@ -25,7 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tina.config import DataConfig, PromptConfig
+from tina.config import DataConfig, JobConfig, PromptConfig
+from tina.configio import parse_config
 from tina.datasets import load_dataset
 from tina.encoders import TABLE_FILE, build_encoder
 from tina.errors import ConfigError, DataError
@@ -239,6 +240,25 @@ def test_errors_name_the_place(shelf):
     assert str(found.value) == f"{shelf[1]}/zoo holds nothing"
 
 
+def test_a_configuration_from_a_store(shelf, tiny_file):
+    folder, uri = shelf
+    folder.mkdir(exist_ok=True)
+    (folder / "c.yaml").write_text(tiny_file.read_text())
+    file = below(uri, "c.yaml")
+    wanted = parse_config(JobConfig, ["--config", str(tiny_file)])
+    assert parse_config(JobConfig, ["--config", file]) == wanted
+    assert parse_config(JobConfig, [f"--config={file}"]) == wanted
+
+
+def test_a_damaged_configuration_is_named_by_its_place(shelf):
+    folder, uri = shelf
+    (folder / "run").mkdir(parents=True)
+    (folder / "run" / "config.yaml").write_text("tasks: [")
+    with pytest.raises(ConfigError, match="is not readable YAML") as found:
+        Run.open(below(uri, "run"))
+    assert str(found.value).startswith(below(uri, "run"))
+
+
 def test_a_file_that_was_cut_off_is_not_there(shelf, monkeypatch):
     folder, uri = shelf
     mine = Place(uri)
@@ -263,6 +283,8 @@ def test_remove(uri):
     place.remove("a")
     assert place.names() == {"b"}
     assert not place.fetch("a").exists()
+    with pytest.raises(FileNotFoundError):
+        place.modified("a")
     place.clear()
     assert place.names() == set()
     assert "run" not in Place(uri).names()

@@ -24,6 +24,7 @@ from ray_jobs.trial import (
     HISTORY,
     STOPPED,
     Asha,
+    Reports,
     distribution,
     read_history,
     run_trial,
@@ -141,6 +142,9 @@ def test_a_sweep_of_another_space_is_refused(search, tmp_path):
     ):
         with pytest.raises(ConfigError, match=r"another space: choose another sweep\.name"):
             tune.refuse_another(Place(tmp_path), other)
+    file.write_text("sweep: [")
+    with pytest.raises(ConfigError, match="is not readable YAML"):
+        tune.refuse_another(Place(tmp_path), search)
 
 
 def test_a_snapshot_that_was_cut_off_gives_way_to_the_one_before(tmp_path):
@@ -159,6 +163,20 @@ def test_a_history_survives_a_line_that_was_cut_off(tmp_path):
     assert read_history(Place(tmp_path)) == []
     (tmp_path / HISTORY).write_text('{"step": 4}\n{"step": 8}\n{"ste')
     assert read_history(Place(tmp_path)) == [{"step": 4}, {"step": 8}]
+
+
+def test_a_report_stands_on_a_line_of_its_own(tmp_path, monkeypatch):
+    """After a line that was cut off, too."""
+    for name in ("__init__", "after_report"):  # which need a trial around them
+        monkeypatch.setattr(f"ray_jobs.trial.TuneReportCallback.{name}", lambda *_: None)
+    row = {"step": 12, "val_step": 12, "val_accuracy": 0.5, "best_accuracy": 0.5}
+    reports = Reports(Place(tmp_path), [])
+    reports.after_report(None, [row], None)
+    with (tmp_path / HISTORY).open("a") as stream:
+        stream.write('{"ste')
+    for _ in range(2):
+        reports.after_report(None, [row], None)
+    assert [found["step"] for found in read_history(Place(tmp_path))] == [12, 12, 12]
 
 
 def test_an_interrupted_sweep_is_not_reported(search):

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -180,6 +181,15 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         embeddings=prompts["embeddings"].float(),
         trained=prompts["trained"],
     )
+    shapes = {
+        "generic_body": (layout.body_size,),
+        "generic_rows": (int(vocabulary.trained.sum()), layout.row_size),
+        "embeddings": (len(vocabulary.names), vocabulary.space.dim),
+        "trained": (len(vocabulary.names),),
+    }
+    for name, shape in shapes.items():
+        if (found := tuple((codec | prompts)[name].shape)) != shape:
+            raise CheckpointError(f"{name} must have the shape {shape}, has {found}")
     generator_codec = Codec.of(layout, chunk=config.denoiser.chunk, tensors=codec)
     denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
     denoiser.load_state_dict(load_file(directory / "model.safetensors"))
@@ -217,9 +227,7 @@ def attach_trunk(
             raise CheckpointError(f"its trunk is CLIP of {space}, and here is {encoder.space}")
         family.attach_trunk(ClipImageTrunk(encoder.encode_images))
     elif isinstance(family, ResNet20Head):
-        trunk = family.new_trunk()
-        trunk.load_state_dict(load_file(file))
-        family.attach_trunk(trunk)
+        family.load_trunk(load_file(file))
 
 
 def find_checkpoint(name: str) -> Path:
@@ -242,7 +250,6 @@ def pretrained() -> list[str]:
 def _download(name: str) -> Path:
     """A checkpoint of the Hugging Face hub, in its local cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if name.count("/") != 1 or name.startswith((".", "/")):
         known = ", ".join(pretrained())
@@ -251,8 +258,9 @@ def _download(name: str) -> Path:
         )
     try:
         return Path(snapshot_download(name))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    # the hub's client and its HTTP library share no base class of their errors
+    except Exception as error:
+        reason = shorten(str(error) or type(error).__name__, 200)
         raise CheckpointError(
             f"{name} is neither a folder nor a hub repository: {reason}"
         ) from error

@@ -217,6 +217,12 @@ class ResNet20Head(Family):
         """An untrained trunk."""
         return ResNet20Trunk(self.channels)
 
+    def load_trunk(self, state: Mapping[str, Tensor]) -> None:
+        """Attach a trained one, of which these are the tensors."""
+        trunk = self.new_trunk()
+        trunk.load_state_dict(state)
+        self.attach_trunk(trunk)
+
 
 class ClipImageTrunk(nn.Module):
     """A CLIP image tower; features have unit norm times sqrt(F), so that a value is about 1."""
@@ -367,6 +373,12 @@ def predict(
 
 
 @torch.no_grad()
+def widen(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
+    """Theta of K classes laid out for more; rows of absent classes are zero."""
+    body, rows = family.layout(num_classes).split(theta)
+    return family.layout(most).join(body, F.pad(rows, (0, 0, 0, most - num_classes)))
+
+
 def predict_many(
     family: Family, thetas: Sequence[Tensor], counts: Sequence[int], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -381,9 +393,7 @@ def predict_many(
     stacked = torch.zeros(len(thetas), family.layout(most).size)
     padded = inputs[0].new_zeros(len(inputs), longest, *inputs[0].shape[1:])
     for i, (theta, count, x) in enumerate(zip(thetas, counts, inputs, strict=True)):
-        body, rows = family.layout(count).split(theta)
-        rows = F.pad(rows, (0, 0, 0, most - count))
-        stacked[i] = family.layout(most).join(body, rows)
+        stacked[i] = widen(family, theta, count, most)
         padded[i, : len(x)] = x
     logits = vmap(partial(family.logits, num_classes=most))(stacked, padded)
     return [logits[i, : len(x), :k] for i, (x, k) in enumerate(zip(inputs, counts, strict=True))]

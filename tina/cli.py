@@ -94,7 +94,7 @@ def generate(args: argparse.Namespace) -> None:
         far = "is not close to anything the generator was trained on"
         print(f"warning: {name!r} {far}", file=sys.stderr)
     new = not args.image and (given or set(keys) - set(pipe.generator.vocabulary.names))
-    if new and not pipe.encoder.is_semantic:
+    if new and not pipe.is_semantic:
         print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
 
 
@@ -132,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> None:
     run = Run(replace(config, evaluation=replace(config.evaluation, **changes)))
     with run.place.named():
         generator = load_generator(run.checkpoint)
-    with tqdm(desc="evaluation", unit="cell", disable=None) as bar:
+    with tqdm(desc="evaluation", unit="cell", disable=None) as bar, run.place.named():
 
         def show(done: int, cells: int) -> None:
             bar.total = cells
@@ -198,11 +198,9 @@ def _print_table(rows: Mapping[str, str]) -> None:
 
 
 def _checkpoint_facts(pipe: TinaPipeline) -> dict[str, str]:
-    from tina.encoders import HashEncoder
-
     generator, diffusion = pipe.generator, pipe.generator.config.diffusion
     family, words, most = generator.family, generator.vocabulary, generator.max_classes
-    meaning = "no semantics: spelling alone" if words.space == HashEncoder.space else "semantic"
+    meaning = "semantic" if pipe.is_semantic else "no semantics: spelling alone"
     return {
         "family": f"{family.name}, {family.layout(most).size:,} parameters at {most} classes",
         "images": f"{family.channels} x {family.image_size} x {family.image_size}",

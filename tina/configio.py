@@ -67,10 +67,12 @@ def parse_config(cls: type[T], argv: Sequence[str], *, description: str = "", pr
         ConfigError: Unknown key (the message lists the valid ones), wrong type, value out of range.
     """
     parser = _parser(cls, description=description, prog=prog or None)
-    words = [
-        str(at_hand(word)) if before == "--config" and is_uri(word) else word
-        for before, word in pairwise(["", *argv])
-    ]
+    words = []
+    for before, word in pairwise(["", *argv]):
+        key = "--config=" if word.startswith("--config=") else ""
+        file = word.removeprefix(key)
+        fetch = (key or before == "--config") and is_uri(file)
+        words.append(f"{key}{at_hand(file)}" if fetch else word)
 
     def parse() -> T:
         namespace = parser.instantiate(parser.parse_args(words))

@@ -155,7 +155,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     """
     source = find_source(config)
     size = config.image_size or IMAGE_SIZES.get(config.name)
-    decoded = _decode_cached(source, size) if source.files else _decode_all(source.read(), size)
+    decoded = _decode_cached(source, size)
     labels = decoded.labels.numpy()
     partitions = {
         key: torch.from_numpy(index)

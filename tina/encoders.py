@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
+from tina.files import hash_bytes, hash_file
 from tina.names import clean, normalise_name
 from tina.storage import at_hand, user_cache
 from tina.stores import below
@@ -311,7 +312,7 @@ def _read_table(path: Path) -> tuple[str, list[tuple[str, str, str]], Tensor]:
     if any(c.null_count for c in table.columns) or not (norms.isfinite() & (norms > 0)).all():
         raise DataError(f"{path} has empty cells, or a vector that is zero or not finite")
     openai = b"OpenAI CLIP ViT-B/32" in (table.schema.metadata or {}).get(b"about", b"")
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hash_bytes(content)
     model = "openai/clip-vit-b-32" if openai else f"table/{digest[:16]}"
     rows = list(zip(*(column.to_pylist() for column in texts), strict=True))
     return model, rows, vectors / norms[:, None]
@@ -366,5 +367,5 @@ def _open_clip_weights(name: str, *, weights: str) -> tuple[str, dict[str, Any]]
     if not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ConfigError(f"prompt.weights {weights!r} is no file and no tag of {name}: {tags}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hash_file(path)
     return f"open_clip/{name}/{digest}", {"pretrained": str(path)}

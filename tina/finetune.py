@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.optim.adamw import adamw
 
-from tina.classifiers import Family, InputStore, ResNet20Head, predict
+from tina.classifiers import Family, InputStore, ResNet20Head, predict, widen
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import NonFiniteError
@@ -213,12 +213,6 @@ def _train_stacked(
     return [
         family.layout(k).join(b, r[:k]) for b, r, k in zip(body, rows, counts.tolist(), strict=True)
     ]
-
-
-def widen(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
-    """Theta of K classes laid out for more; rows of absent classes are zero."""
-    body, rows = family.layout(num_classes).split(theta)
-    return family.layout(most).join(body, F.pad(rows, (0, 0, 0, most - num_classes)))
 
 
 def accuracy(family: Family, theta: Tensor, store: InputStore, lesson: Lesson) -> float:

@@ -99,8 +99,6 @@ def load_generic(file: Path, family: Family) -> GenericModel:
     except (SafetensorError, KeyError, OSError) as error:
         raise DataError(f"{file} is not a readable generic model: {error}") from error
     if isinstance(family, ResNet20Head):
-        trunk = family.new_trunk()
         state = {k: v for k, v in tensors.items() if k.startswith("trunk.")}
-        trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in state.items()})
-        family.attach_trunk(trunk)
+        family.load_trunk({k.removeprefix("trunk."): v for k, v in state.items()})
     return GenericModel(class_ids=class_ids, body=body, rows=rows)

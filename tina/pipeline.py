@@ -19,16 +19,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tina.checkpoint import check_manifest, find_checkpoint, load_generator, save_generator
+from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
-from tina.encoders import OpenClipEncoder, PromptEncoder, build_encoder
+from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
-from tina.files import write_whole
+from tina.files import hash_file, write_whole
 from tina.generator import Generator
 from tina.images import fit, square
 from tina.names import normalise_name
 from tina.prompts import check_pictures, check_task, pad, split_sentence
+from tina.storage import MANIFEST
 from tina.tensors import pack_tensors
 
 
@@ -126,9 +127,7 @@ def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier
     trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
     theta = family.layout(len(names)).flatten(tensors)
     if isinstance(family, ResNet20Head):
-        module = family.new_trunk()
-        module.load_state_dict(trunk)
-        family.attach_trunk(module)
+        family.load_trunk(trunk)
     elif family.has_trunk:
         raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
     return Classifier(family, theta, names)
@@ -173,7 +172,9 @@ class TinaPipeline:
         directory = find_checkpoint(str(name))
         generator, card = load_generator(directory), (directory / "README.md").read_text()
         encoder = OpenClipEncoder.of(generator.vocabulary.space) if open_clip else None
-        return cls(generator, checkpoint=check_manifest(directory), card=card, encoder=encoder)
+        return cls(
+            generator, checkpoint=hash_file(directory / MANIFEST), card=card, encoder=encoder
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory, with its card; see `tina.checkpoint`."""
@@ -218,6 +219,8 @@ class TinaPipeline:
 
         Raises:
             PromptError: The prompt names no task; see `tina.prompts.check_task`.
+            ConfigError: Steps or guidance that the generator has not.
+            NonFiniteError: What it generated holds NaN or infinity.
         """
         batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
         if batched and (images is not None or descriptions is not None):
@@ -273,6 +276,11 @@ class TinaPipeline:
         self.check_known(new)
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         return torch.stack([next(encoded) if vector is None else vector for vector in known])
+
+    @property
+    def is_semantic(self) -> bool:
+        """Whether related words have related vectors."""
+        return self.generator.vocabulary.space != HashEncoder.space
 
     @property
     def reads_text(self) -> bool:

@@ -85,7 +85,8 @@ class Run:
         if not file.is_file():
             raise ConfigError(f"{location} holds no run: it has no config.yaml")
         storage, name = split(str(location))
-        config = config_from_dict(JobConfig, read_yaml(file))
+        with place.named():
+            config = config_from_dict(JobConfig, read_yaml(file))
         return cls(replace(config, storage=storage, name=name))  # it may have been moved since
 
     @property
@@ -124,7 +125,7 @@ class Run:
         Settles every `precision: auto`: as it was for the folder before, else for this machine.
 
         Raises:
-            ConfigError: It was made with another; evaluation and cluster may differ.
+            ConfigError: It was made with another; evaluation, cluster and tracking may differ.
         """
         # a typo in a name need not claim the folder at all
         find_source(self.config.data)

@@ -21,7 +21,7 @@ from tina.config import DataConfig
 from tina.errors import ConfigError, DataError
 from tina.storage import at_hand, user_cache
 
-__all__ = ["Item", "Listing", "Source", "find_source", "one_line", "user_cache"]
+__all__ = ["Item", "Listing", "Source", "find_source", "one_line"]
 
 CLUTTER = "BACKGROUND_Google"  # Caltech-101's folder of random pictures is no class
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -61,7 +61,7 @@ class Source:
     Attributes:
         kind: Name of the way it is read.
         folder: What the names of `files` are relative to.
-        files: All files that its content depends on; empty where reading costs nothing.
+        files: All files that its content depends on.
         read: Lists the images; raises DataError where a file is corrupt.
     """
 
@@ -195,8 +195,11 @@ class _Columns:
 
 def _columns(path: Path, schema: Any) -> _Columns:
     """Image column, label column and class names of a Hugging Face parquet schema."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = dict(metadata.get("info", {}).get("features", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} has metadata that are not the hub's: {one_line(error)}") from error
     kinds = {key: value.get("_type") for key, value in features.items() if isinstance(value, dict)}
     images = [key for key, kind in kinds.items() if kind == "Image"]
     labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
@@ -204,7 +207,9 @@ def _columns(path: Path, schema: Any) -> _Columns:
     usual = [key for key in ("label", "fine_label") if key in labels][:1] or labels
     if len(images) != 1 or len(usual) != 1 or not {*images, *usual} <= set(schema.names):
         raise DataError(f"{path} needs one Image and one ClassLabel feature, has {kinds}")
-    return _Columns(image=images[0], label=usual[0], class_names=features[usual[0]]["names"])
+    if not isinstance(names := features[usual[0]].get("names"), list):
+        raise DataError(f"{path} has no names for the classes of {usual[0]}")
+    return _Columns(image=images[0], label=usual[0], class_names=names)
 
 
 def _rows(path: Path, file: Any, columns: _Columns) -> Iterator[tuple[int, bytes | None, int]]:

@@ -20,11 +20,9 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
-
 from tina.checks import not_negative, plain_name
 from tina.config import DenoiserConfig, DiffusionConfig, JobConfig, TrainConfig
-from tina.configio import config_from_dict, config_to_dict
+from tina.configio import config_from_dict, config_to_dict, read_yaml
 from tina.errors import ConfigError
 
 SECTIONS: dict[str, type] = {
@@ -183,11 +181,8 @@ def read_search(file: Path, config: JobConfig) -> Search:
         ConfigError: Unknown key (the message lists the valid ones), an empty range, a value or a
             combination of values that no configuration can hold.
     """
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict) or not found.keys() <= {"sweep", "space"}:
+    found = read_yaml(file)
+    if not found.keys() <= {"sweep", "space"}:
         raise ConfigError(f"{file} must hold a table with the keys sweep and space, and no other")
     try:
         sweep = config_from_dict(SweepConfig, found.get("sweep") or {})

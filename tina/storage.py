@@ -188,9 +188,15 @@ class Place:
         return {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
 
     def modified(self, name: str) -> int:
-        """When a file was last written, as all processes see it, in nanoseconds."""
+        """When a file was last written, as all processes see it, in nanoseconds.
+
+        Raises:
+            FileNotFoundError: There is none of that name.
+        """
         if self.remote:
-            return self._store.listing(name)[name].mtime_ns or 0
+            if not (found := self._store.listing(name)):
+                raise FileNotFoundError(f"{below(self.location, name)} does not exist")
+            return found[name].mtime_ns or 0
         return (self.folder / name).stat().st_mtime_ns
 
     def remove(self, name: str) -> None:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tina.classifiers import Family, InputStore
+from tina.classifiers import Family, InputStore, widen
 from tina.config import RecipeConfig
 from tina.configio import config_to_dict
 from tina.datasets import Dataset
 from tina.errors import DataError
 from tina.files import read_table, write_text
-from tina.finetune import Lesson, Progress, accuracy, finetune, widen
+from tina.finetune import Lesson, Progress, accuracy, finetune
 from tina.generic import GenericModel
 from tina.tasks import Task
 

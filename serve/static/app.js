@@ -27,6 +27,7 @@ class Panel {
     section.append($("#panel").content.cloneNode(true));
     this.section = section;
     this.most = info.limits.classes;
+    this.known = new Set(info.classes);
     this.classes = [];
     this.model = null;
     this.latest = 0; // answers to older questions are dropped
@@ -70,12 +71,18 @@ class Panel {
     this.say([label, this.made.text].filter(Boolean).join(". "), this.made.bad);
   }
 
-  add(names = this.part(".name").value) {
-    for (const name of names.split(",").map((word) => word.trim()).filter(Boolean)) {
+  add(names = this.typed()) {
+    for (const name of names) {
       if (!this.classes.includes(name)) this.classes.push(name);
     }
     this.part(".name").value = "";
     this.showChips();
+  }
+
+  typed() {
+    const text = this.part(".name").value.trim();
+    if (this.known.has(text)) return [text]; // its commas are its own
+    return text.split(",").map((word) => word.trim()).filter(Boolean);
   }
 
   remove(index) {
@@ -257,7 +264,7 @@ for (const name of info.classes) {
 const panels = [...document.querySelectorAll(".side")].map((section) => new Panel(section, info));
 const start = Math.min(STARTING_CLASSES, info.limits.classes);
 panels.forEach((panel, index) => {
-  panel.add(info.classes.slice(index * start, (index + 1) * start).join(","));
+  panel.add(info.classes.slice(index * start, (index + 1) * start));
 });
 takePictures(panels);
 offerSamples(info.dataset, panels);
