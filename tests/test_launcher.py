@@ -313,8 +313,10 @@ def test_sizes_are_what_the_sources_say():
     growth = 640e6 / size
     assert f"640M / {size / 1e6:.2f}M = {growth:.0f}; {15 / 60 * 2:g} x {growth:.0f}" in table
     assert f"| {15 / 60 * 2 * growth:.0f} core-hours" in table
-    assert f"| {24 * 640e6 / 1e9:.0f} GB a rank" in table
-    assert f"| {2 * 24 * 640e6 / 1e9:.0f} GB for two states" in table
+    parted, whole = 5 * 4 * 640e6 / 1e9, 2 * 4 * 640e6 / 1e9
+    assert f"| {parted + whole:.0f} GB a rank without ZeRO" in table
+    assert f"on 8 ranks {parted / 8 + whole:.0f} GB, {whole:.0f} of them" in table
+    assert f"| {2 * 20 * 640e6 / 1e9:.0f} GB for two states" in table
     alone = load["bare"]["alone"]["p50_ms"]
     growth = 640e6 / 2_490_913  # the generator of that row
     assert f"| {alone * growth / 1000:.0f} s on two cores of B" in table
