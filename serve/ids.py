@@ -8,7 +8,6 @@ model again. A recipe too large for that lies in shared storage under its hash, 
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import json
 import os
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.problems import Problem
-from tina.files import write_whole
+from tina.files import hash_bytes, write_whole
 from tina.schemas import MAX_ID_CHARACTERS
 
 TAG_BYTES = 16
@@ -102,7 +101,7 @@ class Ids:
         name = self._sign(packed)
         if len(name) <= MAX_ID_CHARACTERS:
             return name
-        digest = hashlib.sha256(packed).hexdigest()
+        digest = hash_bytes(packed)
         file = self._storage / digest
         try:
             os.utime(file)
@@ -132,7 +131,7 @@ class Ids:
                 if age > self._keep_s:
                     raise FileNotFoundError
                 packed = file.read_bytes()
-                if hashlib.sha256(packed).hexdigest() != file.name:
+                if hash_bytes(packed) != file.name:
                     file.unlink()  # cut short: the prompt writes it anew when it comes again
                     raise FileNotFoundError
                 if age > self._keep_s / 100:
