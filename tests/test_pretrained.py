@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_encoders import TINY
 
 from tina import TinaPipeline
 from tina.checkpoint import PRETRAINED, pretrained
@@ -53,20 +54,13 @@ def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
         pipe(["otter", "zzzzzz"])
 
 
-TINY_VIT = {
-    "embed_dim": 512,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
 @pytest.fixture
 def clip_at_hand(tmp_path, monkeypatch):
     """open_clip, whose ViT-B-32 of OpenAI is a small random one from a file."""
     import open_clip
 
     for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
-        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, TINY_VIT)
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, TINY | {"embed_dim": 512})
         tags = {"openai": {"file": str(tmp_path / "clip.safetensors"), "quick_gelu": True}}
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, tags)
     with torch.random.fork_rng(devices=[]):
