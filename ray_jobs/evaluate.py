@@ -108,6 +108,8 @@ def spread(run: Run, evaluation: Evaluation) -> Iterator[tuple[Cell, list[Score]
 def evaluate(run: Run) -> dict[str, Any]:
     """Measure the trained generator, write the report, release the checkpoint with its numbers.
 
+    A checkpoint that was released before keeps its card: its id is in what was made with it.
+
     Raises:
         ConfigError: There is no trained generator, or the checkpoint is of another one.
         DataError: The data set is not the one that the zoo was made of.
@@ -128,7 +130,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     start_ray()
     build_zoo(run, "direct")
     report = run.evaluate(generator, spread=partial(spread, run))
-    if not released:
+    if released:
+        print(f"checkpoint/ in {run.place.location} was released before and keeps its card")
+    else:
         run.release(generator, report)
     return report
 

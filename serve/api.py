@@ -173,6 +173,12 @@ def build_api(
         """The same classifier again."""
         chosen = negotiate(request, format)
         recipe = await run_in_threadpool(ids.read, id)
+        kept = "private" if access.token else "public"
+        if chosen == "json":  # warnings and links may be others tomorrow
+            found = await backend.fetch(recipe, chosen)
+            response = _answer(found, id, chosen, _path(request, id))
+            response.headers["Cache-Control"] = f"{kept}, no-cache"
+            return response
         tag = entity_tag(id, chosen)
         held = ", ".join(request.headers.getlist("if-none-match"))
         known = tag.removeprefix("W/") in re.findall(r'"[^"]*"', held)
@@ -182,9 +188,10 @@ def build_api(
             response = Response(status_code=304, headers=VARY)
         else:
             response = _answer(made, id, chosen, _path(request, id))
-        kept = "private" if access.token else "public"
         response.headers["Cache-Control"] = f"{kept}, max-age=31536000, immutable"
         response.headers["ETag"] = tag
+        if access.origins:  # also without one: the same answer may be kept for another caller
+            response.headers.add_vary_header("Origin")
         return response
 
     @v1.post(

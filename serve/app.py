@@ -51,7 +51,7 @@ class ServeArgs(BaseModel):
     checkpoint: str = Field(description="Absolute path, URI, packaged name, or hub id.")
     open_clip: bool = Field(False, description="Encode words it does not know with open_clip.")
     storage: str = Field("", description="Folder all nodes share; default: beside the checkpoint.")
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(2, ge=1)
     target_ongoing: float = Field(16, gt=0, description="Requests per replica before it scales.")
     cpus: float = Field(0.5, gt=0, description="CPUs of a generator replica.")
@@ -96,6 +96,7 @@ class Remote:
             request_serialization="pickle",
             response_serialization="pickle",
         )
+        problem = overloaded()
         for _ in range(ATTEMPTS):
             try:
                 found = await handle.remote(*args)
@@ -103,10 +104,12 @@ class Remote:
                 break
             except (RayActorError, DeploymentUnavailableError):
                 continue  # the replica died with the request
-            if isinstance(found, Problem):
-                raise found
-            return found
-        raise overloaded()
+            if not isinstance(found, Problem):
+                return found
+            problem = found
+            if found.kind != "checkpoint-gone":  # another replica may have it, in a rolling update
+                break
+        raise problem
 
     async def _make(self, method: str, *args: object) -> Made:
         with self._making() as answered:
@@ -214,7 +217,7 @@ def build_app(args: ServeArgs) -> "Application":
         autoscaling_config=AutoscalingConfig(
             min_replicas=args.min_replicas,
             max_replicas=args.max_replicas,
-            initial_replicas=max(1, args.min_replicas),
+            initial_replicas=args.min_replicas,
             target_ongoing_requests=args.target_ongoing,
             upscale_delay_s=5,
             downscale_delay_s=120,

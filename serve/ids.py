@@ -2,7 +2,8 @@
 
 An id is base64url(tag || deflate(recipe)), with tag the first 16 bytes of HMAC-SHA256 under a key
 that all replicas share. No replica holds state that could be lost: any of them makes the same
-model again. A recipe too large for that lies in shared storage under its hash, for a time.
+model again. A recipe too large for that lies in shared storage under its hash, for a time, or until
+there is no more room.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import secrets
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ TAG_BYTES = 16
 STORED = b"stored:"
 SHORT_BYTES = MAX_ID_CHARACTERS * 3 // 4 - TAG_BYTES - 64
 """A packed recipe of at most this fits an id, however little deflate finds in it."""
+MAX_STORED_BYTES = 2**30
+"""Of all stored recipes together: the folder may share its volume with runs."""
 UNKNOWN = "it is no id of this service, or not a whole one"
 
 
@@ -89,6 +93,7 @@ class Ids:
     def __init__(self, key: bytes, *, storage: Path, keep_s: float) -> None:
         self._key, self._storage, self._keep_s = key, storage / "prompts", keep_s
         self._swept = 0.0
+        self._written = 0  # bytes, since then
 
     def short(self, recipe: Recipe) -> str | None:
         """The id of a recipe with no file to write and nothing long to compress; else None."""
@@ -107,6 +112,7 @@ class Ids:
             os.utime(file)
         except FileNotFoundError:  # new, or swept just now
             write_whole(file, lambda temporary: temporary.write_bytes(packed))
+            self._written += len(packed)
         self._sweep()
         return self._sign(STORED + digest.encode())
 
@@ -145,14 +151,22 @@ class Ids:
         return base64.urlsafe_b64encode(tag + packed).rstrip(b"=").decode()
 
     def _sweep(self) -> None:
-        """Remove what nobody has named for long, at most once in a tenth of that time."""
+        """Remove what nobody has named for long, and of too much what nobody has for longest.
+
+        At most once in a tenth of that time, or of that much.
+        """
         now = time.time()
-        if now - self._swept < self._keep_s / 10:
+        if now - self._swept < self._keep_s / 10 and self._written < MAX_STORED_BYTES / 10:
             return
-        self._swept = now
+        self._swept, self._written = now, 0
+        found = []
         for file in self._storage.iterdir():
-            try:
-                if file.stat().st_mtime < now - self._keep_s:
-                    file.unlink()
-            except FileNotFoundError:  # another replica was faster
-                continue
+            with suppress(FileNotFoundError):  # another replica was faster
+                stat = file.stat()
+                found.append((stat.st_mtime, stat.st_size, file))
+        left = sum(size for _, size, _ in found)
+        for named, size, file in sorted(found):
+            if named >= now - self._keep_s and left <= MAX_STORED_BYTES:
+                break
+            file.unlink(missing_ok=True)
+            left -= size

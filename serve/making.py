@@ -7,7 +7,6 @@ prompt waits for the step that runs, not for the models of those before it, whil
 from __future__ import annotations
 
 import base64
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,10 @@ import torch
 from torch import Tensor
 
 from serve.ids import Recipe
-from serve.problems import Problem
 from tina.diffusion import Walk, advance, join
-from tina.errors import PromptError, TinaError
+from tina.errors import TinaError
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import pad
-
-log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +78,7 @@ class Making:
             try:
                 embedding = self._embed(recipe)
             except TinaError as error:
-                field = "descriptions" if recipe.descriptions else "classes"
-                reason = str(error)
-                if not isinstance(error, PromptError):  # the server's own fault, with its paths
-                    log.error("no encoder: %s", error)
-                    reason = "this server has no encoder for new texts"
-                failed[ticket] = Problem.of_field(field, f"cannot be encoded: {reason}")
+                failed[ticket] = error
                 continue
             alike.setdefault((recipe.steps, recipe.guidance), []).append(
                 Task(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ log = logging.getLogger("ray.serve")
 HEADER = "X-Request-ID"
 LARGE_BYTES = 2**16
 MAX_HELD_BYTES = 2**28
+MAX_AWAITED = 128  # bodies: half of the requests that an ingress takes at once (`serve.app`)
+CROWDED_S = 1  # for the next part of a body beyond those
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -109,12 +112,14 @@ class Head:
 class TurnAway:
     """Refuses, before it is read, what would be refused anyway: in a flood that is what counts.
 
-    Every POST asks something of a generator. Of large bodies only so much is in memory at once.
+    Every POST asks something of a generator. Of large bodies only so much is in memory at once, and
+    only so many may be slow: they would leave no place for anybody else.
     """
 
     def __init__(self, app: ASGIApp, full: Callable[[str], bool]) -> None:
         self.app, self.full = app, full
         self.held = 0  # bytes of bodies
+        self.awaited = 0  # bodies that are not here yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -128,7 +133,15 @@ class TurnAway:
 
         async def counted() -> Message:
             nonlocal taken
-            message = await receive()
+            patience = None if self.awaited < MAX_AWAITED else CROWDED_S
+            self.awaited += 1
+            try:
+                async with asyncio.timeout(patience):
+                    message = await receive()
+            except TimeoutError:
+                raise overloaded() from None
+            finally:
+                self.awaited -= 1
             size = len(message.get("body", b""))
             taken, self.held = taken + size, self.held + size
             if taken > LARGE_BYTES and self.held > MAX_HELD_BYTES:

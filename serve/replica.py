@@ -13,6 +13,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -33,8 +34,8 @@ from serve.made import Made
 from serve.making import Making
 from serve.metrics import Metrics
 from serve.problems import Problem
-from tina.classifiers import predict_many
-from tina.errors import ConfigError, DataError, PromptError
+from tina.classifiers import VitB32Head, predict_many
+from tina.errors import ConfigError, DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
 from tina.pipeline import GeneratedModel, TinaPipeline
@@ -53,7 +54,10 @@ from tina.schemas import (
 
 DECODERS = 2  # threads
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+JPEG, JPEG_SCAN, MAX_SCANS = b"\xff\xd8", b"\xff\xda", 100
 OVERHEAD = 1024  # bytes of a cached model beside its theta and names
+
+log = logging.getLogger("ray.serve")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,8 +114,11 @@ class Replica:
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._exporter = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._reads_text = self._find_encoder()
         self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(cache_bytes, getsizeof=size_of)
         making = Making(self.pipe, made=partial(self.metrics.batch, "generate"))
+        self._in_hand = asyncio.Semaphore(DECODERS)  # classes whose pictures are in memory
         self._generations = Batcher(making, most=max_batch, executor=self._torch)
         self._predictions = Batcher(self._predict, most=max_batch, executor=self._torch)
         self._probe()  # a checkpoint that cannot generate fails here, before it gets requests
@@ -134,10 +141,7 @@ class Replica:
         if request.descriptions is not None:
             _refuse(check_task, request.descriptions, max_classes=most, field="descriptions")
             descriptions = tuple(request.descriptions)
-        if request.images is None:
-            field = "descriptions" if descriptions else "classes"
-            await self._refuse_unknown(descriptions or names, field)
-        else:
+        if request.images is not None:
             embedded = await self._embed(request.images)
             embeddings = base64.b64encode(embedded.numpy().tobytes()).decode()
         diffusion = self.pipe.generator.config.diffusion
@@ -201,7 +205,7 @@ class Replica:
             classes=vocabulary.trained_names,
             encoder=vocabulary.space.model,
             semantic=self.pipe.is_semantic,
-            free_text=self.pipe.reads_text,
+            free_text=self._reads_text,
             steps=diffusion.sampling_steps,
             guidance=diffusion.guidance,
             familiarity_threshold=self.threshold,
@@ -256,6 +260,7 @@ class Replica:
         anew = model is None
         self.metrics.lookup(hit=not anew)
         if model is None:
+            await self._encode_unknown(recipe)
             made = self._generations(recipe)
             self.metrics.waiting.set(len(self._generations))
             try:
@@ -276,6 +281,8 @@ class Replica:
         if format == "safetensors":
             content = model.to_safetensors()
         elif format == "onnx":
+            if isinstance(model.family, VitB32Head):
+                raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
         family = model.family
         far = "is not close to anything the generator was trained on"
@@ -290,13 +297,32 @@ class Replica:
             anew=anew,
         )
 
-    async def _refuse_unknown(self, texts: Sequence[str], field: str) -> None:
-        """Refuse what cannot be embedded: to look for what is like it takes longer than a model."""
-        if any(self.pipe.generator.vocabulary.lookup(text) is None for text in texts):
-            try:
-                await _run(self._decoders, partial(self.pipe.check_known, texts))
-            except PromptError as error:
-                raise Problem.of_field(field, f"cannot be encoded: {error}") from None
+    def _find_encoder(self) -> bool:
+        """Whether there is one for texts that the checkpoint does not know; it is loaded now."""
+        if not self.pipe.reads_text:
+            return False
+        try:
+            return self.pipe.encoder is not None
+        except TinaError as error:  # what the checkpoint knows can be served
+            log.error("no encoder: %s", error)
+            return False
+
+    async def _encode_unknown(self, recipe: Recipe) -> None:
+        """Encode new texts beside the denoising pass, which finds them among those remembered.
+
+        Raises:
+            Problem: They cannot be encoded.
+        """
+        texts, lookup = recipe.descriptions or recipe.classes, self.pipe.generator.vocabulary.lookup
+        if recipe.embeddings or all(lookup(text) is not None for text in texts):
+            return
+        field = "descriptions" if recipe.descriptions else "classes"
+        if self.pipe.reads_text and not self._reads_text:
+            raise Problem.of_field(field, "cannot be encoded: this server has no encoder for it")
+        try:
+            await _run(self._encoders, partial(self.pipe.embed_names, texts))
+        except PromptError as error:
+            raise Problem.of_field(field, f"cannot be encoded: {error}") from None
 
     async def _refuse_large(self, files: Sequence[bytes]) -> None:
         """Refuse pictures that would be decoded for long, before the first of them is."""
@@ -314,6 +340,9 @@ class Replica:
     async def _picture(self, file: bytes, field: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture (1, C, H, W), made small at once: many large ones fit in no memory."""
         channels = self.pipe.generator.family.channels
+        # each scan of a progressive JPEG goes over all pixels, and none needs many bytes
+        if file.startswith(JPEG) and (scans := file.count(JPEG_SCAN)) > MAX_SCANS:
+            raise Problem.of_field(field, f"is a JPEG of {scans} scans, more than {MAX_SCANS}")
 
         def read() -> Tensor:
             return cut(
@@ -329,7 +358,7 @@ class Replica:
             raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
 
     async def _embed(self, images: Sequence[Sequence[bytes]]) -> Tensor:
-        """Embeddings (K, E) of pictures per class, of which one class at a time is in memory."""
+        """Embeddings (K, E) of pictures per class; of all requests few classes are in memory."""
 
         def embed(shots: Sequence[Tensor]) -> Tensor:
             return self.pipe.embed_images([shots])
@@ -337,8 +366,9 @@ class Replica:
         await self._refuse_large([file for files in images for file in files])
         rows = []
         for i, files in enumerate(images):
-            shots = await self._pictures(files, f"images[{i}]", shrink)
-            rows.append(await _run(self._torch, partial(embed, shots)))
+            async with self._in_hand:
+                shots = await self._pictures(files, f"images[{i}]", shrink)
+                rows.append(await _run(self._torch, partial(embed, shots)))
         return torch.cat(rows)
 
 

@@ -40,8 +40,6 @@ def assert_unit(vectors, *, tolerance=1e-6):
 def test_hash_is_the_default_and_says_what_it_is():
     encoder = build_encoder(PromptConfig(template="a photo of a {}"))
     assert isinstance(encoder, HashEncoder)
-    assert not encoder.is_semantic
-    assert not encoder.accepts_images
     assert encoder.space == EmbeddingSpace(
         model="hash-ngram-v1", dim=256, normalized=True, template="{}"
     )
@@ -144,8 +142,6 @@ def table_config(path, vocabulary, **options):
 def test_table_looks_names_up(tmp_path):
     path, raw = write_table(tmp_path / "t.parquet")
     encoder = build_encoder(table_config(path, "photo"))
-    assert encoder.is_semantic
-    assert not encoder.accepts_images
     found = encoder.encode_text(["APPLE", "Aquarium  Fish", "apple"])
     assert_unit(found)
     # Of the two rows that are "aquarium fish" once cleaned, the first.
@@ -312,7 +308,6 @@ def test_sentence_encoder_equals_the_published_model(sentence):
 
 
 def test_sentence_encoder_knows_what_words_mean(sentence):
-    assert sentence.is_semantic
     assert sentence.space.model == "minilm-l6-v2"
     cat, kitten, truck = sentence.encode_text(["a cat", "a kitten", "a truck"])
     assert cat @ kitten > cat @ truck + 0.2
@@ -458,7 +453,6 @@ def test_open_clip_images_are_encoded_in_batches(clip, monkeypatch):
     images = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = clip.encode_images(images)
     monkeypatch.setattr("tina.encoders.IMAGE_BATCH", 3)
-    assert clip.accepts_images
     assert whole.shape == (7, 8)
     assert_close(clip.encode_images(images), whole, tolerance=1e-5)
     assert_close(clip.encode_images(images.expand(-1, 3, -1, -1)), whole, tolerance=1e-5)

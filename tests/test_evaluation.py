@@ -40,7 +40,7 @@ from tina.generic import save_generic, train_generic
 from tina.metrics import Score, overlap
 from tina.mixer import Mixer, train_mixer
 from tina.novelty import novelty, timing, twin
-from tina.report import ORDER, _points, markdown, plot_report, print_report
+from tina.report import FEWEST, ORDER, _points, markdown, plot_report, print_report
 from tina.run import Run
 from tina.tasks import Task
 from tina.training import Progress, train
@@ -422,6 +422,11 @@ def test_a_run_names_its_regressor(tiny_run, tiny_regressor, tmp_path):
     Run(other).claim()
     with pytest.raises(ConfigError, match="regressor other is no trained run of schedule none"):
         run.regressor()
+    elsewhere = replace(tiny_regressor.generic, rows=tiny_regressor.generic.rows + 1e-6)
+    save_generator(replace(tiny_regressor, generic=elsewhere), Run(other).trained, card="x")
+    with pytest.raises(ConfigError, match="regressor other began with another generic model"):
+        run.regressor()
+    shutil.rmtree(Run(other).trained)
     save_generator(tiny_regressor, Run(other).trained, card="x")
     found = run.evaluation(tiny_regressor).regressor
     assert found.config.diffusion.schedule == "none"
@@ -534,15 +539,24 @@ def test_a_twin_is_the_same_task_with_other_batches(tiny_run):
     assert other.task_id != task.task_id
 
 
-def test_times_are_per_model_and_of_all_steps(evaluation, monkeypatch):
-    """With a clock that shows one second more each time."""
-    clock = itertools.count()
+@pytest.mark.parametrize(("all_steps", "seconds"), [(20, 1), (500, 10), (4000, 20)])
+def test_times_are_per_model_and_of_all_steps(
+    evaluation, tiny_generator, monkeypatch, all_steps, seconds
+):
+    """With a clock that shows one second more each time: 20, 50 and 200 steps were timed."""
+    clock, tuned = itertools.count(), []
+    config = tiny_generator.config
+    recipe = replace(config.classifier.direct, steps=all_steps)
+    config = replace(config, classifier=replace(config.classifier, direct=recipe))
+    evaluation = replace(evaluation, generator=replace(tiny_generator, config=config))
+    monkeypatch.setattr(tina.novelty, "finetune", lambda *args, **_: tuned.append(args[4].steps))
     monkeypatch.setattr(tina.novelty, "time", SimpleNamespace(perf_counter=clock.__next__))
     assert timing(evaluation) == {
         "ms_per_model_batch1": 1000,
         "ms_per_model_batch64": 1000 / 64,
-        "finetune_s_per_model": 20,  # 1 of 20 steps was timed
+        "finetune_s_per_model": seconds,
     }
+    assert tuned == [3, all_steps // seconds]
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -936,7 +950,8 @@ def test_class_mean_by_hand(tiny_generator, random_zoo):
     of_one = (models[0][2][1] + models[1][2][1] + models[2][2][0]) / 3
     torch.testing.assert_close(rows[0], of_one)
     torch.testing.assert_close(rows[1], models[1][2][0])
-    assert torch.equal(rows[2], tiny_generator.generic.select([8])[0])  # in no p-model
+    _, own = tiny_generator.inherit_classes([8])  # in no p-model, nor in the generic model
+    torch.testing.assert_close(rows[2], own[0])
 
 
 def test_nearest_is_the_p_model_itself_for_its_own_classes(tiny_generator, random_zoo):
@@ -962,7 +977,27 @@ def test_nearest_inherits_rows_that_its_p_model_lacks(tiny_generator, random_zoo
     body, rows = nearest_pmodel(tiny_generator, zoo)(task(6, 2, 4))
     assert torch.equal(body, models[3][1])
     assert torch.equal(rows[:2], models[3][2][[1, 0]])
-    assert torch.equal(rows[2], tiny_generator.generic.select([4])[0])
+    assert torch.equal(rows[2], tiny_generator.inherit_classes([4])[1][0])
+
+
+def test_a_class_that_nothing_knows_has_the_row_that_its_name_inherits(tiny_generator, random_zoo):
+    """In every method that explains the generator away, as in the generator; not in selection."""
+    generic, vocabulary = tiny_generator.generic, tiny_generator.vocabulary
+    known = [c for c in range(10) if c != 8]  # no p-model has it
+    unseen = replace(
+        tiny_generator,
+        generic=replace(generic, class_ids=tuple(known), rows=generic.rows[known]),
+        vocabulary=replace(vocabulary, trained=torch.arange(len(vocabulary.names)) != 8),
+    )
+    _, zoo = random_zoo
+    own = unseen.inherit_classes([1, 8])[1]
+    mean = unseen.generic.rows.mean(0)
+    assert not torch.allclose(own[1], mean, atol=1e-3)
+    assert torch.equal(classifier_selection(unseen)(task(1, 8))[1][1], mean)
+    for predict in (class_mean(unseen, zoo), nearest_pmodel(unseen, zoo)):
+        assert torch.equal(predict(task(1, 8))[1][1], own[1])
+    torch.testing.assert_close(ridge(unseen, zoo, penalty=1e9)(task(1, 8))[1], own)
+    torch.testing.assert_close(Mixer(unseen, zoo, num_classes=10)((1, 8))[1], own)
 
 
 def test_nearest_is_what_has_a_near_class_for_each_of_the_tasks(tiny_generator, random_zoo):
@@ -1146,7 +1181,7 @@ def test_each_row_of_the_table_has_its_own_numbers(report):
         method = axis["methods"][name]
         assert right == f"{100 * method['accuracy']:.1f}"
         assert worst == f"{100 * method['p05']:.1f}"
-        assert minus == ("" if name == "tina" else _points(axis["tina_minus"][name]))
+        assert minus == ("" if name == "tina" else _points(axis["tina_minus"][name], 4))
 
 
 def test_print_report(report, capsys):
@@ -1154,6 +1189,19 @@ def test_print_report(report, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in SHOWN)
     assert "shifted combination: not measured, data set has no superclasses" in printed
+
+
+@pytest.mark.parametrize(("tasks", "shown"), [(FEWEST - 1, False), (FEWEST, True)])
+def test_few_tasks_have_no_interval(report, tasks, shown):
+    report = json.loads(json.dumps(report))
+    axis = report["axes"][AXIS]
+    axis |= {"gap_closed": 0.4, "gap_closed_ci95": [0.1, 0.6]}
+    axis["methods"]["direct_finetuning"]["tasks"] = tasks
+    caption, *_ = text = markdown(report, AXIS).splitlines()
+    row = next(line for line in text if line.startswith("| direct_finetuning"))
+    assert (f"gap closed 0.40 (0.10 to 0.60, {tasks} tasks)" in caption) == shown
+    assert (f"gap closed 0.40 ({tasks} tasks)" in caption) != shown
+    assert row.count(" to ") == (2 if shown else 0)
 
 
 @pytest.mark.parametrize("determined", [True, False])
@@ -1174,7 +1222,7 @@ def test_plots(report, tmp_path, determined):
 @pytest.mark.parametrize(
     ("gap_closed", "interval", "words"),
     [
-        (0.4, [0.1, 0.6], "gap closed 0.40 (0.10 to 0.60, 2 tasks)"),
+        (0.4, [0.1, 0.6], "gap closed 0.40 (0.10 to 0.60, 10 tasks)"),
         (0.4, None, "gap closed: undetermined"),
         (None, None, "gap closed: undetermined"),  # a gap of exactly nothing
     ],
@@ -1182,6 +1230,7 @@ def test_plots(report, tmp_path, determined):
 def test_the_gap_in_words(report, gap_closed, interval, words):
     report = json.loads(json.dumps(report))
     axis = report["axes"][AXIS]
+    axis["methods"]["direct_finetuning"]["tasks"] = FEWEST
     axis |= {"gap_closed": gap_closed, "gap_closed_ci95": interval}
     assert words in markdown(report)
     assert math.isfinite(axis["chance"])

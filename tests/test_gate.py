@@ -164,6 +164,28 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2, 3])
+def test_a_replica_of_another_checkpoint_is_not_the_only_one(gone):
+    """In a rolling update ids of either are asked of both."""
+    found = [Problem("checkpoint-gone", "another is served")] * gone + [SimpleNamespace(anew=True)]
+
+    class Handle:
+        def options(self, **options):
+            return self
+
+        async def remote(self, *args):
+            return found.pop(0)
+
+    async def ask():
+        return await Remote(Handle(), in_time_s=1, at_once=2).fetch(None, "json")
+
+    if gone < 3:
+        assert asyncio.run(ask()).anew
+    else:
+        with pytest.raises(Problem, match="checkpoint-gone"):
+            asyncio.run(ask())
+
+
 @pytest.mark.parametrize("anew", [True, False])
 def test_only_what_was_generated_or_predicted_tells_of_a_queue(anew):
     class Handle:

@@ -124,6 +124,27 @@ def test_a_stored_recipe_expires_and_is_removed(tmp_path):
     assert ids.read(name) == LARGE
 
 
+def test_of_too_much_what_was_named_last_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.ids.MAX_STORED_BYTES", most := 60_000)
+    ids, names, before = Ids(b"k", storage=tmp_path, keep_s=10_000), [], set()
+    now, folder = time.time(), tmp_path / "prompts"
+    for seed in range(40):
+        names.append(ids.issue(replace(LARGE, seed=seed)))
+        (newest,) = set(folder.iterdir()) - before
+        os.utime(newest, (now - 100 + seed,) * 2)
+        before.add(newest)
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert most / 2 < sum(sizes) <= 1.1 * most + max(sizes)
+    left = len(sizes)
+    assert 0 < left < 40
+    for seed, name in enumerate(names):
+        if seed >= 40 - left:
+            assert ids.read(name).seed == seed
+        else:
+            with pytest.raises(Problem, match="prompt-gone"):
+                ids.read(name)
+
+
 @pytest.mark.parametrize("left", [0, 100])
 def test_a_stored_recipe_that_was_cut_short_is_written_anew(tmp_path, left):
     ids, name, file = stored(tmp_path, 0)

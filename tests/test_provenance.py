@@ -41,3 +41,21 @@ def test_a_repository_counts_where_it_holds_the_code(monkeypatch, tmp_path):
     assert provenance.commit() == code
     (tmp_path / "new.yaml").touch()  # what a run may have read
     assert provenance.commit() == f"{code}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        (
+            "cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: EPYC\n\nmodel\t: 2\n",
+            "EPYC (cpu family 25, model 1)",
+        ),
+        ("model name\t: Some ARM\n", "Some ARM,"),
+        ("BogoMIPS\t: 50.00\n", provenance.platform.machine()),
+    ],
+)
+def test_hardware_tells_generations_of_one_name_apart(monkeypatch, tmp_path, info, words):
+    file = tmp_path / "cpuinfo"
+    file.write_text(info)
+    monkeypatch.setattr(provenance, "Path", lambda _: file)
+    assert f"cores of {words}" in provenance.hardware()

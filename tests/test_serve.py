@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -33,7 +34,7 @@ from serve.ids import Ids, Recipe
 from serve.problems import KINDS, Problem
 from tina import TinaPipeline
 from tina.classifiers import Classifier
-from tina.errors import ConfigError, PromptError
+from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
 from tina.prompts import MAX_CHARACTERS
 from tina.schemas import (
@@ -360,6 +361,24 @@ def test_downloads_can_be_cached(get, model):
     assert get(path, headers={"if-none-match": 'W/"x"'}).status_code == 200
 
 
+def test_what_may_change_is_asked_for_anew(get, model):
+    """Warnings go by the threshold, links by where the service is mounted."""
+    found = get(f"/v1/models/{model.id}", headers={"if-none-match": "*"})
+    assert found.status_code == 200
+    assert found.headers["cache-control"] == "public, no-cache"
+    assert "etag" not in found.headers
+
+
+def test_a_download_that_is_kept_says_that_it_depends_on_the_origin(backend, ids, model):
+    """Else a page's script would be given what was kept for no page, and is refused."""
+    get = partial(calls(build_api(backend, ids, Access(origins=("https://a.example",)))), "GET")
+    path = f"/v1/models/{model.id}?format=safetensors"
+    plain, asked = get(path), get(path, headers={"origin": "https://a.example"})
+    assert "Origin" in plain.headers["vary"]
+    assert asked.headers["access-control-allow-origin"] == "https://a.example"
+    assert "Origin" in get(path, headers={"if-none-match": "*"}).headers["vary"]
+
+
 @pytest.mark.parametrize(
     ("accept", "media"),
     [
@@ -642,6 +661,34 @@ def test_a_body_that_does_not_come_in_time(post, monkeypatch):
     refused(post("/v1/models", content=slow(), headers={"content-type": "application/json"}), 408)
 
 
+def test_beyond_many_slow_bodies_only_fast_ones_are_waited_for(backend, ids, monkeypatch):
+    monkeypatch.setattr(plumbing, "MAX_AWAITED", 2)
+    monkeypatch.setattr(plumbing, "CROWDED_S", 0.05)
+    app, end = build_api(backend, ids, Access()), asyncio.Event()
+
+    async def slow():
+        yield b"{"
+        await end.wait()
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
+            kind = {"content-type": "application/json"}
+            send = partial(client.post, "/v1/models", headers=kind)
+            await client.get("/healthz")  # the application is put together
+            first = [asyncio.create_task(send(content=slow())) for _ in range(2)]
+            while gatekeeper(app).awaited < 2:
+                await asyncio.sleep(0.01)
+            refused(await send(content=slow()), 503)
+            assert (await client.post("/v1/models", json=THREE)).status_code == 201
+            end.set()
+            for each in await asyncio.gather(*first):
+                refused(each, 400)
+            assert gatekeeper(app).awaited == 0
+
+    asyncio.run(ask())
+
+
 def test_only_so_much_of_large_bodies_is_held(backend, ids, monkeypatch):
     most, part = 2**20, b" " * 600_000
     monkeypatch.setattr(plumbing, "MAX_HELD_BYTES", most)
@@ -688,11 +735,45 @@ def gatekeeper(app):
         ([b64(picture()), b64(b"none")], "images[1]"),
         ([b64(BOMB.getvalue())], "images[0]"),
         ([b64(picture(format="TIFF"))], "images[0]"),
+        ([b64(picture()), b64(picture(format="JPEG") + b"\xff\xda" * 100)], "images[1]"),
     ],
-    ids=["none", "many", "no picture", "bomb", "another format"],
+    ids=["none", "many", "no picture", "bomb", "another format", "many scans"],
 )
 def test_pictures_that_cannot_be_read(post, model, images, field):
     refused(post(f"/v1/models/{model.id}/predict", json={"images": images}), 422, field)
+
+
+def test_a_picture_that_happens_to_look_like_scans_is_read(post, model):
+    """Only a JPEG has them."""
+    images = [b64(picture(format="JPEG")), b64(picture() + b"\xff\xda" * 200)]
+    path = f"/v1/models/{model.id}/predict"
+    assert post(path, json={"images": images}).status_code == 200
+
+
+def test_pictures_of_few_classes_are_in_memory_however_many_ask(backend, monkeypatch):
+    replica, steps = backend.replica, []  # one up for each class whose pictures come, one down
+    monkeypatch.setattr(replica, "_in_hand", asyncio.Semaphore(2))
+    pictures, embed = replica._pictures, replica.pipe.embed_images
+
+    async def come(files, field, cut):
+        steps.append(1)
+        return await pictures(files, field, cut)
+
+    def go(images):
+        found = embed(images)
+        steps.append(-1)
+        return found
+
+    monkeypatch.setattr(replica, "_pictures", come)
+    monkeypatch.setattr(replica.pipe, "embed_images", go)
+
+    async def ask():
+        each = [replica._embed([[picture(seed)], [picture(seed + 50)]]) for seed in range(8)]
+        return await asyncio.gather(*each)
+
+    assert [len(made) for made in asyncio.run(ask())] == [2] * 8
+    assert max(accumulate(steps)) == 2
+    assert sum(map(abs, steps)) == 32
 
 
 def test_requests_take_turns_at_decoding(backend, ids, model, monkeypatch):
@@ -786,7 +867,44 @@ def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
         ({"descriptions": ["a", "b", "c"]}, "descriptions"),
     ):
         refused(post("/v1/models", json=THREE | change), 422, field)
-    assert [name.split("_")[0] for name in threads] == ["decode"] * 2
+    assert [name.split("_")[0] for name in threads] == ["encode"] * 2
+
+
+def test_new_texts_are_encoded_beside_the_denoising_pass(backend, post, monkeypatch):
+    encoder, threads = backend.replica.pipe.encoder, []
+    encode = encoder._cached
+
+    def watched(phrase):
+        threads.append(threading.current_thread().name.split("_")[0])
+        return encode(phrase)
+
+    monkeypatch.setattr(encoder, "_cached", watched)
+    texts = ["one text", "another text", "a third text"]
+    assert post("/v1/models", json=THREE | {"descriptions": texts}).status_code == 201
+    assert threads == ["encode"] * 3 + ["torch"] * 3  # the second time they are remembered
+    assert encode.cache_info().hits >= 3
+
+
+def test_without_its_encoder_a_replica_serves_what_the_checkpoint_knows(
+    backend, tiny_checkpoint, ids, monkeypatch
+):
+    def none(config):
+        raise DataError("no weights under /a/path")
+
+    monkeypatch.setattr("tina.pipeline.build_encoder", none)
+    options = {"threads": 1, "max_batch": 4, "max_steps": 10, "cache_bytes": 0, "threshold": 0.5}
+    backend = type(backend)(serve.replica.Replica(str(tiny_checkpoint), device="cpu", **options))
+    request = calls(build_api(backend, ids, Access()))
+    assert request("GET", "/v1/info").json()["free_text"] is False
+    assert request("POST", "/v1/models", json=THREE).status_code == 201
+    for _ in range(2):
+        answer = request("POST", "/v1/models", json={"classes": ["three", "a new word"]})
+        assert "/a/path" not in refused(answer, 422, "classes").detail
+
+
+def test_a_family_without_onnx_says_so(backend, post, monkeypatch):
+    monkeypatch.setattr(serve.replica, "VitB32Head", type(backend.replica.pipe.generator.family))
+    refused(post("/v1/models?format=onnx", json=THREE), 406)
 
 
 def test_a_white_picture_is_none_too_bright(post):
@@ -906,8 +1024,8 @@ def test_ids_that_name_no_model(get, post, ids, library):
     path = f"/v1/models/{ids.issue(gone)}"
     for headers in ({}, {"if-none-match": "*"}):
         assert refused(get(path, headers=headers), 410).type.endswith("checkpoint-gone")
-    tag = entity_tag(ids.issue(gone), "json")
-    assert get(path, headers={"if-none-match": tag}).status_code == 304
+    tag = entity_tag(ids.issue(gone), "onnx")
+    assert get(f"{path}?format=onnx", headers={"if-none-match": tag}).status_code == 304
 
 
 def test_paths_and_methods_that_there_are_not(http):

@@ -201,6 +201,8 @@ def test_arguments_are_checked(tmp_path):
         ServeArgs(checkpoint="/x", replicas=3)
     with pytest.raises(ValueError, match="min_replicas, 3, is above max_replicas, 2"):
         ServeArgs(checkpoint="/x", min_replicas=3)
+    with pytest.raises(ValueError, match="min_replicas"):  # what would wake it has no time for that
+        ServeArgs(checkpoint="/x", min_replicas=0)
     with pytest.raises(ConfigError, match="absolute"):
         build_app(ServeArgs(checkpoint="runs/quickstart/checkpoint"))
     with pytest.raises(ConfigError, match="absolute"):

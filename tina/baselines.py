@@ -3,8 +3,8 @@
 Axes: Z p-models, K classes, E embedding width, n_body parameters before the head, R values of a
 head row, V seen classes.
 
-All inherit what they do not know from classifier selection: a class that no p-model had keeps its
-inherited row. None sees an image of the task.
+All but selection itself start where the generator does: a class that no p-model had keeps the row
+that its name inherits. None sees an image of the task.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def class_mean(generator: Generator, zoo: Zoo) -> Baseline:
     body = bodies.mean(0)
 
     def predict(task: Task) -> tuple[Tensor, Tensor]:
-        own = generator.generic.select(task.class_ids)
+        _, own = generator.inherit_classes(task.class_ids)
         picked = [means.get(c, row) for c, row in zip(task.class_ids, own, strict=True)]
         return body, torch.stack(picked)
 
@@ -82,7 +82,7 @@ def nearest_pmodel(generator: Generator, zoo: Zoo) -> Baseline:
             ),
         )
         place = {c: k for k, c in enumerate(zoo.class_ids[z])}
-        own = generator.generic.select(wanted)
+        _, own = generator.inherit_classes(wanted)
         picked = [rows[z, place[c]] if c in place else own[k] for k, c in enumerate(wanted)]
         return bodies[z], torch.stack(picked)
 
@@ -114,8 +114,8 @@ def ridge(generator: Generator, zoo: Zoo, *, penalty: float) -> Baseline:
 
     def predict(task: Task) -> tuple[Tensor, Tensor]:
         of_task, of_rows = features(task.class_ids)
-        own = generator.generic.select(task.class_ids)
-        return generator.generic.body + of_task @ body_map, own + of_rows @ row_map
+        body, own = generator.inherit_classes(task.class_ids)
+        return body + of_task @ body_map, own + of_rows @ row_map
 
     return predict
 

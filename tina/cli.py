@@ -104,9 +104,9 @@ def classify(args: argparse.Namespace) -> None:
     from tina.pipeline import load_classifier
 
     classifier = load_classifier(args.model)
-    images = [read_image(file, channels=classifier.family.channels) for file in args.images]
     found = []
-    for file, image in zip(args.images, images, strict=True):
+    for file in args.images:
+        image = read_image(file, channels=classifier.family.channels)
         values = classifier(image)[0].softmax(0).tolist()
         ranked = sorted(zip(classifier.class_names, values, strict=True), key=lambda x: -x[1])
         found.append((str(file), dict(ranked)))

@@ -113,7 +113,7 @@ class _Calls:
     """
 
     def __init__(
-        self, base_url: str, *, token: str = "", timeout: float = 30.0, retries: int = 5
+        self, base_url: str, *, token: str = "", timeout: float = 65.0, retries: int = 5
     ) -> None:
         self._retries = retries
         headers = {"Authorization": f"Bearer {token}"} if token else {}

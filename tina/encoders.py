@@ -52,8 +52,6 @@ class PromptEncoder(Protocol):
     """What turns words, and with some encoders pictures, into conditions."""
 
     space: EmbeddingSpace
-    is_semantic: bool  # whether related words have related vectors
-    accepts_images: bool
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Class names or descriptions -> float32 (B, E) with L2 norm 1.
@@ -102,8 +100,6 @@ class _Encoder:
     """Texts one by one through `_encode`, remembered; no images."""
 
     space: EmbeddingSpace
-    is_semantic = True
-    accepts_images = False
 
     def __init__(self) -> None:
         self._cached = lru_cache(CACHED_TEXTS)(self._encode)
@@ -129,7 +125,6 @@ class HashEncoder(_Encoder):
     strangers. It ignores case, and any template, which would only make all names alike.
     """
 
-    is_semantic = False
     space = EmbeddingSpace(model="hash-ngram-v1", dim=256, template="{}")
 
     def _encode(self, phrase: str) -> Tensor:
@@ -225,8 +220,6 @@ class OpenClipEncoder(_Encoder):
     cache or downloaded into it, or a file: .safetensors, or what torch loads with weights_only.
     Raises ConfigError where one does not exist, DataError where they cannot be had or do not fit.
     """
-
-    accepts_images = True
 
     def __init__(self, model: str, *, weights: str, template: str) -> None:
         import open_clip

@@ -49,6 +49,11 @@ class Generator:
         """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone."""
         return self.generic.inherit(self.vocabulary.attention(embeddings))
 
+    def inherit_classes(self, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same for K classes of the data set: body (n_body,), rows (K, R)."""
+        body, rows = self.inherit(self.vocabulary.embeddings[list(class_ids)].unsqueeze(0))
+        return body[0], rows[0]
+
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """x_T (B, S + max_classes, P): always of full length, so that K does not change a draw."""
         length = self.codec.body_tokens + self.max_classes

@@ -32,7 +32,7 @@ TASKS, IMAGES, RATE, HIDDEN = 8, 64, 1e-3, 128
 class Mixer(nn.Module):
     """From a task's conditions to what each p-model adds to what the task inherits.
 
-    The output layer starts at zero: untrained, it is classifier selection.
+    The output layer starts at zero: untrained, it is what the task inherits.
     """
 
     def __init__(self, generator: Generator, zoo: Zoo, *, num_classes: int) -> None:
@@ -54,17 +54,17 @@ class Mixer(nn.Module):
 
     def forward(self, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Body (n_body,) and rows (K, R) for a task."""
-        vocabulary, generic = self.generator.vocabulary, self.generator.generic
-        ids = list(class_ids)
+        vocabulary, ids = self.generator.vocabulary, list(class_ids)
+        own_body, own_rows = self.generator.inherit_classes(ids)
         task = vocabulary.condition(vocabulary.embeddings[ids]).mean(0)
         *layers, head = cast(Tensor, self.shares(task)).view(-1, len(self.bodies))  # (J, Z)
         parts = [
             share @ self.bodies[:, slot.offset : slot.offset + slot.numel]
             for share, slot in zip(layers, self.layout.body, strict=True)
         ]
-        body = torch.cat(parts) if parts else generic.body.new_empty(0)
+        body = torch.cat(parts) if parts else own_body.new_empty(0)
         rows = torch.einsum("z,kzr->kr", head, self.rows[ids])
-        return generic.body + body, generic.select(class_ids) + rows
+        return own_body + body, own_rows + rows
 
 
 def train_mixer(

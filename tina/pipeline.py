@@ -308,8 +308,8 @@ class TinaPipeline:
     def embed_images(self, images: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, see `__call__`.
 
-        Of their centre squares, through the encoder's image tower where it has one; otherwise by
-        the names that the generic model takes them for (`Generator.embed_shots`).
+        Of their centre squares, through the image tower of a checkpoint's own open_clip; otherwise
+        by the names that the generic model takes them for (`Generator.embed_shots`).
 
         Raises:
             PromptError: A class has no pictures, or they are none.

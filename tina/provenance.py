@@ -34,13 +34,16 @@ def _git(*words: str) -> str:
 
 
 def hardware() -> str:
-    """What ran: processor, cores, GPU, torch."""
-    processor = platform.machine()
-    info = Path("/proc/cpuinfo")
+    """What ran: processor, cores, GPU, torch.
+
+    Family and model stand behind a processor's name, which may be that of several generations.
+    """
+    processor, info = platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        processor = names[0] if names else processor
+        first = info.read_text().split("\n\n")[0].splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in first)}
+        if name := facts.get("model name"):
+            numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+            processor = f"{name} ({', '.join(numbers)})" if numbers else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{len(os.sched_getaffinity(0))} cores of {processor}{gpu}, torch {torch.__version__}"

@@ -37,6 +37,9 @@ ORDER = (
     SHUFFLED,
 )
 Report = Mapping[str, Any]
+FEWEST = 10
+"""Tasks from which on an interval is shown: of fewer the bootstrap's are too narrow, for in each
+resample some stand several times and the spread between tasks is underestimated."""
 NARROWEST = 0.02  # accuracy that a plot by sampling steps spans at least: less looks like a trend
 
 
@@ -49,10 +52,11 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _points(diff: Mapping[str, Any]) -> str:
-    """A difference with its interval, in points."""
+def _points(diff: Mapping[str, Any], tasks: int) -> str:
+    """A difference between methods on so many tasks, with its interval, in points."""
     low, high = (100 * x for x in diff["ci95"])
-    return f"{100 * diff['diff']:+.1f} ({low:+.1f} to {high:+.1f})"
+    interval = f" ({low:+.1f} to {high:+.1f})" if tasks >= FEWEST else ""
+    return f"{100 * diff['diff']:+.1f}{interval}"
 
 
 def _rows(axis: Mapping[str, Any]) -> list[list[str]]:
@@ -61,14 +65,13 @@ def _rows(axis: Mapping[str, Any]) -> list[list[str]]:
         if name not in axis["methods"]:
             continue
         method = axis["methods"][name]
+        tasks = method.get("tasks", axis["tasks"])
         low, high = method["ci95"]
-        row = [name, _percent(method["accuracy"]), f"{_percent(low)} to {_percent(high)}"]
+        interval = f"{_percent(low)} to {_percent(high)}" if tasks >= FEWEST else ""
+        row = [name, _percent(method["accuracy"]), interval]
         row += [_percent(method["p05"]), f"{method['ece']:.3f}"]
-        if name in axis["tina_minus"]:
-            row.append(_points(axis["tina_minus"][name]))
-        else:
-            row.append("")
-        rows.append(row)
+        minus = axis["tina_minus"].get(name)
+        rows.append([*row, _points(minus, tasks) if minus else ""])
     return rows
 
 
@@ -78,15 +81,15 @@ HEADER = ["method", "accuracy %", "95 % interval", "worst 5 %", "ECE", "Tina min
 def _gap(axis: Mapping[str, Any]) -> str:
     if "gap" not in axis:
         return "gap closed: not measured (no direct fine-tuning)"
+    on = axis["methods"][DIRECT]["tasks"]
     if axis["gap_closed_ci95"] is None:
-        low, high = (100 * x for x in axis["gap"]["ci95"])
         return (
-            "gap closed: undetermined, as direct fine-tuning is not measurably above selection "
-            f"({low:+.1f} to {high:+.1f} points)"
+            "gap closed: undetermined, as direct fine-tuning is not measurably above selection: "
+            f"{_points(axis['gap'], on)} points on {on} tasks"
         )
     low, high = axis["gap_closed_ci95"]
-    on = axis["methods"][DIRECT]["tasks"]
-    return f"gap closed {axis['gap_closed']:.2f} ({low:.2f} to {high:.2f}, {on} tasks)"
+    interval = f"{low:.2f} to {high:.2f}, " if on >= FEWEST else ""
+    return f"gap closed {axis['gap_closed']:.2f} ({interval}{on} tasks)"
 
 
 def _caption(name: str, axis: Mapping[str, Any]) -> str:
@@ -146,7 +149,7 @@ def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     for found in counts:
         row = [str(found["unseen"]), str(found["tasks"])]
         row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, UNTRAINED, SELECTION)]
-        rows.append([*row, _points(found["tina_minus"][SELECTION])])
+        rows.append([*row, _points(found["tina_minus"][SELECTION], found["tasks"])])
     return _table(header, rows)
 
 
@@ -158,9 +161,10 @@ def _counts_table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     for found in groups:
         row = [_span(found), str(found["tasks"])]
         row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, SELECTION)]
-        row.append(_points(found["tina_minus"][SELECTION]))
+        row.append(_points(found["tina_minus"][SELECTION], found["tasks"]))
         if direct := found["methods"].get(DIRECT):
-            row += [str(direct["tasks"]), _points(found["tina_minus"][DIRECT])]
+            tasks = direct["tasks"]
+            row += [str(tasks), _points(found["tina_minus"][DIRECT], tasks)]
         else:
             row += ["0", ""]
         rows.append(row)
@@ -201,8 +205,12 @@ def _label(method: str, axis: Mapping[str, Any]) -> str:
     return method.replace("_", " ") + (f" ({tasks} tasks)" if tasks < axis["tasks"] else "")
 
 
-def _spread(value: float, ci95: Sequence[float]) -> list[list[float]]:
-    """An interval as matplotlib's error bars take it: lengths below and above."""
+def _spread(
+    value: float, ci95: Sequence[float], tasks: int | None = None
+) -> list[list[float]] | None:
+    """An interval as matplotlib's error bars take it, below and above; of few tasks none."""
+    if tasks is not None and tasks < FEWEST:
+        return None
     return [[max(0, value - ci95[0])], [max(0, ci95[1] - value)]]
 
 
@@ -234,7 +242,8 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
         shown = [m for m in reversed(ORDER) if m in axis["methods"]]
         for y, method in enumerate(shown):
             found = axis["methods"][method]
-            value, spread = found["accuracy"], _spread(found["accuracy"], found["ci95"])
+            value, tasks = found["accuracy"], found.get("tasks", axis["tasks"])
+            spread = _spread(value, found["ci95"], tasks)
             color = "tab:red" if method == TINA else "tab:blue"
             panel.errorbar(value, y, xerr=spread, fmt="o", color=color, capsize=3)
         panel.axvline(axis["chance"], color="grey", linestyle=":", label="chance")
@@ -251,7 +260,8 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
             0.5, 0.5, "undetermined: no measurable gap", ha="center", transform=panel.transAxes
         )
     for x, axis in enumerate(gaps.values()):
-        value, spread = axis["gap_closed"], _spread(axis["gap_closed"], axis["gap_closed_ci95"])
+        value, tasks = axis["gap_closed"], axis["methods"][DIRECT]["tasks"]
+        spread = _spread(value, axis["gap_closed_ci95"], tasks)
         panel.errorbar(x, value, yerr=spread, fmt="o", color="tab:red", capsize=4)
     panel.axhline(0, color="grey", label="classifier selection")
     panel.axhline(1, color="grey", linestyle="--", label="direct fine-tuning")
@@ -289,10 +299,11 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
         }
         for shift, (method, (color, found)) in enumerate(above.items()):
             panel.plot([], [], "o", color=color, label=method.replace("_", " "))
-            for x, diff in enumerate(found):
+            for x, (diff, group) in enumerate(zip(found, groups, strict=True)):
                 if diff:
                     value, ci95 = 100 * diff["diff"], [100 * end for end in diff["ci95"]]
-                    bar = _spread(value, ci95)
+                    tasks = group["methods"][method].get("tasks", group["tasks"])
+                    bar = _spread(value, ci95, tasks)
                     panel.errorbar(
                         x + 0.12 * shift, value, yerr=bar, fmt="o", color=color, capsize=3
                     )

@@ -142,14 +142,12 @@ class Run:
             self.config = config_from_dict(JobConfig, mine)
             where = below(self.place.location, file.name)
             print(f"precision auto: see {where}; bf16 in hardware here: {has_bf16()}")
-        if found:
-            loose = {"evaluation", "cluster", "storage", "tracking"}
-            differing = [k for k in mine if k not in loose and found.get(k) != mine[k]]
-            if differing:
-                raise ConfigError(
-                    f"{self.place.location} holds a run with another {', '.join(differing)}: "
-                    "choose another name or remove it"
-                )
+        loose = {"evaluation", "cluster", "storage", "tracking"}
+        if found and (odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]):
+            raise ConfigError(
+                f"{self.place.location} holds a run with another {', '.join(odd)}: "
+                "choose another name or remove it"
+            )
         write_text(file, yaml.safe_dump(mine, sort_keys=False))
         self.place.keep(file.name)
         self._claimed = None if found else self.place.modified(file.name)
@@ -348,19 +346,21 @@ class Run:
         """The generator of the run that `evaluation.regressor` names, if it names one.
 
         Raises:
-            ConfigError: There is none, or it is not this run's in all but the noise.
+            ConfigError: There is none, or it differs from this run in more than the noise.
         """
         if not (name := self.config.evaluation.regressor):
             return None
         other = Run.open(below(self.config.storage, name))
         mine, its = config_to_dict(self.config), config_to_dict(other.config)
         keys = ("data", "tasks", "classifier", "prompt", "denoiser", "train")
-        if differing := [key for key in keys if mine[key] != its[key]]:
-            odd, here = ", ".join(differing), self.place.location
-            raise ConfigError(f"evaluation.regressor {name} has another {odd} than {here}")
+        if odd := ", ".join(key for key in keys if mine[key] != its[key]):
+            raise ConfigError(f"evaluation.regressor {name} has another {odd} than this run")
         if other.config.diffusion.schedule != "none" or not other.trained.is_dir():
             raise ConfigError(f"evaluation.regressor {name} is no trained run of schedule none")
-        return load_generator(other.trained)
+        found = load_generator(other.trained)
+        if self.generic_file.exists() and not torch.equal(found.generic.rows, self.generic.rows):
+            raise ConfigError(f"evaluation.regressor {name} began with another generic model")
+        return found
 
     def evaluate(
         self,
