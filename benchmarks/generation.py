@@ -27,8 +27,10 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,11 +189,9 @@ def in_turns(pipe: TinaPipeline, length: Length) -> dict[str, dict[int, list[flo
             for call in range(length.calls[batch]):
                 first = (turn * length.calls[batch] + call) * batch
                 seeds = list(range(first, first + batch))
-                times["pipeline"][batch].append(
-                    timed(lambda b=batch, s=seeds: pipe(tasks[b], seed=s))
-                )
+                times["pipeline"][batch].append(timed(partial(pipe, tasks[batch], seed=seeds)))
             times["paper_step"][batch].append(paper_steps(paper, tasks[batch], length.steps[batch]))
-            times["text"][batch].append(timed(lambda b=batch: encode(distinct[b])))
+            times["text"][batch].append(timed(partial(encode, distinct[batch])))
         for threads, found in times["direct"].items():
             found.append(direct_seconds(generator, length.share, threads=threads))
     return times
@@ -255,14 +255,15 @@ def roofline(generator: Generator, turns: int) -> dict[str, object]:
         run()
     flops = counter.get_total_flops()
     types = [torch.float32, *([torch.bfloat16] if has_bf16() else [])]
-    best, passes = dict.fromkeys(types, 0.0), {kind: [] for kind in types}
+    best = dict.fromkeys(types, 0.0)
+    passes: dict[torch.dtype, list[float]] = {kind: [] for kind in types}
     for _ in range(1 + turns):
         for kind in types:
             with torch.autocast("cpu", kind, enabled=kind is not torch.float32):
                 passes[kind].append(timed(run))
             for m, k, n in PRODUCTS:
                 a, b = torch.randn(m, k).to(kind), torch.randn(k, n).to(kind)
-                seconds = min(timed(lambda a=a, b=b: a @ b) for _ in range(3))
+                seconds = min(timed(partial(torch.matmul, a, b)) for _ in range(3))
                 best[kind] = max(best[kind], 2 * m * k * n / seconds)
     spent = {kind: median(found[1:]) for kind, found in passes.items()}
     return {
@@ -280,13 +281,13 @@ def roofline(generator: Generator, turns: int) -> dict[str, object]:
     }
 
 
-def accuracies(run: Run, generator: Generator) -> dict[str, object]:
+def accuracies(run: Run, generator: Generator) -> dict[str, Any]:
     """Of the run's validation tasks on `select` images: both samplers', and fine-tuning's."""
     weights = generator.denoiser.state_dict()
     diffusion = replace(generator.config.diffusion, sampler="ddpm", sampling_steps=PAPER_STEPS)
     slow = replace(generator, config=replace(generator.config, diffusion=diffusion))
     generated = mean(run.validator(generator)(weights))
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "tasks": len(run.space.val),
         "selection": round(mean(run.validator(generator)(None)), 4),
         "pipeline": round(generated, 4),
@@ -336,7 +337,7 @@ def main() -> None:
     pipe = TinaPipeline.from_pretrained(args.checkpoint)
     run = None if args.short else Run.open(args.checkpoint.parent)
     config = pipe.generator.config
-    figures: dict[str, object] = {
+    figures: dict[str, Any] = {
         "short": args.short,
         "dataset": pipe.generator.dataset,
         "family": pipe.generator.family.name,

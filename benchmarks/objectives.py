@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ SETS, SEEDS = 60, 4
 RESAMPLES = 1000
 DRAWS = 100  # of as many sets as are still wanted
 BOTH, WEIGHT, REGRESSOR = "both", "weight", "regressor"
-OBJECTIVES: dict[str, dict[str, float]] = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     BOTH: {},
     # alone it must teach the noisiest levels too
     WEIGHT: {"function_loss": 0.0, "weight_loss": 1.0, "min_snr": 0.0, "zoo_batch": 32},
@@ -114,7 +115,7 @@ def against(
 
 @torch.no_grad()
 def generated(
-    generator: Generator, sets: Sequence[Sequence[int]], *, seeds: int, **options: int
+    generator: Generator, sets: Sequence[Sequence[int]], *, seeds: int, **options: Any
 ) -> list[list[Tensor]]:
     """Per seed a theta for each set."""
     embeddings, mask = generator.vocabulary.of(sets)

@@ -43,6 +43,7 @@ from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
 from tina.generator import Generator
 from tina.metrics import Array
+from tina.prompts import Vocabulary
 from tina.run import Run
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
@@ -101,7 +102,7 @@ class Speaker:
         }
 
     @property
-    def vocabulary(self):
+    def vocabulary(self) -> Vocabulary:
         """The generator's."""
         return self.generator.vocabulary
 
@@ -204,7 +205,10 @@ def main() -> None:
 
     base = score(true)
     found: dict[str, dict[str, object]] = {}
-    skipped, familiar, foreign, prompts = [], [], [], []
+    skipped: list[str] = []
+    familiar: list[float] = []
+    foreign: list[float] = []
+    prompts: list[tuple[float, float]] = []
     for kind in speaker.kinds:
         for share in (*SHARES, 1.0) if kind in PICTURES else SHARES:
             said = said_otherwise(speaker, sets, kind, share)

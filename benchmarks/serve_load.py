@@ -20,12 +20,12 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 import psutil
@@ -142,10 +142,10 @@ def waits(answers: Answers) -> dict[str, float]:
     return percentiles([answer.latency for answer in answers])
 
 
-def processor_seconds() -> Counter[str]:
+def processor_seconds() -> dict[str, float]:
     """CPU time so far of every process that is there, by what it is; the load's own has ended."""
     kinds = ("Generator", "Ingress", "proxy", "raylet", "gcs_server")
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for process in psutil.process_iter(["cmdline", "cpu_times"]):
         words, times = " ".join(process.info["cmdline"] or []), process.info["cpu_times"]
         kind = next((kind for kind in kinds if kind.lower() in words.lower()), "other")
@@ -153,7 +153,7 @@ def processor_seconds() -> Counter[str]:
     return found
 
 
-def bare(checkpoint: Path, classes: list[str]) -> dict[str, object]:
+def bare(checkpoint: Path, classes: list[str]) -> dict[str, Any]:
     """Models per second and latency of the pipeline alone, on all cores."""
     from tina import TinaPipeline
 
@@ -164,7 +164,9 @@ def bare(checkpoint: Path, classes: list[str]) -> dict[str, object]:
         times = []
         for turn in range(max(5, 64 // batch)):
             begin = time.perf_counter()
-            for model in pipe([classes] * batch, seed=list(range(turn, turn + batch))):
+            models = pipe([classes] * batch, seed=list(range(turn, turn + batch)))
+            assert isinstance(models, list)
+            for model in models:
                 model.to_safetensors()
             times.append(time.perf_counter() - begin)
         rates[batch] = round(batch / median(times), 1)
@@ -174,7 +176,7 @@ def bare(checkpoint: Path, classes: list[str]) -> dict[str, object]:
 
 
 @contextmanager
-def service(checkpoint: Path, **options: object) -> Iterator[None]:
+def service(checkpoint: Path, **options: Any) -> Iterator[None]:
     """The application on a local cluster."""
     import ray
     from ray import serve
@@ -217,8 +219,7 @@ def main() -> None:
         lone = waits(elsewhere(closed_loop, classes, 1, args.seconds))
         before = processor_seconds()
         loaded = elsewhere(closed_loop, classes, CLIENTS, args.seconds)
-        spent = processor_seconds()
-        spent.subtract(before)
+        spent = {kind: s - before.get(kind, 0) for kind, s in processor_seconds().items()}
         rate, made = rate_of(loaded, args.seconds), sum(a.status == 201 for a in loaded)
         flood = open_loop(classes, OVERLOAD * rate, args.overload_seconds)
         after = waits(elsewhere(closed_loop, classes, 1, 5))
@@ -236,7 +237,9 @@ def main() -> None:
         "clients_32": waits(loaded) | {"models_per_s": round(rate, 1)},
         "share_of_bare": round(rate / best, 2),
         "cpu_ms_per_model": {
-            kind: round(1000 * s / made, 2) for kind, s in spent.most_common() if s
+            kind: round(1000 * s / made, 2)
+            for kind, s in sorted(spent.items(), key=lambda found: -found[1])
+            if s
         },
         "overload": waits(served)
         | {

@@ -19,10 +19,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.generation import timed
@@ -81,7 +82,7 @@ def product_rate(kind: torch.dtype) -> float:
     best = 0.0
     for m, k, n in PRODUCTS:
         a, b = torch.randn(m, k).to(kind), torch.randn(k, n).to(kind)
-        best = max(best, 2 * m * k * n / min(timed(lambda a=a, b=b: a @ b) for _ in range(3)))
+        best = max(best, 2 * m * k * n / min(timed(partial(torch.matmul, a, b)) for _ in range(3)))
     return best
 
 
@@ -149,7 +150,7 @@ def input_share(run: Run, *, steps: int = 20) -> dict[str, float]:
     }
 
 
-def rank_of_stage(rank: int, stage: int, folder: str, config: JobConfig) -> None:
+def rank_of_stage(rank: int, stage: Literal[0, 1, 2, 3], folder: str, config: JobConfig) -> None:
     """One process of two: time its steps in a ZeRO stage, and leave the median in a file."""
     settle_in(threads=1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
@@ -172,7 +173,7 @@ def stages() -> dict[int, dict[str, float]]:
     seconds = {}
     for stage in range(4):
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(rank_of_stage, (stage, folder, config), nprocs=RANKS)
+            spawn(rank_of_stage, (stage, folder, config), nprocs=RANKS)
             seconds[stage] = float(Path(folder, "seconds").read_text())
     return {
         stage: {"samples_per_s": round(BATCH / t, 1), "times_stage_0": round(t / seconds[0], 2)}

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from benchmarks.record import append, as_command, load
 from ray_jobs.process import settle_in
-from tina.classifiers import Family, InputStore, build_family
-from tina.config import RecipeConfig
+from tina.classifiers import Family, InputStore, ResNet20Head, build_family
+from tina.config import Precision, RecipeConfig
 from tina.finetune import Lesson, annealed, batch_order, finetune, initial_theta
 from tina.precision import has_bf16
 from tina.views import Views
@@ -56,7 +57,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 def train_plainly(
     network: nn.Module,
     trunk: nn.Module | None,
-    inputs: Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor],
+    inputs: Pictures | tuple[Tensor, Tensor],
     recipe: RecipeConfig,
     *,
     seed: int,
@@ -67,12 +68,11 @@ def train_plainly(
     Args:
         inputs: Pictures for a DataLoader; or scaled images (N, C, H, W) and labels (N,).
     """
-    resident = isinstance(inputs, tuple)
-    count = len(inputs[1]) if resident else len(inputs)
+    count = len(inputs[1]) if isinstance(inputs, tuple) else len(inputs)
     order = batch_order(count, recipe.batch_size, recipe.steps, seed=seed)
-    batches = (
+    batches: Iterable[Any] = (
         ((inputs[0][index], inputs[1][index]) for index in order)
-        if resident
+        if isinstance(inputs, tuple)
         else DataLoader(inputs, batch_sampler=order.tolist())
     )
     network.to(device)
@@ -104,7 +104,7 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
     """Every way to train the models for a number of steps."""
     family = build_family(name, channels=3, image_size=32)
     trunk = None
-    if family.has_trunk:
+    if isinstance(family, ResNet20Head):
         trunk = family.new_trunk().to(device)
         family.attach_trunk(trunk)
     draw = torch.Generator().manual_seed(0)
@@ -119,9 +119,7 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
     ]
     thetas = [initial_theta(family, CLASSES, seed=i).to(device) for i in range(models)]
 
-    def plainly(
-        inputs: Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor],
-    ) -> Callable[[int], object]:
+    def plainly(inputs: Pictures | tuple[Tensor, Tensor]) -> Callable[[int], object]:
         return lambda steps: [
             train_plainly(
                 module_of(family, theta),
@@ -134,7 +132,7 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
             for i, theta in enumerate(thetas)
         ]
 
-    def ours(precision: str, *, stacked: bool) -> Callable[[int], object]:
+    def ours(precision: Precision, *, stacked: bool) -> Callable[[int], object]:
         return lambda steps: finetune(
             family,
             thetas,
@@ -145,7 +143,9 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
         )
 
     found = {"plain": plainly(pictures), "resident": plainly(scaled)}
-    for precision in ("fp32", "bf16") if has_bf16() and not family.has_trunk else ("fp32",):
+    with_bf16 = has_bf16() and not family.has_trunk
+    precisions: list[Precision] = ["fp32", "bf16"] if with_bf16 else ["fp32"]
+    for precision in precisions:
         found[f"loop {precision}"] = ours(precision, stacked=False)
         found[f"stacked {precision}"] = ours(precision, stacked=True)
     return found

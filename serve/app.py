@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
-ATTEMPTS = 3  # on another replica each; every call may be repeated
+ATTEMPTS = 3  # on another replica each, where one dies; every call may be repeated
+LOOKS = 8  # for a replica of an id's checkpoint: in a rolling update some have another
 INGRESS_ONGOING, INGRESS_QUEUED = 256, 64
 
 
@@ -96,20 +97,22 @@ class Remote:
             request_serialization="pickle",
             response_serialization="pickle",
         )
-        problem = overloaded()
-        for _ in range(ATTEMPTS):
+        died = 0
+        for look in range(1, LOOKS + 1):
             try:
                 found = await handle.remote(*args)
             except BackPressureError:
                 break
             except (RayActorError, DeploymentUnavailableError):
-                continue  # the replica died with the request
+                died += 1  # the replica, with the request
+                if died == ATTEMPTS:
+                    break
+                continue
             if not isinstance(found, Problem):
                 return found
-            problem = found
-            if found.kind != "checkpoint-gone":  # another replica may have it, in a rolling update
-                break
-        raise problem
+            if found.kind != "checkpoint-gone" or look == LOOKS:
+                raise found
+        raise overloaded()
 
     async def _make(self, method: str, *args: object) -> Made:
         with self._making() as answered:

@@ -226,6 +226,7 @@ class Load:
         self.url, self.going = url, True
         self.statuses, self.broken, self.slowest = Counter(), [], 0.0
         self.checkpoints = Counter()
+        self.again = Counter()  # what became of models that were asked for again at once
 
     async def client(self, number):
         draw = random.Random(number)
@@ -249,6 +250,8 @@ class Load:
                 self.statuses[answer.status_code] += 1
                 if answer.status_code == 201:
                     self.checkpoints[answer.json()["checkpoint"]] += 1
+                    found = await http.get(answer.headers["location"])
+                    self.again[found.status_code] += 1
                 elif answer.status_code == 503:
                     await asyncio.sleep(float(answer.headers["retry-after"]))
                 else:
@@ -301,7 +304,9 @@ def test_a_replica_dies_under_load(url):
         wait_for(lambda: len(replicas() - {min(before)}) == 2)
         time.sleep(5)
 
-    Load(url).during(work)
+    load = Load(url)
+    load.during(work)
+    assert load.again.keys() <= {200, 503}
 
 
 @pytest.mark.slow
@@ -321,4 +326,5 @@ def test_a_rolling_update_under_load(deploy, url, tiny_checkpoint, tmp_path):
 
     load.during(work)
     assert set(load.checkpoints) == {old, new}
+    assert load.again.keys() <= {200, 410, 503}
     assert httpx.get(f"{url}/v1/info").json()["checkpoint"] == new
