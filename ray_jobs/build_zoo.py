@@ -197,8 +197,8 @@ def blocks_of(n: int, *, most: int, workers: int) -> list[slice]:
 
 def work(run: Run) -> None:
     """The whole job."""
-    ensure_generic(run)
     start_ray()
+    ensure_generic(run)
     build_zoo(run, "zoo")
 
 

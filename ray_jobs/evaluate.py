@@ -138,10 +138,13 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _tensors_of(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory but for its model card."""
+    """The manifest of a checkpoint directory as far as it is of tensors.
+
+    Cards differ, and configurations have keys that an earlier version did not know.
+    """
     check_manifest(directory)
     manifest = read_table(directory / MANIFEST, CheckpointError)
-    return {name: digest for name, digest in manifest.items() if name != "README.md"}
+    return {name: digest for name, digest in manifest.items() if name.endswith(".safetensors")}
 
 
 def work(run: Run) -> None:

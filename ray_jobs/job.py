@@ -22,7 +22,7 @@ from ray_jobs.process import settle_in
 from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config
 from tina.errors import ConfigError, TinaError
-from tina.provenance import commit
+from tina.provenance import commit, cores
 from tina.run import Run
 from tina.stores import is_uri
 
@@ -71,7 +71,8 @@ def run_job(
         # the code that started the run is the one to name, whatever is checked out at its end
         os.environ.setdefault("TINA_COMMIT", commit())
         run = Run(config)
-        run.claim()
+        with run.place.named():
+            run.claim()
         settle_in()
         try:
             with run.place.named():
@@ -189,7 +190,7 @@ def start_ray() -> None:
     )
     if SUBMITTED in os.environ and os.environ.get("OMP_NUM_THREADS") == "1" and not own_share():
         # what Ray gives to a job's process that asks for no CPUs, however many its node has
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
 
 
 def leave_ray() -> None:

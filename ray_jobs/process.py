@@ -21,7 +21,7 @@ def settle_in(*, threads: int | None = None) -> None:
     Other C libraries stay as they are.
 
     Args:
-        threads: Torch's; default: all cores.
+        threads: Torch's; default: as they are (in a process of Ray's as many as CPUs asked for).
     """
     if threads is not None:
         torch.set_num_threads(threads)

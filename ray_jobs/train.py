@@ -298,7 +298,7 @@ def build_trainer(
         train_on_rank,
         train_loop_config={"config": run.config, "base": run.base, "judge": judge},
         scaling_config=ScalingConfig(
-            num_workers=cluster.train_workers, use_gpu=on_gpu(), resources_per_worker=each
+            num_workers=cluster.train_workers, use_gpu="GPU" in each, resources_per_worker=each
         ),
         datasets=streams,
         # every rank takes the whole zoo: which rows a step reads must not depend on their number

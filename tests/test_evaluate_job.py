@@ -19,6 +19,7 @@ from ray_jobs.job import run_job
 from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.errors import ConfigError, DataError
 from tina.evaluation import CELL_TASKS
+from tina.files import hash_file
 from tina.metrics import Score
 from tina.run import Run
 
@@ -48,7 +49,9 @@ def without_ray(tiny_run, monkeypatch):
     monkeypatch.setattr(
         ray_jobs.evaluate,
         "build_zoo",
-        lambda run, kind: shutil.copytree(tiny_run.folder / kind, run.folder / kind),
+        lambda run, kind: shutil.copytree(
+            tiny_run.folder / kind, run.folder / kind, dirs_exist_ok=True
+        ),
     )
     monkeypatch.setattr(ray_jobs.evaluate, "spread", lambda run, found: found.score_here())
 
@@ -107,6 +110,19 @@ def test_a_checkpoint_of_another_generator_is_refused(run, tiny_run, without_ray
         evaluate(run)
     assert files(run.checkpoint) == before
     assert not run.report_file.exists()
+
+
+def test_a_checkpoint_with_a_key_more_is_of_the_same_generator(run, without_ray, capsys):
+    """As a later version writes it."""
+    evaluate(run)
+    file, manifest = run.checkpoint / "config.json", run.checkpoint / "manifest.json"
+    file.write_text(file.read_text() + "\n")
+    names = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(names | {file.name: hash_file(file)}))
+    before = files(run.checkpoint)
+    evaluate(run)
+    assert files(run.checkpoint) == before
+    assert "was released before and keeps its card" in capsys.readouterr().out
 
 
 def test_the_checkpoint_is_released_with_its_numbers(run, without_ray):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tina.evaluation
 import tina.novelty
@@ -998,6 +999,23 @@ def test_a_class_that_nothing_knows_has_the_row_that_its_name_inherits(tiny_gene
         assert torch.equal(predict(task(1, 8))[1][1], own[1])
     torch.testing.assert_close(ridge(unseen, zoo, penalty=1e9)(task(1, 8))[1], own)
     torch.testing.assert_close(Mixer(unseen, zoo, num_classes=10)((1, 8))[1], own)
+
+
+def test_what_a_p_model_inherited_is_no_residual(tiny_generator):
+    """Also where two names are so near that a class inherits of both."""
+    vocabulary = tiny_generator.vocabulary
+    embeddings = vocabulary.embeddings.clone()
+    embeddings[1] = F.normalize(embeddings[1] + 30 * embeddings[3], dim=0)
+    near = replace(tiny_generator, vocabulary=replace(vocabulary, embeddings=embeddings))
+    sets = [(1, 3), (1, 5, 7), (3, 9), (2, 1, 6)]
+    zoo = make_zoo(near, [(ids, *near.inherit_classes(ids)) for ids in sets])
+    body, rows = near.inherit_classes((1, 3, 9))
+    assert not torch.allclose(rows, near.generic.select((1, 3, 9)), atol=1e-3)
+    mixer = Mixer(near, zoo, num_classes=10)
+    mixer.shares[-1].bias.data.fill_(1)
+    for found in (ridge(near, zoo, penalty=0.01)(task(1, 3, 9)), mixer((1, 3, 9))):
+        torch.testing.assert_close(found[0], body, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[1], rows, atol=1e-5, rtol=1e-4)
 
 
 def test_nearest_is_what_has_a_near_class_for_each_of_the_tasks(tiny_generator, random_zoo):

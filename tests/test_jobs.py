@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from ray_jobs import build_zoo
 from ray_jobs.job import run_job
 from ray_jobs.quickstart import work
 from tina.checkpoint import check_manifest, load_generator
@@ -161,6 +162,24 @@ def test_work_is_given_the_run_and_its_folder_keeps_the_configuration(config_fil
     kept = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert config_from_dict(JobConfig, kept) == run.config
     assert Run.open(run.folder).config == run.config
+
+
+def test_a_key_that_a_runs_own_configuration_has_too_many_is_told_as_such(config_file, capsys):
+    runs = []
+    assert start(runs.append, ["--config", str(config_file)]) == 0
+    file = runs[0].folder / "config.yaml"
+    file.write_text(file.read_text() + "another: 1\n")
+    assert start(runs.append, ["--config", str(config_file)]) == 2
+    assert f"error: {file}: " in capsys.readouterr().err
+    assert len(runs) == 1
+
+
+def test_the_generic_model_is_trained_with_the_threads_that_joining_ray_gives(monkeypatch):
+    order = []
+    for name in ("start_ray", "ensure_generic", "build_zoo"):
+        monkeypatch.setattr(build_zoo, name, lambda *_, name=name: order.append(name))
+    build_zoo.work(None)
+    assert order == ["start_ray", "ensure_generic", "build_zoo"]
 
 
 def test_an_error_of_the_users_ends_with_2(config_file, capsys):

@@ -186,6 +186,15 @@ def test_seeds_are_resampled():
     )
 
 
+def test_a_seed_that_is_bad_for_all_tasks_does_not_average_away():
+    scores = [score(np.repeat([[1], [0]], 30, axis=1)) for _ in range(50)]
+    found = resample([hits(scores)] * 2, apart(scores), count=4000, seed=0)
+    assert [np.isclose(found[:, 0], value).mean() for value in (0, 0.5, 1)] == pytest.approx(
+        [0.25, 0.5, 0.25], abs=0.03
+    )
+    assert (found[:, 0] == found[:, 1]).all()  # of as many seeds: the same noise
+
+
 def test_a_method_differs_from_itself_by_exactly_nothing():
     rng = np.random.default_rng(0)
     scores = [score(rng.random((1, 20)) < 0.7) for _ in range(12)]

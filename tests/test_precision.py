@@ -42,6 +42,19 @@ def test_what_was_settled_before_is_kept(monkeypatch, saved):
     assert settle(values, {})["train"]["precision"] == "fp32"
 
 
+def test_a_gpu_does_not_speak_for_the_cpu_that_trains_the_generic_model(monkeypatch):
+    cpu_with(monkeypatch, "avx2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    auto = {"precision": "auto"}
+    found = settle({"classifier": {"generic": auto, "direct": auto}, "train": auto}, {})
+    assert found["classifier"] == {
+        "generic": {"precision": "fp32"},
+        "direct": {"precision": "bf16"},
+    }
+    assert found["train"] == {"precision": "bf16"}
+
+
 def test_a_run_goes_on_as_it_began_on_another_machine(monkeypatch, tiny_run, tmp_path, capsys):
     config = tiny_run.config
     asked = unsettled(config, storage=str(tmp_path))

@@ -1,8 +1,10 @@
 """The commit that numbers name: the code's own, or none."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 from tina import provenance
 
@@ -50,12 +52,28 @@ def test_a_repository_counts_where_it_holds_the_code(monkeypatch, tmp_path):
             "cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: EPYC\n\nmodel\t: 2\n",
             "EPYC (cpu family 25, model 1)",
         ),
-        ("model name\t: Some ARM\n", "Some ARM,"),
+        ("model name\t: Some ARM\n", "Some ARM (1 used),"),
         ("BogoMIPS\t: 50.00\n", provenance.platform.machine()),
     ],
 )
 def test_hardware_tells_generations_of_one_name_apart(monkeypatch, tmp_path, info, words):
     file = tmp_path / "cpuinfo"
     file.write_text(info)
-    monkeypatch.setattr(provenance, "Path", lambda _: file)
+    monkeypatch.setattr(
+        provenance, "Path", lambda name: file if name == "/proc/cpuinfo" else Path(name)
+    )
     assert f"cores of {words}" in provenance.hardware()
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [("max 100000", 64), ("250000 100000", 2), ("50000 100000", 1), (None, 64)]
+)
+def test_cores_are_those_of_the_containers_share(monkeypatch, tmp_path, limit, count):
+    file = tmp_path / "cpu.max"
+    if limit:
+        file.write_text(f"{limit}\n")
+    monkeypatch.setattr(provenance, "Path", lambda name: file if "cpu.max" in name else Path(name))
+    monkeypatch.setattr(provenance.os, "sched_getaffinity", lambda _: range(64))
+    assert provenance.cores() == count
+    one = "" if count == 1 else " (1 used)"  # of torch's threads, in tests
+    assert provenance.hardware().endswith(f"{one}, torch {torch.__version__}")

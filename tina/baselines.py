@@ -107,7 +107,7 @@ def ridge(generator: Generator, zoo: Zoo, *, penalty: float) -> Baseline:
         torch.stack([body for body, _ in pairs]), bodies - generator.generic.body, penalty
     )
     residuals = [
-        rows[z, : len(class_ids)] - generator.generic.select(class_ids)
+        rows[z, : len(class_ids)] - generator.inherit_classes(class_ids)[1]
         for z, class_ids in enumerate(zoo.class_ids)
     ]
     row_map = _least_squares(torch.cat([x for _, x in pairs]), torch.cat(residuals), penalty)

@@ -96,6 +96,19 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     return _build(cls, parse)
 
 
+def read_config(cls: type[T], file: Path) -> T:
+    """The config that a file holds.
+
+    Raises:
+        ConfigError: As `read_yaml` and `parse_config`; it names the file.
+    """
+    values = read_yaml(file)
+    try:
+        return config_from_dict(cls, values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """What a configuration's file holds.
 

@@ -59,9 +59,10 @@ def resample(
     """Bootstrap means (B, M) of M methods' values on the same T tasks.
 
     Tasks and images are crossed: one image is in many tasks, and what is hard about it is hard in
-    all of them. So each resample draws tasks with replacement and, once for all tasks, a weight of
-    each image (exponential: Rubin 1981's Bayesian bootstrap), beside each task's seeds. Crossed
-    draws err towards wider intervals (Owen 2007). All methods share the draws of tasks and images,
+    all of them; so are seeds, as all tasks of one begin with the same noise. So each resample
+    draws tasks with replacement and, once for all tasks, seeds and a weight of each image
+    (exponential: Rubin 1981's Bayesian bootstrap). Crossed draws err towards wider intervals (Owen
+    2007). All methods share the draws of tasks and images, those of as many seeds the seeds' too,
     so differences are paired.
 
     Args:
@@ -73,14 +74,14 @@ def resample(
     within = np.empty((count, tasks, len(values)))
     places = np.unique(np.concatenate(images))
     drawn_images = rng.exponential(size=(count, len(places)))  # (B, I)
+    numbers = {len(method[0]) for method in values}
+    seeds = {s: rng.multinomial(s, np.full(s, 1 / s), size=count) / s for s in sorted(numbers)}
     for t in range(tasks):
         weights = drawn_images[:, np.searchsorted(places, images[t])]  # (B, N)
         weights /= weights.sum(1, keepdims=True)
         for m, method in enumerate(values):
             per_seed = weights @ method[t].T.astype(float)  # (B, S)
-            s = per_seed.shape[1]
-            seeds = rng.multinomial(s, np.full(s, 1 / s), size=count) / s
-            within[:, t, m] = (per_seed * seeds).sum(1)
+            within[:, t, m] = (per_seed * seeds[len(method[t])]).sum(1)
     drawn = rng.integers(tasks, size=(count, tasks))
     means: Array = np.take_along_axis(within, drawn[:, :, None], 1).mean(1)
     return means

@@ -44,7 +44,7 @@ class Mixer(nn.Module):
         # a class's row in each p-model less the one it inherits; zero where it has none
         self.rows = torch.zeros(num_classes, len(rows), self.layout.row_size)
         for z, class_ids in enumerate(zoo.class_ids):
-            own = generator.generic.select(class_ids)
+            _, own = generator.inherit_classes(class_ids)
             self.rows[list(class_ids), z] = rows[z, : len(class_ids)] - own
         last = nn.Linear(HIDDEN, (len(self.layout.body) + 1) * len(rows))
         nn.init.zeros_(last.weight)

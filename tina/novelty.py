@@ -12,6 +12,7 @@ from tina.baselines import classifier_selection, nearest_pmodel
 from tina.evaluation import Evaluation
 from tina.finetune import Lesson, finetune
 from tina.metrics import overlap
+from tina.precision import has_bf16
 from tina.tasks import Task
 
 TIMED_STEPS, WARM_UP_STEPS = 50, 3
@@ -93,13 +94,14 @@ def timing(evaluation: Evaluation) -> dict[str, float]:
             times.append(time.perf_counter() - begin)
         return 1000 * median(times) / batch
 
-    recipe = generator.config.classifier.direct
+    recipe = generator.config.classifier.direct  # on the CPU here, perhaps on a GPU in the job
     steps = min(recipe.steps, max(TIMED_STEPS, recipe.steps // 20))
     theta = generator.theta(*classifier_selection(generator)(task))
     lesson = Lesson.of(evaluation.dataset, task.class_ids, seed=0)
 
     def tune(steps: int) -> None:
-        part = replace(recipe, steps=steps)
+        fast = recipe.precision if has_bf16(cpu=True) else "fp32"
+        part = replace(recipe, steps=steps, precision=fast)
         finetune(generator.family, [theta], [lesson], evaluation.store, part, stacked=False)
 
     tune(WARM_UP_STEPS)

@@ -15,28 +15,35 @@ import torch
 from tina.config import Precision
 from tina.errors import ConfigError
 
+ON_CPU = "generic"
+"""The recipe of the generic model, which the job's own process trains on its CPU."""
 
-def has_bf16() -> bool:
-    """Whether this machine's GPU, or without one its CPU, computes in bf16."""
-    if torch.cuda.is_available():
+
+def has_bf16(*, cpu: bool = False) -> bool:
+    """Whether this machine's GPU computes in bf16; without one, or if asked so, its CPU."""
+    if torch.cuda.is_available() and not cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def settle(values: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def settle(
+    values: Mapping[str, Any], saved: Mapping[str, Any], *, cpu: bool = False
+) -> dict[str, Any]:
     """A configuration's plain values with each `precision: auto` replaced.
 
     Args:
         saved: Those of the same run when it was claimed before; what stands there is kept.
+        cpu: Whether it is of what a CPU computes, also beside a GPU.
     """
     settled = dict(values)
     for key, value in values.items():
         before = saved.get(key)
         if isinstance(value, Mapping):
-            settled[key] = settle(value, before if isinstance(before, Mapping) else {})
+            known = before if isinstance(before, Mapping) else {}
+            settled[key] = settle(value, known, cpu=cpu or key == ON_CPU)
         elif key == "precision" and value == "auto":
-            settled[key] = before or ("bf16" if has_bf16() else "fp32")
+            settled[key] = before or ("bf16" if has_bf16(cpu=cpu) else "fp32")
     return settled
 
 

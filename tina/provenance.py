@@ -34,7 +34,7 @@ def _git(*words: str) -> str:
 
 
 def hardware() -> str:
-    """What ran: processor, cores, GPU, torch.
+    """What ran: processor, cores and how many of them torch uses, GPU, torch.
 
     Family and model stand behind a processor's name, which may be that of several generations.
     """
@@ -46,4 +46,16 @@ def hardware() -> str:
             numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
             processor = f"{name} ({', '.join(numbers)})" if numbers else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{len(os.sched_getaffinity(0))} cores of {processor}{gpu}, torch {torch.__version__}"
+    count, threads = cores(), torch.get_num_threads()
+    used = "" if threads == count else f" ({threads} used)"
+    return f"{count} cores of {processor}{used}{gpu}, torch {torch.__version__}"
+
+
+def cores() -> int:
+    """Cores that this process may use: those of its affinity, as far as its container's share goes.
+
+    Source: cpu.max of Linux's control groups, version 2.
+    """
+    count, limit = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "")
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))

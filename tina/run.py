@@ -32,7 +32,7 @@ from tina.checkpoint import attach_trunk, load_generator, save_generator
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
-from tina.configio import config_from_dict, config_to_dict, read_yaml
+from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import TableEncoder, build_encoder
@@ -86,7 +86,7 @@ class Run:
             raise ConfigError(f"{location} holds no run: it has no config.yaml")
         storage, name = split(str(location))
         with place.named():
-            config = config_from_dict(JobConfig, read_yaml(file))
+            config = read_config(JobConfig, file)
         return cls(replace(config, storage=storage, name=name))  # it may have been moved since
 
     @property
@@ -135,7 +135,7 @@ class Run:
         file = self.place.fetch("config.yaml")
         found = {}
         if file.is_file():  # with today's defaults for keys that it was made without
-            found = config_to_dict(config_from_dict(JobConfig, read_yaml(file)))
+            found = config_to_dict(read_config(JobConfig, file))
         asked = config_to_dict(self.config)
         mine = settle(asked, found)
         if mine != asked:

@@ -84,7 +84,7 @@ class Progress:
     def save(self, file: Path) -> None:
         """One safetensors file."""
         tensors = {f"ema.{name}": value for name, value in self.ema.items()}
-        tensors |= {f"best.{name}": value.clone() for name, value in self.best.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors["step"] = torch.tensor(self.step)
         tensors["best_accuracy"] = torch.tensor(self.best_accuracy, dtype=torch.float64)
         tensors["top"] = self.top
