@@ -7,7 +7,8 @@ names of the ten are said otherwise (or, by pictures, all), and the classifier i
 images of the classes that were meant: accuracy minus that under the true names, paired by set. What
 an encoder cannot encode is left out and listed. Nothing here reads `report` images.
 
-picture     one `fit` picture of the class in place of its name
+picture     one picture of the class in place of its name, from `select` images that no classifier
+            is judged on: the generic model, which says what is seen, knows the `fit` ones
 pictures    five of them
 wording     the same name out of another vocabulary, with another template (table encoders): the
             table's last
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
+from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Array
 from tina.prompts import Vocabulary
@@ -49,6 +51,7 @@ from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SETS, SHARES = 60, (0.1, 0.25, 0.5)
 PICTURES = {"picture": 1, "pictures": 5}
+SHOWN = 10  # `select` images of each class that are there for prompts
 FOREIGN = (
     *("violin", "pizza", "scarf", "trumpet", "umbrella", "guitar", "refrigerator", "candle"),
     *("wheelchair", "necklace", "sandwich", "scissors", "microphone", "pasta", "flag", "drum"),
@@ -127,8 +130,8 @@ class Speaker:
 
     def shown(self, name: str, rng: np.random.Generator, *, count: int) -> Tensor:
         """So many pictures of the class."""
-        places = self.run.dataset.indices("fit", self.run.dataset.class_ids([name]))
-        few = torch.from_numpy(rng.integers(len(places), size=count))
+        places = for_prompts(self.run, self.run.dataset.class_ids([name]))
+        few = torch.from_numpy(rng.permutation(len(places))[:count])
         return self.generator.embed_shots(self.run.store[places[few]])
 
     def wording(self, name: str, rng: np.random.Generator) -> Tensor | None:
@@ -137,6 +140,18 @@ class Speaker:
             return None
         found = self.encoder.wordings(name)
         return found[-1] if len(found) else None
+
+
+def for_prompts(run: Run, class_ids: Sequence[int]) -> Tensor:
+    """The `select` images of classes that are shown in prompts, and judged by in none."""
+    each = [run.dataset.indices("select", [c])[:SHOWN] for c in class_ids]
+    return torch.cat(each)
+
+
+def unseen(run: Run, lesson: Lesson) -> Lesson:
+    """A lesson without the images that prompts may show."""
+    kept = ~torch.isin(lesson.index, for_prompts(run, lesson.class_ids))
+    return replace(lesson, index=lesson.index[kept], labels=lesson.labels[kept])
 
 
 def typo(name: str, rng: np.random.Generator) -> str:
@@ -190,7 +205,8 @@ def main() -> None:
     run = Run.open(args.run)
     generator = load_generator(run.trained)
     speaker = Speaker(generator=generator, encoder=build_encoder(run.config.prompt), run=run)
-    sets, lessons = select_lessons(run, SETS)
+    sets, whole = select_lessons(run, SETS)
+    lessons = [unseen(run, lesson) for lesson in whole]
     true, mask = generator.vocabulary.of(sets)
 
     def score(embeddings: Tensor, *, untrained: bool = False) -> list[Array]:

@@ -65,7 +65,9 @@ class ServeArgs(BaseModel):
     max_queued: int = Field(64, ge=1, description="Requests that wait for a replica, then 503.")
     in_time_s: float = Field(1, gt=0, description="Seconds; requests that would take longer: 503.")
     cache_mb: float = Field(64, ge=0, description="Generated models kept by a replica.")
-    keep_s: float = Field(86_400, gt=0, description="Seconds that large prompts are kept.")
+    keep_s: float = Field(
+        86_400, gt=0, description="Seconds that large prompts are kept, 1 GiB at most."
+    )
     familiarity_threshold: float = Field(0.5, ge=0, le=1)
     cors_origins: list[str] = []
 

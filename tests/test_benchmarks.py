@@ -338,6 +338,17 @@ def test_a_share_of_the_names_is_said_otherwise(tiny_run, tiny_generator, share,
     assert prompts.said_otherwise(speaker, sets, "wording", share) is None
 
 
+def test_no_classifier_is_judged_by_a_picture_that_prompts_show(tiny_run, monkeypatch):
+    monkeypatch.setattr(prompts, "SHOWN", 3)
+    for classes in ((0, 1, 2), (5, 3)):
+        whole = Lesson.of(tiny_run.dataset, classes, seed=0, partition="select")
+        left, shown = prompts.unseen(tiny_run, whole), prompts.for_prompts(tiny_run, classes)
+        assert len(shown) == 3 * len(classes)
+        assert sorted([*left.index.tolist(), *shown.tolist()]) == sorted(whole.index.tolist())
+        asked = torch.tensor(classes)[left.labels]
+        assert torch.equal(asked, torch.as_tensor(tiny_run.dataset.labels)[left.index])
+
+
 # --- zoo building and training --------------------------------------------------------------------
 
 
