@@ -661,6 +661,15 @@ def test_a_body_that_does_not_come_in_time(post, monkeypatch):
     refused(post("/v1/models", content=slow(), headers={"content-type": "application/json"}), 408)
 
 
+@contextlib.asynccontextmanager
+async def posting(app):
+    """A call that asks an application for a model with some content."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
+        await client.get("/healthz")  # the application is put together
+        yield partial(client.post, "/v1/models", headers={"content-type": "application/json"})
+
+
 def test_beyond_many_slow_bodies_only_fast_ones_are_waited_for(backend, ids, monkeypatch):
     monkeypatch.setattr(plumbing, "MAX_AWAITED", 2)
     monkeypatch.setattr(plumbing, "CROWDED_S", 0.05)
@@ -671,16 +680,12 @@ def test_beyond_many_slow_bodies_only_fast_ones_are_waited_for(backend, ids, mon
         await end.wait()
 
     async def ask():
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
-            kind = {"content-type": "application/json"}
-            send = partial(client.post, "/v1/models", headers=kind)
-            await client.get("/healthz")  # the application is put together
+        async with posting(app) as send:
             first = [asyncio.create_task(send(content=slow())) for _ in range(2)]
             while gatekeeper(app).awaited < 2:
                 await asyncio.sleep(0.01)
             refused(await send(content=slow()), 503)
-            assert (await client.post("/v1/models", json=THREE)).status_code == 201
+            assert (await send(json=THREE)).status_code == 201
             end.set()
             for each in await asyncio.gather(*first):
                 refused(each, 400)
@@ -702,11 +707,7 @@ def test_only_so_much_of_large_bodies_is_held(backend, ids, monkeypatch):
         yield json.dumps(THREE).encode()
 
     async def ask():
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://tina") as client:
-            kind = {"content-type": "application/json"}
-            send = partial(client.post, "/v1/models", headers=kind)
-            await client.get("/healthz")  # the application is put together
+        async with posting(app) as send:
             first = asyncio.create_task(send(content=upload()))
             while gatekeeper(app).held < len(part):
                 await asyncio.sleep(0.01)
