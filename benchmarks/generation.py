@@ -45,6 +45,7 @@ from tina.diffusion import advance, as_x0, begin
 from tina.files import write_text
 from tina.finetune import Lesson, accuracy, finetune, initial_theta
 from tina.generator import Generator, new_denoiser
+from tina.novelty import TIMED_STEPS
 from tina.precision import has_bf16, settle
 from tina.prompts import pad
 from tina.run import Run
@@ -64,7 +65,7 @@ class Length:
     Args:
         calls: Of the pipeline in a turn, by batch.
         steps: Of the paper's denoiser in a turn, by batch.
-        share: Of the fine-tuning recipe's steps in a turn, at least `FEWEST`.
+        share: Of the fine-tuning recipe's steps in a turn, at least `TIMED_STEPS`.
     """
 
     turns: int
@@ -73,7 +74,6 @@ class Length:
     share: float
 
 
-FEWEST = 50  # steps; of fewer the time to begin is a good part
 LONG = Length(turns=5, calls={1: 40, 8: 12, 64: 4}, steps={1: 10, 8: 5, 64: 2}, share=0.02)
 SHORT = Length(turns=3, calls={1: 5, 8: 2, 64: 1}, steps={1: 2, 8: 1, 64: 1}, share=0.005)
 
@@ -155,7 +155,7 @@ def direct_seconds(generator: Generator, share: float, *, threads: int) -> float
     index = torch.arange(shape[0])
     lesson = Lesson(class_ids=tuple(range(classes)), index=index, labels=index % classes, seed=0)
     recipe = direct_recipe(generator)
-    steps = min(recipe.steps, max(FEWEST, round(recipe.steps * share)))
+    steps = min(recipe.steps, max(TIMED_STEPS, round(recipe.steps * share)))
     short = replace(recipe, steps=steps)
     theta = initial_theta(family, classes, seed=0)
     before = torch.get_num_threads()

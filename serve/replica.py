@@ -340,11 +340,11 @@ class Replica:
     async def _picture(self, file: bytes, field: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture (1, C, H, W), made small at once: many large ones fit in no memory."""
         channels = self.pipe.generator.family.channels
-        # each scan of a progressive JPEG goes over all pixels, and none needs many bytes
-        if file.startswith(JPEG) and (scans := file.count(JPEG_SCAN)) > MAX_SCANS:
-            raise Problem.of_field(field, f"is a JPEG of {scans} scans, more than {MAX_SCANS}")
 
         def read() -> Tensor:
+            # each scan of a progressive JPEG goes over all pixels, and none needs many bytes
+            if file.startswith(JPEG) and (scans := file.count(JPEG_SCAN)) > MAX_SCANS:
+                raise Problem.of_field(field, f"is a JPEG of {scans} scans, more than {MAX_SCANS}")
             return cut(
                 read_image(
                     io.BytesIO(file), channels=channels, max_pixels=MAX_PIXELS, formats=PICTURES
