@@ -28,6 +28,7 @@ from serve.ids import Ids, Recipe, load_key
 from serve.made import Made
 from serve.problems import RETRY_AFTER_S, Problem, overloaded
 from tina.errors import ConfigError
+from tina.names import FAMILIAR
 from tina.schemas import Format, Info, ModelRequest
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class ServeArgs(BaseModel):
     keep_s: float = Field(
         86_400, gt=0, description="Seconds that large prompts are kept, 1 GiB at most."
     )
-    familiarity_threshold: float = Field(0.5, ge=0, le=1)
+    familiarity_threshold: float = Field(FAMILIAR, ge=0, le=1)
     cors_origins: list[str] = []
 
     @model_validator(mode="after")

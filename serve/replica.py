@@ -38,6 +38,7 @@ from tina.classifiers import VitB32Head, predict_many
 from tina.errors import ConfigError, DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
+from tina.names import unfamiliar
 from tina.pipeline import GeneratedModel, TinaPipeline
 from tina.prompts import check_task
 from tina.schemas import (
@@ -271,8 +272,8 @@ class Replica:
                 self._cache[key] = model
         return model, anew
 
-    def _far(self, model: GeneratedModel) -> list[int]:
-        return [i for i, value in enumerate(model.familiarity) if value < self.threshold]
+    def _far(self, model: GeneratedModel) -> dict[int, str]:
+        return unfamiliar(model.class_names, model.familiarity, self.threshold)
 
     async def _made(
         self, recipe: Recipe, model: GeneratedModel, format: Format, *, anew: bool
@@ -285,11 +286,10 @@ class Replica:
                 raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
         family = model.family
-        far = "is not close to anything the generator was trained on"
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,
-            warnings=tuple(f"{model.class_names[i]!r} {far}" for i in self._far(model)),
+            warnings=tuple(self._far(model).values()),
             family=family.name,
             parameters=model.theta.numel(),
             input_shape=(family.channels, family.image_size, family.image_size),

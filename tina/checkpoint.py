@@ -32,7 +32,7 @@ from tina.codec import Codec, codec_shapes
 from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
-from tina.errors import CheckpointError, TinaError
+from tina.errors import CheckpointError, TinaError, one_line
 from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
@@ -151,8 +151,9 @@ def load_generator(directory: Path) -> Generator:
     except CheckpointError:
         raise
     except (TinaError, SafetensorError, OSError, *_MALFORMED) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{directory} does not fit its configuration: {reason}") from error
+        raise CheckpointError(
+            f"{directory} does not fit its configuration: {one_line(error)}"
+        ) from error
 
 
 def _exactly(found: Collection[str], wanted: set[str], *, file: str) -> None:

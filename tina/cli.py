@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = Path("runs/quickstart/checkpoint")
 PACKAGED = "tina-cifar100-cnn5k or tina-mini-imagenet-cnn5k"
-FAMILIAR = 0.5  # below this a class is called far from all that the generator was trained on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +49,7 @@ def generate(args: argparse.Namespace) -> None:
     _check_outputs(outputs, force=args.force)
     from tina.files import write_whole
     from tina.images import read_image, shrink
-    from tina.names import normalise_name
+    from tina.names import normalise_name, unfamiliar
     from tina.pipeline import GeneratedModel
     from tina.prompts import split_sentence
 
@@ -90,9 +89,8 @@ def generate(args: argparse.Namespace) -> None:
     _print_table({"class": "familiarity"} | {name: f"{x:.2f}" for name, x in familiarity.items()})
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
-    for name in [name for name, value in familiarity.items() if value < FAMILIAR]:
-        far = "is not close to anything the generator was trained on"
-        print(f"warning: {name!r} {far}", file=sys.stderr)
+    for warning in unfamiliar(model.class_names, model.familiarity).values():
+        print(f"warning: {warning}", file=sys.stderr)
     new = not args.image and (given or set(keys) - set(pipe.generator.vocabulary.names))
     if new and not pipe.is_semantic:
         print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from tina.errors import ConfigError
+from tina.errors import ConfigError, one_line
 from tina.storage import at_hand
 from tina.stores import is_uri
 
@@ -51,7 +51,7 @@ def _build(cls: type[T], parse: Callable[[], T]) -> T:
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
             cause = cause.__cause__ or cause.__context__
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "must be a mapping, not NoneType" in reason:
             reason = "a section is empty: give it a key, or leave it out"
         signs = ("not accept option", "is not accepted", "unrecognized arguments")
@@ -120,8 +120,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{file} is not readable YAML: {reason}") from error
+        raise ConfigError(f"{file} is not readable YAML: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds no configuration")
     return found

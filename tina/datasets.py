@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from tina.config import DataConfig
-from tina.errors import DataError
+from tina.errors import DataError, one_line
 from tina.names import normalise_name
-from tina.sources import Item, Listing, Source, find_source, one_line
+from tina.sources import Item, Listing, Source, find_source
 from tina.storage import user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
 from tina.views import Views

@@ -18,7 +18,10 @@ __all__ = [
     "NonFiniteError",
     "PromptError",
     "TinaError",
+    "one_line",
 ]
+
+MOST_CHARACTERS = 500  # a network's missing tensors would fill pages
 
 
 class TinaError(Exception):
@@ -43,3 +46,8 @@ class CheckpointError(TinaError, ValueError):
 
 class NonFiniteError(TinaError, ArithmeticError):
     """A NaN or infinity where a finite number belongs."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or its type's name where it has none, as one line of bounded length."""
+    return " ".join(str(error).split())[:MOST_CHARACTERS] or type(error).__name__

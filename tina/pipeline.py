@@ -22,7 +22,7 @@ from torch import Tensor
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
-from tina.errors import CheckpointError, ConfigError, PromptError, TinaError
+from tina.errors import CheckpointError, ConfigError, PromptError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
 from tina.files import hash_file, write_whole
 from tina.generator import Generator
@@ -116,8 +116,7 @@ def load_classifier(file: str | Path) -> Classifier:
     except TinaError:
         raise
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{file} is not a whole classifier: {reason}") from error
+        raise CheckpointError(f"{file} is not a whole classifier: {one_line(error)}") from error
 
 
 def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from tina.config import DataConfig
-from tina.errors import ConfigError, DataError
+from tina.errors import ConfigError, DataError, one_line
 from tina.storage import at_hand, user_cache
 
-__all__ = ["Item", "Listing", "Source", "find_source", "one_line"]
+__all__ = ["Item", "Listing", "Source", "find_source"]
 
 CLUTTER = "BACKGROUND_Google"  # Caltech-101's folder of random pictures is no class
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -93,11 +93,6 @@ def find_source(config: DataConfig) -> Source:
         return _FINDERS[config.name](config.name, root, False)
     except DataError as error:
         raise DataError(str(error).replace(str(root), given)) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- digits ---------------------------------------------------------------------------------------

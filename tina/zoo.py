@@ -22,7 +22,7 @@ from tina.classifiers import Family, InputStore, widen
 from tina.config import RecipeConfig
 from tina.configio import config_to_dict
 from tina.datasets import Dataset
-from tina.errors import DataError
+from tina.errors import DataError, one_line
 from tina.files import read_table, write_text
 from tina.finetune import Lesson, Progress, accuracy, finetune
 from tina.generic import GenericModel
@@ -173,8 +173,7 @@ def read_rows(folder: Path) -> pa.Table:
         table = pa.concat_tables([pq.read_table(file) for file in files])
         return table.select(zoo_schema(1).names)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{folder} holds an unreadable zoo file: {reason}") from error
+        raise DataError(f"{folder} holds an unreadable zoo file: {one_line(error)}") from error
 
 
 def zoo_of(table: pa.Table) -> Zoo:
