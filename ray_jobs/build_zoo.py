@@ -38,8 +38,10 @@ def ensure_generic(run: Run) -> None:
 
     Raises:
         ConfigError, DataError: The configured prompts cannot be had, which would be known too late.
+        DataError: It was trained on other images.
     """
     if run.generic_file.exists():
+        run.check_data()
         return
     run.check_prompts()
     recipe = run.config.classifier.generic
@@ -53,8 +55,11 @@ def ensure_generic(run: Run) -> None:
             seed=run.config.classifier.seed,
             progress=bar.update,
         )
-    save_generic(run.generic_file, generic, run.family)
-    run.base.keep(run.generic_file.name)
+    file = run.generic_file
+    if run.base.fetch(file.name, again=True).exists():
+        return  # another job of this run was faster, and its p-models may be on their way
+    save_generic(file, generic, run.family, run.dataset)
+    run.base.keep(file.name)
 
 
 class Teacher:

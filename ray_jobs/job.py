@@ -110,6 +110,7 @@ def _fail(error: Exception, job: str) -> int:
             message += f" If memory ran out: {cure}"
     if "ray" in sys.modules:
         leave_ray()
+    sys.stdout.flush()  # into a file it would come after the last line
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from tina.configio import config_to_dict
 from tina.errors import ConfigError
-from tina.files import hash_bytes
+from tina.files import write_text
 from tina.run import Run
 
 
@@ -25,14 +26,30 @@ NOWHERE = Tracker(lambda step, figures: None, lambda: None, lambda: None)
 
 
 def check_tracking(run: Run) -> None:
-    """Say before anything starts that a tracker's package is missing.
+    """Say before anything starts that a tracker's package is missing, or where it would write.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: It is not installed, or MLflow would write where no one looks.
     """
     kind = run.config.tracking
     if kind != "none" and not find_spec(kind):
         raise ConfigError(f"tracking is {kind}, which is not installed: pip install {kind}")
+    if kind == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(
+            "tracking is mlflow, which without MLFLOW_TRACKING_URI writes into the working "
+            "directory of a process of Ray's: name a server, or sqlite:////folder/mlflow.db"
+        )
+
+
+def identity(run: Run) -> str:
+    """Names a training's curves, for as long as its states are there."""
+    name = "train/tracking_id"
+    file = run.place.fetch(name)
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, secrets.token_hex(8))
+        run.place.keep(name)
+    return file.read_text()
 
 
 def open_tracking(run: Run, *, start: int) -> Tracker:
@@ -64,13 +81,13 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
 
         found = mlflow.search_runs(
             search_all_experiments=True,
-            filter_string=f"tags.tina_run = '{run.place.location}'",
+            filter_string=f"tags.tina_id = '{identity(run)}'",
             output_format="list",
         )
         mlflow.start_run(
             run_id=found[0].info.run_id if found else None,
             run_name=run.config.name,
-            tags={"tina_run": run.place.location},
+            tags={"tina_id": identity(run), "tina_run": run.place.location},
         )
 
         def log_metrics(step: int, figures: Mapping[str, float]) -> None:
@@ -83,7 +100,7 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
         logged = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tina"),
             name=run.config.name,
-            id=hash_bytes(run.place.location.encode())[:16],
+            id=identity(run),
             dir=str(run.folder),
             config=config_to_dict(run.config),
             resume="allow",

@@ -8,10 +8,12 @@ go on from their last states.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import os
+import pickletools
+import re
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,6 +43,10 @@ byte takes no place of theirs."""
 
 SNAPSHOT_S = "2"
 SWEEP = "sweep.yaml"
+RESOURCES = ("workers", "cpus", "concurrent")
+EXPERIMENT = "experiment_state-"
+SNAPSHOT = r"[a-z_-]+-(\d.*)\.(?:json|pkl)"
+"""Tune's files of a start, by the time in their names."""
 ABOUT = "Search a space of configurations: --space FILE (required) is its YAML."
 NEEDS = "--space configs/tune_digits.yaml "
 
@@ -52,23 +58,52 @@ def refuse_another(sweep: Place, search: Search) -> None:
         ConfigError: It is another.
     """
     file = sweep.fetch(SWEEP)
-    if file.is_file() and read_yaml(file) != search.plain():
+    if file.is_file() and _search_alone(read_yaml(file)) != _search_alone(search.plain()):
         raise ConfigError(
             f"{sweep.location} holds a sweep of another space: "
             "choose another sweep.name or remove it"
         )
 
 
+def _search_alone(plain: dict[str, Any]) -> dict[str, Any]:
+    """A sweep's YAML without what its trials are given to run on, which changes no result."""
+    sweep = plain.get("sweep")
+    if not isinstance(sweep, dict):  # it was damaged, and equals none
+        return plain
+    return plain | {"sweep": {key: sweep[key] for key in sweep.keys() - set(RESOURCES)}}
+
+
 def restorable(sweep: Place) -> bool:
-    """Whether Tune can go on with a sweep. A snapshot that a crash cut off is removed."""
-    for name in sorted(fnmatch.filter(sweep.names(), "experiment_state-*.json"), reverse=True):
-        try:
-            json.loads(sweep.fetch(name, again=True).read_text())
-        except ValueError:  # Tune would start all over at the sight of it
-            sweep.remove(name)
-        else:
+    """Whether Tune can go on with a sweep. Of a snapshot that a crash cut off nothing is kept.
+
+    Each start writes one of several files, which have its time in their names. Tune takes the
+    newest of each kind: it starts all over at the sight of one that it cannot read, and waits for
+    ever for trials that only the searcher of another start knows.
+    """
+    starts: dict[str, list[str]] = {}
+    for name in sweep.names():
+        if found := re.fullmatch(SNAPSHOT, name):
+            starts.setdefault(found[1], []).append(name)
+    for names in [starts[start] for start in sorted(starts, reverse=True)]:
+        experiment = any(name.startswith(EXPERIMENT) for name in names)
+        if experiment and all(_is_whole(sweep.fetch(name, again=True)) for name in names):
             return True
+        for name in names:
+            sweep.remove(name)
     return False
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of a snapshot, JSON or a pickle, can be read to its end."""
+    content = file.read_bytes()
+    try:
+        if file.name.startswith(EXPERIMENT):
+            json.loads(content)
+        else:
+            deque(pickletools.genops(content), maxlen=0)
+    except ValueError:
+        return False
+    return True
 
 
 def at_once(search: Search) -> int:

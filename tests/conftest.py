@@ -123,7 +123,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run.claim()
     recipe = run.config.classifier.generic
     generic = train_generic(run.family, run.dataset, run.space.seen, recipe, seed=0)
-    save_generic(run.generic_file, generic, run.family)
+    save_generic(run.generic_file, generic, run.family, run.dataset)
     write_rows(run, "zoo")
     write_rows(run, "direct")
     return run

@@ -26,8 +26,10 @@ from tina.config import DataConfig, JobConfig
 from tina.configio import config_from_dict, config_to_dict, parse_config
 from tina.datasets import load_dataset
 from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PromptError
+from tina.generic import GenericModel, save_generic
 from tina.images import read_image
 from tina.run import Run
+from tina.tensors import write_tensors
 from tina.zoo import open_zoo, read_zoo
 
 CHECKPOINT_FILES = (
@@ -701,6 +703,10 @@ def _no_work(run):
         (["--train.weight_loss", "-1"], "train.weight_loss must not be negative"),
         (["--train.min_snr", "-1"], "train.min_snr must not be negative"),
         (["--name", "../other"], "name must be a plain folder name"),
+        (["--name", "my run"], "name must be a plain folder name"),
+        (["--name", "run[1]"], "name must be a plain folder name"),
+        (["--name", "übung"], "name must be a plain folder name"),
+        (["--storage", "/runs[1]"], "storage must hold none of"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--tasks.min_classes", "9"], "got 9 and 6"),
         (["--cluster.train_workers", "3"], "must be a multiple of cluster.train_workers"),
@@ -775,6 +781,36 @@ def test_prompts_that_cannot_be_had_are_refused_before_anything_is_trained(workp
     assert run_job(ensure_generic, given + weights, name="build_zoo", about="Build.") == 2
     assert "no table of prompt vectors" in capsys.readouterr().err
     assert not list((workplace / "runs").iterdir())
+
+
+def test_a_generic_model_of_other_images_is_refused(workplace, capsys):
+    """Cut anew, the images of a data set that has grown are in other partitions."""
+    given = ["--name", "tiny", "--storage", str(workplace / "runs")]
+    run = Run(parse_config(JobConfig, given))
+    run.folder.mkdir(parents=True)
+    generic = GenericModel(class_ids=(0,), body=torch.zeros(1), rows=torch.zeros(1, 1))
+    save_generic(run.generic_file, generic, run.family, run.dataset)
+    assert run_job(ensure_generic, given, name="build_zoo", about="Build.") == 0
+    older = replace(run.dataset, fingerprint="of yesterday")
+    save_generic(run.generic_file, generic, run.family, older)
+    assert run_job(ensure_generic, given, name="build_zoo", about="Build.") == 2
+    assert "trained on other images than digits has now" in capsys.readouterr().err
+    write_tensors(run.generic_file, {"x": torch.zeros(1)})  # as files were before
+    assert run_job(ensure_generic, given, name="build_zoo", about="Build.") == 0
+
+
+def test_of_two_generic_models_the_first_one_stays(workplace, monkeypatch):
+    """A p-model may be on its way to it."""
+
+    def train(*_, **__):
+        run.generic_file.write_text("another job's")
+
+    given = ["--name", "tiny", "--storage", str(workplace / "runs")]
+    run = Run(parse_config(JobConfig, given))
+    run.folder.mkdir(parents=True)
+    monkeypatch.setattr("ray_jobs.build_zoo.train_generic", train)
+    ensure_generic(run)
+    assert run.generic_file.read_text() == "another job's"
 
 
 def test_a_run_is_not_continued_with_another_configuration(tiny_run, capsys):

@@ -482,7 +482,7 @@ def head_run(tiny_run, tmp_path):
     run = Run(replace(tiny_run.config, storage=str(tmp_path), classifier=classifier))
     run.claim()
     generic = train_generic(run.family, run.all_views, run.space.seen, short, seed=0)
-    save_generic(run.generic_file, generic, run.family)
+    save_generic(run.generic_file, generic, run.family, run.dataset)
     return run
 
 
@@ -504,7 +504,7 @@ def test_another_trunk_has_features_of_its_own(head_run):
     again = Run.open(head_run.folder)
     short = head_run.recipe("zoo")
     generic = train_generic(again.family, again.all_views, again.space.seen, short, seed=1)
-    save_generic(again.generic_file, generic, again.family)
+    save_generic(again.generic_file, generic, again.family, again.dataset)
     assert not torch.equal(Run.open(head_run.folder).store[torch.arange(5)], before)
 
 

@@ -190,6 +190,27 @@ def test_an_error_of_the_users_ends_with_2(config_file, capsys):
     assert capsys.readouterr().err == "error: the zoo is spoilt\n"
 
 
+def test_the_error_is_the_last_line_of_a_file_too(tmp_path):
+    """Where what was printed before it waits in a buffer."""
+    code = """if True:
+        import sys
+        from ray_jobs.job import run_job
+        from tina.errors import DataError
+        def work(run):
+            print("so far")
+            raise DataError("the zoo is spoilt")
+        sys.exit(run_job(work, sys.argv[1:], name="build_zoo", about="Build."))
+    """
+    environment = {key: os.environ[key] for key in os.environ if key != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-c", code, "--name", "x", "--storage", str(tmp_path)]
+    with (tmp_path / "log").open("w") as log:
+        assert subprocess.run(words, stdout=log, stderr=log, env=environment).returncode == 2
+    assert (tmp_path / "log").read_text().splitlines()[-2:] == [
+        "so far",
+        "error: the zoo is spoilt",
+    ]
+
+
 def test_an_error_of_ours_is_not_hidden(config_file, capsys):
     def work(run):
         raise ZeroDivisionError("a bug")

@@ -139,7 +139,18 @@ def test_curves_go_on_without_a_gap(tiny_run, tmp_path):
     assert [event.step for event in events.Scalars("weight_loss")] == [100, 200, 250]
 
 
-def test_wandb_knows_a_run_by_its_place(tiny_run, tmp_path, monkeypatch):
+def test_mlflow_needs_a_place(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_jobs.tracking.find_spec", lambda name: True)
+    run = Run(replace(trial(tiny_run, tmp_path).config, tracking="mlflow"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="without MLFLOW_TRACKING_URI"):
+        check_tracking(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    check_tracking(run)
+
+
+def test_wandb_knows_a_training_and_not_its_place(tiny_run, tmp_path, monkeypatch):
+    """Another training in the place of one that was removed has curves of its own."""
     begun = []
 
     def init(**options):
@@ -147,11 +158,13 @@ def test_wandb_knows_a_run_by_its_place(tiny_run, tmp_path, monkeypatch):
         return SimpleNamespace(define_metric=lambda *args, **options: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for storage in ("one", "other", "one"):
-        run = trial(tiny_run, tmp_path / storage)
+    run = trial(tiny_run, tmp_path)
+    for _ in range(2):
         open_tracking(Run(replace(run.config, tracking="wandb")), start=0)
-    first, second, again = (options["id"] for options in begun)
-    assert first == again != second
+    shutil.rmtree(run.folder / "train")
+    open_tracking(Run(replace(run.config, tracking="wandb")), start=0)
+    first, again, other = (options["id"] for options in begun)
+    assert first == again != other
     assert {options["name"] for options in begun} == {"trial"}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -17,6 +18,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.tune.search.search_generator import SearchGenerator
 
 from ray_jobs import tune
 from ray_jobs.sweep_report import is_default
@@ -136,6 +140,8 @@ def test_a_sweep_of_another_space_is_refused(search, tmp_path):
     tune.refuse_another(Place(tmp_path), search)
     file.write_text(yaml.safe_dump(search.plain()))
     tune.refuse_another(Place(tmp_path), search)
+    smaller = replace(search.sweep, workers=2, cpus=0.5, concurrent=1)
+    tune.refuse_another(Place(tmp_path), replace(search, sweep=smaller))
     for other in (
         replace(search, sweep=replace(search.sweep, trials=5)),
         replace(search, space={"train.lr": Domain("uniform", (1e-4, 1e-2))}),
@@ -147,16 +153,49 @@ def test_a_sweep_of_another_space_is_refused(search, tmp_path):
         tune.refuse_another(Place(tmp_path), search)
 
 
-def test_a_snapshot_that_was_cut_off_gives_way_to_the_one_before(tmp_path):
+SNAPSHOT = ("experiment_state-{}.json", "search_gen_state-{}.json", "searcher-state-{}.pkl")
+
+
+def snapshot(folder, start):
+    """What Tune keeps of a sweep since a start."""
+    files = [folder / name.format(start) for name in SNAPSHOT]
+    for file in files:
+        file.write_bytes(pickle.dumps({"live_trials": ["a", "b"]}))
+    files[0].write_text('{"trial_data": []}')
+    return files
+
+
+@pytest.mark.parametrize("cut", range(len(SNAPSHOT)))
+def test_a_snapshot_that_was_cut_off_gives_way_to_the_one_before(tmp_path, cut):
+    """Whole: the searcher of another start knows trials that the sweep does not."""
+    others = [tmp_path / name for name in ("sweep.yaml", "tuner.pkl", "trials-2026.parquet")]
+    for file in others:
+        file.write_text("")
     assert not tune.restorable(Place(tmp_path))
-    whole, cut = (tmp_path / f"experiment_state-2026-0{i}.json" for i in (1, 2))
-    whole.write_text('{"trial_data": []}')
-    cut.write_text('{"trial_da')
+    first, second = (snapshot(tmp_path, f"2026-11-28_20-00-0{i}") for i in (1, 2))
     assert tune.restorable(Place(tmp_path))
-    assert whole.exists()
-    assert not cut.exists()
-    whole.write_text("")
+    assert all(file.exists() for file in second)
+    second[cut].write_bytes(second[cut].read_bytes()[:-1])
+    assert tune.restorable(Place(tmp_path))
+    assert all(file.exists() for file in first)
+    assert not any(file.exists() for file in second)
+    first[cut].write_bytes(b"")
     assert not tune.restorable(Place(tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_the_first_snapshot_was_cut_off_between_two_files(tmp_path):
+    experiment, *_ = snapshot(tmp_path, "2026-11-28_20-00-01")
+    experiment.unlink()
+    assert not tune.restorable(Place(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_files_of_a_snapshot_have_the_names_that_tune_gives_them():
+    kinds = (TuneController, SearchGenerator, Searcher, BasicVariantGenerator)
+    for kind in kinds:
+        assert re.fullmatch(tune.SNAPSHOT, kind.CKPT_FILE_TMPL.format("2026-11-28_20-00-01"))
+    assert TuneController.CKPT_FILE_TMPL.startswith(tune.EXPERIMENT)
 
 
 def test_a_history_survives_a_line_that_was_cut_off(tmp_path):

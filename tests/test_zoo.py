@@ -252,14 +252,14 @@ def test_a_file_without_rows(tmp_path):
 
 def test_generic_round_trip(tiny_run, tmp_path):
     generic = tiny_run.generic
-    save_generic(tmp_path / "g.safetensors", generic, tiny_run.family)
+    save_generic(tmp_path / "g.safetensors", generic, tiny_run.family, tiny_run.dataset)
     again = load_generic(tmp_path / "g.safetensors", tiny_run.family)
     assert again.class_ids == generic.class_ids
     assert torch.equal(again.body, generic.body)
     assert torch.equal(again.rows, generic.rows)
 
 
-def test_generic_brings_its_trunk(tmp_path):
+def test_generic_brings_its_trunk(tiny_run, tmp_path):
     family, fresh = (build_family("resnet20_head", channels=1, image_size=8) for _ in range(2))
     trunk = family.new_trunk()
     for name, buffer in trunk.named_buffers():  # running statistics are part of a trunk
@@ -267,7 +267,7 @@ def test_generic_brings_its_trunk(tmp_path):
             buffer.uniform_(0.5, 2)
     family.attach_trunk(trunk)
     generic = GenericModel(class_ids=(0, 2), body=torch.zeros(0), rows=torch.randn(2, 65))
-    save_generic(tmp_path / "g.safetensors", generic, family)
+    save_generic(tmp_path / "g.safetensors", generic, family, tiny_run.dataset)
     again = load_generic(tmp_path / "g.safetensors", fresh)
     assert torch.equal(again.rows, generic.rows)
     assert not any(p.requires_grad for p in fresh.trunk.parameters())

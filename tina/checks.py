@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +22,9 @@ def absolute(paths: Mapping[str, str | None]) -> None:
                 f"{key} must be an absolute path or a URI, got {path!r}: "
                 "a job runs in another working directory than yours"
             )
+        if path is not None and not is_uri(path) and set(path) & set("*?["):
+            # Ray and DeepSpeed look for their files by patterns
+            raise ConfigError(f"{key} must hold none of * ? [, got {path!r}")
         if path is not None and is_uri(path) and urlsplit(path).password:
             raise ConfigError(
                 f"{key} holds a password, which the run's config.yaml would keep: "
@@ -29,9 +33,11 @@ def absolute(paths: Mapping[str, str | None]) -> None:
 
 
 def plain_name(key: str, name: str) -> None:
-    """A folder's name and no path."""
-    if not name or "/" in name or name.startswith("."):
-        raise ConfigError(f"{key} must be a plain folder name, got {name!r}")
+    """A folder's name and no path; stores and file patterns understand other characters anew."""
+    if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
+        raise ConfigError(
+            f"{key} must be a plain folder name (letters, digits, '.', '_', '-'), got {name!r}"
+        )
 
 
 def positive(owner: object, *keys: str, optional: bool = False) -> None:

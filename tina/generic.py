@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from tina.datasets import Dataset
 from tina.errors import DataError
 from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
 from tina.tensors import write_tensors
+
+IMAGES = "images"
+"""In the file's metadata: the fingerprint of the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +80,37 @@ def train_generic(
     return GenericModel(class_ids=tuple(class_ids), body=body, rows=rows)
 
 
-def save_generic(file: Path, generic: GenericModel, family: Family) -> None:
-    """Write a generic model, and the trunk that was trained with it."""
+def save_generic(file: Path, generic: GenericModel, family: Family, dataset: Dataset) -> None:
+    """Write a generic model, and the trunk that was trained with it.
+
+    Args:
+        dataset: What it was trained on.
+    """
     tensors = {"body": generic.body, "rows": generic.rows}
     tensors["class_ids"] = torch.tensor(generic.class_ids)
     if isinstance(family, ResNet20Head):
         tensors |= {f"trunk.{name}": value for name, value in family.trunk.state_dict().items()}
-    write_tensors(file, tensors)
+    write_tensors(file, tensors, {IMAGES: dataset.fingerprint})
+
+
+def check_trained_on(file: Path, dataset: Dataset) -> None:
+    """Make sure that a generic model, where there is one, was trained on a data set as it is now.
+
+    Raises:
+        DataError: It was not: other images are cut into other partitions. Or it is unreadable.
+    """
+    if not file.exists():
+        return
+    try:
+        with safe_open(file, "pt") as opened:
+            found = (opened.metadata() or {}).get(IMAGES)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file} is not a readable generic model: {error}") from error
+    if found not in (None, dataset.fingerprint):  # before this was kept, files had none
+        raise DataError(
+            f"{file} was trained on other images than {dataset.name} has now, perhaps on those of "
+            "the report: choose another name, or remove the run"
+        )
 
 
 def load_generic(file: Path, family: Family) -> GenericModel:

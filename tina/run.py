@@ -40,7 +40,7 @@ from tina.errors import ConfigError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
-from tina.generic import GenericModel, load_generic
+from tina.generic import GenericModel, check_trained_on, load_generic
 from tina.metrics import Score
 from tina.names import normalise_name
 from tina.novelty import novelty, timing, twin
@@ -233,20 +233,16 @@ class Run:
 
     def describe_zoo(self, kind: str) -> dict[str, Any]:
         """What `zoo.json` of a folder says."""
-        return describe_zoo(
-            self.dataset,
-            self.family,
-            hash_file(self.generic_file),
-            self.recipe(kind),
-            self.config.tasks.max_classes,
-        )
+        generic, most = hash_file(self.generic_file), self.config.tasks.max_classes
+        return describe_zoo(self.dataset, self.family, generic, self.recipe(kind), most)
 
     def check_data(self) -> None:
         """Make sure that `report` images were in no training: others are drawn from other data.
 
         Raises:
-            DataError: The data set is not the one that the zoo was made of.
+            DataError: The data set is not the one that generic model and zoo were made of.
         """
+        check_trained_on(self.generic_file, self.dataset)
         for kind in ("zoo", "direct"):
             check_images(self.base.fetch(kind), self.dataset)
 
