@@ -745,6 +745,12 @@ def test_nothing_is_no_number(change):
     config_from_dict(JobConfig, given | {"data": {"image_size": None}})
 
 
+@pytest.mark.parametrize("key", ["config", "__path__", "colour", 3])
+def test_a_key_that_the_parser_itself_knows_is_unknown(key):
+    with pytest.raises(ConfigError, match=rf"unknown key '{key}'; valid keys: name, storage, "):
+        config_from_dict(JobConfig, {"name": "x", "storage": "/tmp", key: "y"})
+
+
 def test_a_mended_typo_runs(workplace):
     given = ["--name", "tiny", "--storage", str(workplace / "runs")]
     job = partial(run_job, lambda run: run.family, name="train", about="Train.")

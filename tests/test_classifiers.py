@@ -262,6 +262,10 @@ def test_vitb32_reads_an_open_clip_image_tower(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"trunk is CLIP of .*another CLIP"):
         attach_trunk(family, settings, tmp_path, space=other)
 
+    family.features = 768
+    with pytest.raises(ConfigError, match=r"768 values of CLIP's, .* gives 512: "):
+        attach_trunk(family, settings, tmp_path)
+
 
 def test_clip_zero_shot_is_a_hundred_times_the_cosine():
     family = family_of("vitb32_head")

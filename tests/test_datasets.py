@@ -280,6 +280,14 @@ def test_without_test_images_a_stratified_report_is_cut(tmp_path):
     assert [len(data.indices("report", [c])) for c in range(3)] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("column", [["a.png"] * 5, [b"png"] * 5, [{"path": "a.png"}] * 5])
+def test_parquet_images_without_their_bytes(tmp_path, column):
+    path = write_parquet(tmp_path / "train-0.parquet", [b"png"] * 5, [0, 1, 2, 0, 1])
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "image", pa.array(column)), path)
+    assert "has images without their bytes: column 'image' is" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["", "data", "parquet", "parquet/data"])
 def test_root_may_be_the_data_set_or_hold_it(tmp_path, where):
     pixels = small_set(tmp_path / where)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tina.prompts import (
     MAX_CHARACTERS,
     SHARPNESS,
     Vocabulary,
+    check_distinct,
     check_task,
     sparsemax,
     split_sentence,
@@ -46,6 +48,10 @@ def test_a_joined_list_is_split_again(parts, separator):
         ("orchid or sand, pandas\nAND doors", ["orchid", "sand", "pandas", "doors"]),
         ("black-and-tan coonhound, two-or-more", ["black-and-tan coonhound", "two-or-more"]),
         (" ,, otter ;", ["otter"]),
+        ("Otter and bicycle.", ["Otter", "bicycle"]),
+        ("otter or St. Bernard?! ", ["otter", "St. Bernard"]),
+        ("cats and/or dogs", ["cats", "dogs"]),
+        ("🦊 and 🐻", ["🦊", "🐻"]),
         ("and or", []),
         ("", []),
     ],
@@ -190,6 +196,31 @@ def test_a_trained_name_inherits_its_own_row_exactly(vocabulary):
     trained = vocabulary.trained
     attention = vocabulary.attention(vocabulary.embeddings[trained])
     assert torch.equal(attention, torch.eye(int(trained.sum())))
+
+
+@pytest.mark.parametrize("angle", [0.3, 0.1, 0.03])
+def test_near_names_inherit_their_own_rows_too(angle):
+    """As "sunglass" and "sunglasses" are; other names are as far as ever."""
+    vectors = torch.eye(6)[:5]
+    vectors[1] = math.cos(angle) * vectors[0] + math.sin(angle) * torch.eye(6)[5]
+    vocabulary = Vocabulary(
+        space=HashEncoder.space,
+        names=tuple("abcde"),
+        embeddings=vectors,
+        trained=torch.ones(5, dtype=torch.bool),
+    )
+    assert torch.equal(vocabulary.attention(vectors), torch.eye(5))
+    between = torch.nn.functional.normalize(vectors[:1] + vectors[1:2], dim=1)
+    torch.testing.assert_close(
+        vocabulary.attention(between), torch.tensor([[0.5, 0.5, 0, 0, 0]]), atol=0.02, rtol=0
+    )
+
+
+def test_names_that_are_one_to_the_encoder_are_refused():
+    vectors = torch.eye(3)[[0, 1, 0]]
+    with pytest.raises(PromptError, match="'🦊' and '🐻' are the same to the prompt encoder"):
+        check_distinct(["🦊", "otter", "🐻"], vectors)
+    check_distinct(["🦊", "otter"], vectors[:2])
 
 
 def test_an_excluded_name_inherits_a_mixture_of_trained_rows(vocabulary):

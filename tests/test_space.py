@@ -101,7 +101,10 @@ def test_values_by_key_are_put_back_by_key():
 def test_a_precision_that_is_yet_to_be_settled_is_no_point(tmp_path):
     config = replace(BASE, train=TrainConfig(precision="auto"))
     assert search(tmp_path, {"train.lr": {"uniform": [1e-4, 1e-2]}}, config)
-    reason = refused(tmp_path, {"train.precision": {"choice": ["auto", "fp32"]}}, config)
+    for values in (["auto", "fp32"], ["fp32", "bf16"]):
+        reason = refused(tmp_path, {"train.precision": {"choice": values}}, config)
+        assert reason.endswith("has auto: say --train.precision with what it stands for")
+    reason = refused(tmp_path, {"train.precision": {"choice": ["auto", "fp32"]}})
     assert reason.startswith("space.train.precision: auto is settled once per run")
 
 

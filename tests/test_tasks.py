@@ -272,6 +272,16 @@ def test_ragged_superclasses_are_taken_in_as_few_as_hold_them():
         )
 
 
+def test_the_largest_superclass_alone_does_not_say_how_many_are_needed():
+    """Seven classes, 4 + 2 in the two largest."""
+    groups = [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+    config = TaskConfig(min_classes=7, max_classes=7, train=20, val=5, held_out=8)
+    space = build_task_space("digits", DIGITS, groups, config)
+    for task in all_tasks(space):
+        homes = len({groups[i] for i in task.class_ids})
+        assert homes == (3 if task.axis == SHIFTED else 4)
+
+
 # --- fresh tasks ----------------------------------------------------------------------------------
 
 

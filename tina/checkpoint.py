@@ -32,7 +32,7 @@ from tina.codec import Codec, codec_shapes
 from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
-from tina.errors import CheckpointError, TinaError, one_line
+from tina.errors import CheckpointError, ConfigError, TinaError, one_line
 from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
@@ -221,9 +221,15 @@ def attach_trunk(
 
     Raises:
         CheckpointError: The configured CLIP is another.
+        ConfigError: It is of another width.
     """
     if isinstance(family, VitB32Head):
         encoder = build_encoder(config.prompt)
+        if encoder.space.dim != family.features:
+            raise ConfigError(
+                f"{family.name} takes {family.features} values of CLIP's, {encoder.space.model} "
+                f"gives {encoder.space.dim}: prompt.model must be a ViT-B-32"
+            )
         if space and encoder.space != space:
             raise CheckpointError(f"its trunk is CLIP of {space}, and here is {encoder.space}")
         family.attach_trunk(ClipImageTrunk(encoder.encode_images))

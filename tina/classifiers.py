@@ -245,10 +245,11 @@ class VitB32Head(Family):
     """CLIP's own image tower, frozen; the head on its 512 features is generated."""
 
     has_trunk = True
+    features = 512
 
     def module(self, num_classes: int) -> nn.Module:
         """The head."""
-        return Head(512, num_classes)
+        return Head(self.features, num_classes)
 
 
 # Widths as in PAPER.md: 5,370, 14,586 and 33,338 parameters for ten classes at 32x32; 70,202 is

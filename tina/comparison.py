@@ -69,6 +69,7 @@ def by_steps(
         {
             "steps": steps,
             "accuracy": mean_accuracy(found),
+            "tasks": len(found),
             "minus_most": _minus(named, boot, str(steps), str(max(scores))),
         }
         for steps, found in scores.items()

@@ -87,6 +87,9 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         ConfigError: As `parse_config`.
     """
+    # some names mean something to the parser itself
+    if unknown := sorted(map(str, values.keys() - cls.__dataclass_fields__.keys())):  # type: ignore[attr-defined]
+        raise ConfigError(f"unknown key {unknown[0]!r}; valid keys: {', '.join(_keys(cls))}")
     parser = _parser(cls)
 
     def parse() -> T:

@@ -108,7 +108,8 @@ class Dataset:
         if class_ids is None:
             return self.partitions[partition]
         places = self._places[partition]
-        return torch.cat([places[c] for c in sorted(set(class_ids))]).sort().values
+        found = torch.cat([places[c] for c in sorted(set(class_ids))]).numpy()
+        return torch.from_numpy(np.sort(found, kind="stable"))  # which merges runs that are sorted
 
     def class_ids(self, names: Sequence[str]) -> tuple[int, ...]:
         """Class ids of `names`, in their order; underscores count as spaces.

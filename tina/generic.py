@@ -7,7 +7,7 @@ head row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from tina.datasets import Dataset
 from tina.errors import DataError
 from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
 from tina.tensors import write_tensors
+from tina.views import Views
 
 IMAGES = "images"
 """In the file's metadata: the fingerprint of the data set."""
@@ -72,9 +73,12 @@ def train_generic(
         trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
         family.attach_trunk(trunk)
         dataset = dataset.unmoved()
-    store = InputStore(family, dataset.views)
+    lesson, views = Lesson.of(dataset, class_ids, seed=seed), dataset.views
+    if family.has_trunk:  # it need not see what is not trained on
+        views = Views(images=views[lesson.index])
+        lesson = replace(lesson, index=torch.arange(len(views)))
+    store = InputStore(family, views)
     theta = initial_theta(family, len(class_ids), seed=seed)
-    lesson = Lesson.of(dataset, class_ids, seed=seed)
     (theta,) = finetune(family, [theta], [lesson], store, recipe, stacked=False, progress=progress)
     body, rows = family.layout(len(class_ids)).split(theta)
     return GenericModel(class_ids=tuple(class_ids), body=body, rows=rows)

@@ -28,7 +28,7 @@ from tina.files import hash_file, write_whole
 from tina.generator import Generator
 from tina.images import fit, square
 from tina.names import normalise_name
-from tina.prompts import check_pictures, check_task, pad, split_sentence
+from tina.prompts import check_distinct, check_pictures, check_task, pad, split_sentence
 from tina.storage import MANIFEST
 from tina.tensors import pack_tensors
 
@@ -267,14 +267,17 @@ class TinaPipeline:
         """Unit embeddings (K, E): the checkpoint's own for the names it knows, else encoded.
 
         Raises:
-            PromptError: It does not know one, and has a table for an encoder, which knows no more.
+            PromptError: It does not know one, and has a table for an encoder, which knows no more;
+                or two are the same to the encoder.
         """
         vocabulary = self.generator.vocabulary
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
         self.check_known(new)
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
-        return torch.stack([next(encoded) if vector is None else vector for vector in known])
+        found = torch.stack([next(encoded) if vector is None else vector for vector in known])
+        check_distinct(names, found)
+        return found
 
     @property
     def is_semantic(self) -> bool:

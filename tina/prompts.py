@@ -21,12 +21,16 @@ from tina.names import normalise_name
 MAX_CHARACTERS = 1000
 SHARPNESS = 10.0
 """Cosines are multiplied by this before the sparsemax of `Vocabulary.attention`: a prompt that is
-nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone."""
+nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone. Names that
+are closer to each other than that sharpen it."""
+SAME = 1 - 1e-5
+"""Cosine above which two names are one to the prompt encoder."""
 
 
 def split_sentence(prompt: str) -> list[str]:
     """The class names in a sentence: split at commas, semicolons, "and" and "or"."""
-    parts = re.split(r"[,;\n]|(?<![\w-])(?:and|or)(?![\w-])", prompt, flags=re.IGNORECASE)
+    words = prompt.strip().rstrip(".?!")
+    parts = re.split(r"[,;\n]|(?<![\w-])(?:and/or|and|or)(?![\w-])", words, flags=re.IGNORECASE)
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -57,6 +61,18 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise PromptError(f"each class may stand once in a task; twice: {', '.join(sorted(twice))}")
     return names
+
+
+def check_distinct(names: Sequence[str], embeddings: Tensor) -> None:
+    """Make sure that K names differ to the prompt encoder, by their unit embeddings (K, E).
+
+    Raises:
+        PromptError: Two do not: it knows no emoji, say, or leaves accents out.
+    """
+    alike = ((embeddings @ embeddings.T) > SAME).triu(1).nonzero().tolist()
+    if alike:
+        one, other = (names[i] for i in alike[0])
+        raise PromptError(f"{one!r} and {other!r} are the same to the prompt encoder")
 
 
 def check_pictures(images: Tensor, *, channels: int) -> None:
@@ -123,6 +139,11 @@ class Vocabulary:
     def _keys(self) -> Tensor:
         return self._centred(self.embeddings[self.trained])
 
+    @cached_property
+    def _sharpness(self) -> float:
+        closest = (self._keys @ self._keys.T).fill_diagonal_(-1).max().clamp(max=SAME)
+        return max(SHARPNESS, 1.01 / (1 - float(closest)))  # above 1: of what rounding leaves
+
     def _centred(self, embeddings: Tensor) -> Tensor:
         return F.normalize(embeddings - self._centre, dim=-1)
 
@@ -172,7 +193,7 @@ class Vocabulary:
 
         One-hot for a prompt that means one of them, else a sparse mixture of the nearest.
         """
-        return sparsemax(SHARPNESS * self._centred(embeddings) @ self._keys.T)
+        return sparsemax(self._sharpness * self._centred(embeddings) @ self._keys.T)
 
     def familiarity(self, embeddings: Tensor) -> Tensor:
         """0..1 (...,): centred cosine to the nearest trained class, 1 for a trained name."""

@@ -45,7 +45,7 @@ from tina.metrics import Score
 from tina.names import normalise_name
 from tina.novelty import novelty, timing, twin
 from tina.precision import has_bf16, settle
-from tina.prompts import Vocabulary
+from tina.prompts import Vocabulary, check_distinct
 from tina.provenance import commit, hardware
 from tina.report import model_card, plot_report
 from tina.sources import find_source
@@ -254,9 +254,10 @@ class Run:
         """Make sure before anything is trained that the class names can be embedded.
 
         Raises:
-            ConfigError, DataError: They cannot.
+            ConfigError, DataError, PromptError: They cannot, or two of them are one.
         """
-        build_encoder(self.config.prompt).encode_text(self.dataset.class_names)
+        names = self.dataset.class_names
+        check_distinct(names, build_encoder(self.config.prompt).encode_text(names))
 
     def vocabulary(self) -> Vocabulary:
         """The data set's class names in the configured embedding space.

@@ -190,6 +190,8 @@ class _Columns:
 
 def _columns(path: Path, schema: Any) -> _Columns:
     """Image column, label column and class names of a Hugging Face parquet schema."""
+    from pyarrow import types
+
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = dict(metadata.get("info", {}).get("features", {}))
@@ -202,6 +204,9 @@ def _columns(path: Path, schema: Any) -> _Columns:
     usual = [key for key in ("label", "fine_label") if key in labels][:1] or labels
     if len(images) != 1 or len(usual) != 1 or not {*images, *usual} <= set(schema.names):
         raise DataError(f"{path} needs one Image and one ClassLabel feature, has {kinds}")
+    kind = schema.field(images[0]).type
+    if not types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise DataError(f"{path} has images without their bytes: column {images[0]!r} is {kind}")
     if not isinstance(names := features[usual[0]].get("names"), list):
         raise DataError(f"{path} has no names for the classes of {usual[0]}")
     return _Columns(image=images[0], label=usual[0], class_names=names)

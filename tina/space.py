@@ -220,6 +220,11 @@ def _domain(key: Any, given: Any, config: JobConfig) -> Domain:
         if KEYS[key] is not RANGES[kind]:
             fitting = ["choice", *(name for name, of in RANGES.items() if KEYS[key] is of)]
             raise ConfigError(f"space.{key} takes {' or '.join(fitting)}, not {kind}")
+    own = config_values(config, [key])[key]
+    if own == "auto":
+        raise ConfigError(
+            f"space.{key}: the configuration has auto: say --{key} with what it stands for"
+        )
     if "auto" in values:
         raise ConfigError(f"space.{key}: auto is settled once per run, so say what it stands for")
     domain = Domain(kind, tuple(_typed(key, value, config) for value in values))
@@ -229,7 +234,6 @@ def _domain(key: Any, given: Any, config: JobConfig) -> Domain:
         raise ConfigError(f"space.{key}: loguniform must start above 0, got {values}")
     if kind == "choice" and len(set(domain.values)) < len(domain.values):
         raise ConfigError(f"space.{key}: choice holds a value twice, got {values}")
-    own = config_values(config, [key])[key]
     if not domain.holds(own):
         raise ConfigError(
             f"space.{key} does not hold the configuration's own value {own!r}, which is a trial too"

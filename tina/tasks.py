@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, combinations
+from itertools import accumulate, chain, combinations
 from typing import Literal, get_args
 
 import numpy as np
@@ -112,9 +113,11 @@ class TaskSpace:
         return frozenset(task.key for task in chain(self.val, held_out))
 
     @cached_property
-    def _largest_group(self) -> int:
+    def _held(self) -> list[int]:
+        """Seen classes in the 1, 2, ... largest superclasses."""
         assert self.groups is not None
-        return max(Counter(self.groups[i] for i in self.seen).values())
+        counts = Counter(self.groups[i] for i in self.seen).values()
+        return list(accumulate(sorted(counts, reverse=True)))
 
     def is_concentrated(self, class_ids: Sequence[int]) -> bool:
         """Whether the K classes come from the fewest superclasses that hold K seen classes.
@@ -123,7 +126,7 @@ class TaskSpace:
         """
         if self.groups is None or "shifted_combination" in self.missing:
             return False
-        fewest = math.ceil(len(class_ids) / self._largest_group)
+        fewest = 1 + bisect_left(self._held, len(class_ids))
         return len({self.groups[i] for i in class_ids}) <= fewest
 
     def admits(self, class_ids: Sequence[int]) -> bool:
