@@ -87,6 +87,7 @@ def test_nodes_install_what_is_locked(cloud):
     needed |= set(project["project"]["license-files"])
     needed |= set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
     assert all((ROOT / name).exists() for name in needed)
+    needed.add("cluster/observability")  # what Prometheus reads on the head
     # no more than these: `ray up` reads every file below what is mounted
     token = {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert config["file_mounts"] == {f"~/tina/{name}": name for name in needed} | token
@@ -113,9 +114,30 @@ def test_a_fresh_node_waits_for_apt_and_may_write_to_the_share(cloud):
     # basic tiers of Filestore know version 3 only
     assert ("nfsvers" in mount) == (cloud == "aws")
     assert owner == f"sudo chown {config['auth']['ssh_user']}: /mnt/tina"
+    # those that go where there is no share
+    named = [c for c in config["setup_commands"] if "sudo" in c and "/mnt/tina" in c]
+    assert named == [mount, owner]
+    assert "the two lines of `setup_commands` that name `sudo` and `/mnt/tina`" in README
     first = [x for n in config["available_node_types"].values() for x in values(n, FIRST)]
     for command in [apt, *(line for lines in first for line in lines)]:
         assert command.count("apt-get") == command.count("apt-get -o DPkg::Lock::Timeout=") == 2
+
+
+def test_efs_can_let_the_nodes_in_before_they_are_there():
+    """Ray makes a group of its own only in `ray up`; one of this name it takes, for all nodes."""
+    config = launcher("aws")
+    group = config["provider"]["security_group"]["GroupName"]
+    assert f"security group `{group}` without inbound" in README
+    for node in config["available_node_types"].values():
+        assert "SecurityGroupIds" not in node["node_config"]
+
+
+def test_the_module_of_the_gpus_driver_is_the_running_kernels():
+    gpu = launcher("gcp")["available_node_types"]["gpu"]
+    (install,) = gpu[FIRST]
+    (series,) = re.findall(r"linux-modules-nvidia-(\d+-server)-\$\(uname -r\) ", install)
+    for part in ("headless-no-dkms", "utils"):
+        assert f" nvidia-{part}-{series} " in install
 
 
 def flags(text):
@@ -178,6 +200,9 @@ def test_the_image_installs_what_is_locked_and_runs_as_nobody_in_particular():
     for target in ("cpu", "cuda"):
         stage = DOCKERFILE.split(f"FROM runtime AS {target}\n")[1].split("\nFROM ")[0]
         assert stage.rstrip().endswith("USER 1000")
+    # the last stage is CUDA's; an image that says which GPUs gives them to whoever asked for none
+    assert "ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility\n" in stage
+    assert "NVIDIA_VISIBLE_DEVICES" not in DOCKERFILE
     assert "TORCH_EXTENSIONS_DIR=" in DOCKERFILE
     assert "HEALTHCHECK" in DOCKERFILE
     # a head that is reached without a token runs anyone's code

@@ -4,12 +4,16 @@ import copy
 import json
 import mmap
 import re
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import ray
 from manifests import README, ROOT, clusters, containers, of, read, values
+
+from serve import metrics as serve_metrics
 
 FOLDER = ROOT / "cluster" / "observability"
 SCHEMA = json.loads((ROOT / "cluster" / "schemas" / "monitoring.json").read_text())
@@ -173,7 +177,7 @@ def test_a_query_asks_for_metrics_that_exist(query):
 @pytest.mark.parametrize(
     "name",
     [
-        "ray_tina_batch_sizes_sum",
+        "ray_tina_batch_request_total",
         "tina_waiting_requests",
         "ray_serve_num_http_request_total",
         "ray_node_cpu_utilisation",
@@ -191,6 +195,31 @@ def test_every_metric_of_the_endpoint_is_on_its_dashboard():
     bases = {re.sub(r"_(bucket|sum|count)$", "", name.removeprefix("ray_")) for name in shown}
     assert bases >= OURS
     assert len(OURS) == 5
+
+
+def test_no_query_asks_for_the_sum_of_a_histogram():
+    """Ray's agents record the middle of a bucket for what was in it."""
+    assert not [name for query in queries() for name in metrics(query) if name.endswith("_sum")]
+
+
+def test_a_pass_is_counted_once_and_its_requests_one_by_one(monkeypatch):
+    told = defaultdict(list)
+
+    def metric(name, **_):
+        def note(value, tags):
+            told[name].append(value)
+
+        return SimpleNamespace(inc=note, observe=note)
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(serve_metrics, kind, metric)
+    made = serve_metrics.Metrics()
+    made.batch("generate", 1, 0.5)
+    made.batch("generate", 32, 0.7)
+    assert told == {
+        "tina_batch_requests_total": [1, 32],
+        "tina_batch_duration_seconds": [0.5, 0.7],
+    }
 
 
 def rays_labels():
@@ -235,7 +264,7 @@ def test_a_query_uses_labels_that_exist(query):
         # a word of Ray's sources, and of KubeRay's metrics, but no label of Ray's
         ("sum by (deployment_status) (ray_serve_num_http_requests_total)", "deployment_status"),
         ("sum by (description) (ray_serve_num_http_requests_total)", "description"),
-        ("sum by (route) (ray_tina_batch_size_sum)", "route"),
+        ("sum by (route) (ray_tina_batch_requests_total)", "route"),
     ],
 )
 def test_a_label_that_does_not_exist_is_seen(query, label):
@@ -279,11 +308,53 @@ def test_alerts_and_dashboards_name_each_other():
     assert set(re.findall(r"Alert (\w+)\.", described)) == alerts
 
 
+def panel_of(metric):
+    (found,) = [
+        (panel, target["expr"])
+        for board in BOARDS.values()
+        for panel in board["panels"]
+        for target in panel["targets"]
+        if metric in metrics(target["expr"])
+    ]
+    return found
+
+
+def test_memory_of_gpus_is_in_mebibytes_as_ray_has_it():
+    assert re.search(r"sum\(ray_node_gram_used\{\{[^}]*\}\}.* \* 1024 \* 1024", CODE)
+    assert panel_of("ray_node_gram_used")[0]["fieldConfig"]["defaults"]["unit"] == "mbytes"
+
+
+def test_what_a_controller_wanted_ends_with_it():
+    """Serve sets the target once, its own status all the time, and a new one need not differ."""
+    _, query = panel_of("ray_serve_autoscaling_target_replicas")
+    alive = " and on (deployment, WorkerId) ray_serve_deployment_status)"
+    assert query.endswith(alive)
+
+
 def test_panels_do_not_overlap():
     for board in BOARDS.values():
         places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
         assert len(set(places)) == len(places)
         assert len({p["id"] for p in board["panels"]}) == len(places)
+
+
+def test_the_readme_starts_prometheus_where_its_files_are_and_has_kuberay_scraped():
+    local, head = re.findall(r"^prometheus --config\.file=(\S+) (\S+)$", README, re.M)
+    folder = "cluster/observability"
+    assert local[0] == f"{folder}/prometheus.yaml"
+    for cloud in ("aws", "gcp"):
+        (config,) = read((ROOT / "cluster" / "launcher" / f"{cloud}.yaml").read_text())
+        assert config["file_mounts"][f"~/tina/{folder}"] == folder
+    assert head[0] == f"$HOME/tina/{local[0]}"
+    # its default is data/ where it was started, here the clone
+    assert local[1] == head[1] == "--storage.tsdb.path=/tmp/tina-prometheus"
+    versions = re.findall(r"^helm \w+ kuberay-operator \S+ --version (\S+) ", README, re.M)
+    assert len(versions) == 2
+    assert len(set(versions)) == 1
+    (upgrade,) = re.findall(r"^helm upgrade .*", README, re.M)
+    assert "--set metrics.serviceMonitor.enabled=true " in upgrade
+    assert MONITOR["metadata"]["labels"] == {"release": "prometheus"}
+    assert upgrade.endswith("--set metrics.serviceMonitor.selector.release=prometheus")
 
 
 def test_prometheus_finds_the_nodes():
