@@ -16,8 +16,9 @@ All in one process, variants in turns, medians of the turns beside each other as
 - matrix products of several sizes, the best of which is what the denoiser could reach.
 
 The long form also asks, on the images that the checkpoint's run selects by (its folder and its data
-must be at hand), what accuracy the ancestral sampler reaches, and after how many steps fine-tuning
-from classifier selection is as good as what the pipeline generates.
+must be at hand), what accuracy the ancestral sampler reaches, and with how many steps fine-tuning
+from classifier selection is as good as what the pipeline generates: whole recipes, each annealed
+over its own length.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from tina.views import Views
 
 BATCHES = (1, 8, 64)
 PAPER_DEPTH, PAPER_STEPS = 12, 1000
-FINETUNE_STEPS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+FINETUNE_STEPS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (2048, 512, 2048))
 PROFILE = Path(__file__).parent / "profiles" / "generation.txt"
 
@@ -293,11 +294,11 @@ def accuracies(run: Run, generator: Generator) -> dict[str, Any]:
         "pipeline": round(generated, 4),
         "same_weights_ancestral": round(mean(run.validator(slow)(weights)), 4),
     }
-    reached, needed = {}, None
-    for steps in FINETUNE_STEPS:
+    reached, needed, whole = {}, None, direct_recipe(generator)
+    for steps in (*(s for s in FINETUNE_STEPS if s < whole.steps), whole.steps):
         scores = []
         for task in run.space.val:
-            recipe = replace(direct_recipe(generator), steps=steps)
+            recipe = replace(whole, steps=steps)
             rows = generator.generic.select(task.class_ids)
             start = generator.theta(generator.generic.body, rows)
             lesson = Lesson.of(run.dataset, task.class_ids, seed=task.seed)

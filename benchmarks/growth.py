@@ -4,7 +4,8 @@
 
 Each point is a process of its own on one thread: seconds are a median, memory is its peak beyond
 that of a process which only imports the same. An exponent is the slope of a straight line through
-the logarithms. What is said of larger values is that line prolonged, and marked as such.
+the logarithms, which a cost that is there at any size makes less than the growth. So what is said
+of larger values comes from a constant and a power law, fitted together, and is marked as such.
 
 zoo         seconds to turn Z p-models of CNN-5K into tokens, and what they take
 generator   seconds of a training step (64 samples) by the denoiser's parameters
@@ -126,21 +127,40 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
+def fit(sizes: list[float], values: list[float]) -> tuple[float, float, float]:
+    """a, b and c of the a + b * size^c, a not below 0, with the least relative errors."""
+    x, y = np.array(sizes) / sizes[-1], np.array(values)
+    found = []
+    for c in np.arange(0.1, 3, 0.01):
+        constant, power = 1 / y, x**c / y  # a times the one and b times the other: near 1
+        a, b = np.linalg.lstsq(np.stack([constant, power], 1), np.ones(len(y)))[0]
+        if a < 0:
+            a, b = 0.0, power.sum() / (power @ power)
+        error = ((a * constant + b * power - 1) ** 2).sum()
+        found.append((float(error), float(a), float(b / sizes[-1] ** c), float(c)))
+    return min(found)[1:]
+
+
 def grown(points: list[dict[str, float]], idle: float, further: float) -> dict[str, Any]:
-    """A curve, its exponents, and its last point prolonged."""
+    """A curve, its exponents, and what is fitted to it, prolonged."""
     sizes, seconds = [p["size"] for p in points], [p["seconds"] for p in points]
     memory = [max(1.0, p["peak_mib"] - idle) for p in points]
-    slopes = {"seconds": exponent(sizes, seconds), "mib": exponent(sizes, memory)}
-    ratio = further / sizes[-1]
+    curves = {"seconds": seconds, "mib": memory}
+    fits = {name: fit(sizes, values) for name, values in curves.items()}
+    ahead = {name: a + b * further**c for name, (a, b, c) in fits.items()}
     return {
         "sizes": sizes,
         "seconds": [float(f"{t:.3g}") for t in seconds],
         "mib": [round(m) for m in memory],
-        "exponents": {name: round(slope, 2) for name, slope in slopes.items()},
+        "exponents": {name: round(exponent(sizes, v), 2) for name, v in curves.items()},
+        "fitted": {
+            name: {"constant": float(f"{a:.3g}"), "exponent": round(c, 2)}
+            for name, (a, _, c) in fits.items()
+        },
         "extrapolated": {
             "size": further,
-            "seconds": float(f"{seconds[-1] * ratio ** slopes['seconds']:.3g}"),
-            "mib": round(memory[-1] * ratio ** slopes["mib"]),
+            "seconds": float(f"{ahead['seconds']:.3g}"),
+            "mib": round(ahead["mib"]),
         },
     }
 

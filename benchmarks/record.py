@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,11 +22,18 @@ RESULTS = Path(__file__).parent / "results"
 
 def as_command(main: Callable[[], None]) -> None:
     """Run a benchmark; what the user can mend ends as one line and exit status 2, as in `tina`."""
+    code()  # that of the beginning, whatever is changed meanwhile
     try:
         main()
     except (TinaError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
+
+
+@cache
+def code() -> str:
+    """The commit that all rows of this process name."""
+    return commit()
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -43,7 +51,7 @@ def append(name: str, figures: Mapping[str, object], *, load_before: float) -> N
     """
     row = {
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": code(),
         "hardware": hardware(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "numpy")},

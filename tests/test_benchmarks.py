@@ -20,7 +20,6 @@ from safetensors.torch import load
 
 from benchmarks import (
     generation,
-    growth,
     objectives,
     plain_server,
     prompts,
@@ -151,8 +150,10 @@ def test_accuracy_is_asked_on_select_images(tiny_run, tiny_generator, monkeypatc
     found = generation.accuracies(tiny_run, tiny_generator)
     assert found["tasks"] == len(tiny_run.space.val)
     assert 0 < found["selection"] <= 1
-    assert set(found["direct_after_steps"]) == {1}
-    assert found["direct_steps_to_pipeline"] in (None, 1)
+    needed, whole = found["direct_steps_to_pipeline"], tiny_run.config.classifier.direct.steps
+    assert needed in (None, 1, whole)
+    # the recipe's own steps are the last to be tried
+    assert set(found["direct_after_steps"]) == ({1} if needed == 1 else {1, whole})
 
 
 # --- start-up -------------------------------------------------------------------------------------
@@ -289,6 +290,17 @@ def test_a_flood_comes_at_its_rate_whatever_the_answers():
     assert counts.max() < 300
 
 
+def test_what_comes_after_the_window_of_a_flood_is_not_counted():
+    window = [serve_load.Answer(second, 0.5, 201) for second in range(8)]
+    refused, late = serve_load.Answer(3, 0.1, 503), serve_load.Answer(7, 2.5, 201)
+    behind = serve_load.Answer(9, 0.5, 201)  # its connection waited for an answer
+    found = serve_load.flooded([*window, refused, late, behind], 8)
+    assert found["asked_per_s"] == 1.2  # ten in eight seconds
+    assert found["served_per_s"] == 1
+    assert found["statuses"] == {"201": 10, "503": 1}
+    assert found["p50_ms"] == 500
+
+
 # --- plain server ---------------------------------------------------------------------------------
 
 
@@ -374,23 +386,3 @@ def test_the_share_of_drawing_a_batch(started_run):
     assert set(found) == {"in_line_ms", "ahead_ms", "at_hand_ms", "share"}
     assert min(found["in_line_ms"], found["ahead_ms"]) > 0
     assert found["share"] < 1
-
-
-# --- growth ---------------------------------------------------------------------------------------
-
-
-def test_a_power_law_is_found_and_prolonged():
-    points = [{"size": n, "seconds": 2e-3 * n**1.5, "peak_mib": 100 + 3 * n} for n in (10, 20, 80)]
-    found = growth.grown(points, 100, 160)
-    assert found["exponents"] == {"seconds": 1.5, "mib": 1.0}
-    assert found["extrapolated"]["seconds"] == pytest.approx(2e-3 * 160**1.5, rel=1e-2)
-    assert found["extrapolated"]["mib"] == 480
-
-
-@pytest.mark.parametrize("curve", growth.POINTS)
-def test_the_smallest_point_of_each_curve(curve, monkeypatch):
-    monkeypatch.setattr(growth, "settle_in", lambda **_: None)  # other tests keep their threads
-    found = growth.point(curve, 0)
-    assert found["size"] > 0
-    assert found["seconds"] > 0
-    assert found["peak_mib"] > 0

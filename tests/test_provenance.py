@@ -1,11 +1,13 @@
 """The commit that numbers name: the code's own, or none."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import record
 from tina import provenance
 
 
@@ -43,6 +45,40 @@ def test_a_repository_counts_where_it_holds_the_code(monkeypatch, tmp_path):
     assert provenance.commit() == code
     (tmp_path / "new.yaml").touch()  # what a run may have read
     assert provenance.commit() == f"{code}-dirty"
+
+
+def test_what_benchmarks_wrote_is_no_change_of_the_code(monkeypatch, tmp_path):
+    names = ("tina/provenance.py", "benchmarks/results/a.jsonl", "benchmarks/profiles/a.txt")
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    monkeypatch.setattr(provenance, "__file__", str(files[0]))
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "all")
+    code = git(tmp_path, "rev-parse", "--short=12", "HEAD").strip()
+    for file in files[1:]:
+        file.write_text("a row")
+    files[1].with_name("new.jsonl").touch()
+    assert provenance.commit() == code
+    (tmp_path / "benchmarks" / "new.py").touch()
+    assert provenance.commit() == f"{code}-dirty"
+
+
+def test_rows_name_the_commit_of_the_beginning(monkeypatch, tmp_path, capsys, request):
+    def main():
+        monkeypatch.setattr(record, "commit", lambda: "changed meanwhile")
+        for value in (1, 2):
+            record.append("name", {"value": value}, load_before=0)
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "commit", lambda: "begun")
+    record.code.cache_clear()
+    request.addfinalizer(record.code.cache_clear)
+    record.as_command(main)
+    rows = [json.loads(line) for line in (tmp_path / "name.jsonl").read_text().splitlines()]
+    assert [row["commit"] for row in rows] == ["begun", "begun"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+# below the repository's root; what benchmarks measured is no part of what they measure
+WRITTEN = ("benchmarks/results", "benchmarks/profiles")
+
 
 def commit() -> str:
     """The code's commit: `TINA_COMMIT` where a job has no git, else git's word, else unknown."""
@@ -18,7 +21,8 @@ def commit() -> str:
     tracked = _git("ls-files", Path(__file__).name)
     found = tracked and _git("describe", "--always", "--abbrev=12")
     # a configuration that is not committed is no part of it either
-    return f"{found}{'-dirty' * bool(_git('status', '--porcelain'))}" if found else "unknown"
+    left = _git("status", "--porcelain", "--", ":/", *(f":(top,exclude){x}" for x in WRITTEN))
+    return f"{found}{'-dirty' * bool(left)}" if found else "unknown"
 
 
 def _git(*words: str) -> str:
