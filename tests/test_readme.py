@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.figure import Figure
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from ray_jobs.job import run_job
 from tina.checkpoint import PRETRAINED, load_generator
@@ -59,6 +60,18 @@ def test_command_lines_run(
             continue
         assert words[0] == ".venv/bin/tina"
         assert main(words[1:]) == 0, words
+
+
+def test_what_its_lines_make_is_no_part_of_the_code_nor_of_a_job() -> None:
+    text = "\n".join(blocks("sh") + blocks("python"))
+    made = set(re.findall(r"[\s\"](\w+\.(?:safetensors|onnx))\b", text))
+    assert {"otter.onnx", "mine.safetensors", "m.safetensors"} <= made
+    # what a job leaves behind is read from git's own file
+    (ignored,) = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    for name in (*made, "data/cifar100/train.parquet"):
+        assert ignored(ROOT / name), name
+    for name in ("tina/pretrained/tina-cifar100-cnn5k/model.safetensors", "tina/datasets.py"):
+        assert not ignored(ROOT / name), name
 
 
 def test_it_counts_the_words_of_the_packaged_generator() -> None:
@@ -179,6 +192,31 @@ def test_figures_are_those_of_the_rows() -> None:
         f"{start['cold_to_first_model']:.1f} s; {start['tina_help']:.2f} s",
     ):
         assert f" {figure} " in README, figure
+
+
+def calibration(name: str, axis: str = "unseen_combination") -> list[str]:
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text())
+    methods = report["axes"][axis]["methods"]
+    rows = ("tina", "classifier_selection", "direct_finetuning")
+    return [f"{methods[row]['ece']:.2f}" for row in rows]
+
+
+def test_calibration_errors_are_those_of_the_reports() -> None:
+    named = {
+        "cifar100_cnn5k": "{} with CNN-5K on CIFAR-100 (selection {}, direct fine-tuning {})",
+        "cifar100_cnn15k": "{} with CNN-15K ({}, {})",
+        "cifar100_cnn33k": " with CNN-33K ({1}, {2})",
+        "cifar100_resnet20_head": "{} for the head of a ResNet-20 ({}, {})",
+        "mini_imagenet_cnn5k": " on mini-ImageNet ({1}, {2})",
+    }
+    for name, words in named.items():
+        assert words.format(*calibration(name)) in README, name
+    assert calibration("cifar100_cnn33k")[0] == calibration("cifar100_cnn15k")[0]
+    assert calibration("mini_imagenet_cnn5k")[0] == calibration("cifar100_resnet20_head")[0]
+    new = sorted(calibration(name, "unseen_class")[0] for name in named)
+    assert f"With two new classes of ten it is {new[0]} to {new[-1]};" in README
+    known, other = calibration("caltech101_cnn5k"), calibration("caltech101_cnn5k", "unseen_class")
+    assert f"is taught each as often, {known[0]} and {other[0]}." in README
 
 
 def test_published_reports_name_their_commit() -> None:
