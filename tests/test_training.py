@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from tina.batches import Batch, Source, encode_zoo
+from tina.batches import OTHERS_HIDDEN, Batch, Source, encode_zoo
 from tina.config import DiffusionConfig
 from tina.diffusion import signal_level
 from tina.engine import LocalEngine
@@ -430,6 +430,48 @@ def test_neighbours_are_those_of_the_names(tiny_run, base, short, monkeypatch):
     want = F.cosine_similarity(names[:, None], names, dim=-1)
     torch.testing.assert_close(torch.from_numpy(asked[0][0]), want)
     assert {classes for _, classes in asked} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_classes_that_are_as_if_new_inherit_of_others(tiny_run, base, short, share):
+    config = replace(short, fresh_tasks=200)
+    plain = tiny_run.source(base, config)
+    hiding = tiny_run.source(base, replace(config, new_classes=share))
+    known, batch = plain.batch(3), hiding.batch(3)
+    rest = replace(batch, rows=known.rows)
+    assert_equal(comparable(rest), comparable(known))  # nothing else is drawn otherwise
+    mask = known.mask[-200:]
+    new = (batch.rows != known.rows).any(-1)
+    assert not new[~mask].any()
+    # of K classes none is with a chance of 1 / (K + 1)
+    assert 0.6 * share < new.any(1).float().mean() < 0.9 * share
+    assert 0.35 * share < new[mask].float().mean() < 0.65 * share
+    generic = base.generic
+    for row, own in zip(batch.rows[new], known.rows[new], strict=True):
+        others = generic.rows[(generic.rows != own).any(1)]
+        assert len(others) == len(generic.rows) - 1
+        # a convex mixture of the others: least squares finds it, for there are fewer than values
+        shares = torch.linalg.lstsq(others.T, row.unsqueeze(1)).solution
+        torch.testing.assert_close(others.T @ shares, row.unsqueeze(1), atol=1e-4, rtol=1e-3)
+        assert shares.min() > -1e-3
+        torch.testing.assert_close(shares.sum(), torch.tensor(1.0), atol=1e-2, rtol=0)
+
+
+def test_a_class_that_is_as_if_new_finds_another_part_of_the_others_each_time(
+    tiny_run, base, short
+):
+    source = tiny_run.source(base, replace(short, new_classes=1.0))
+    rng = np.random.default_rng(0)
+    hidden = np.stack([source._hide(rng, (7, 2, 5)) for _ in range(2000)])
+    assert hidden.shape == (2000, base.max_classes, 10)
+    assert not hidden[:, 3:].any()
+    new = hidden.any(-1)[:, :3]
+    for row, class_id in enumerate((7, 2, 5)):
+        found = hidden[:, row][new[:, row]]
+        assert found[:, class_id].all()
+        assert abs(np.delete(found, class_id, 1).mean() - OTHERS_HIDDEN) < 0.02
+    # as many as chance has it, from none to all
+    assert (np.bincount(new.sum(1), minlength=4) > 300).all()
 
 
 def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):

@@ -9,7 +9,7 @@ each accumulated pass; together the parts hold the same samples however many the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +30,7 @@ from tina.tasks import TaskSpace
 from tina.zoo import Zoo
 
 ZOO, FRESH = 0, 1  # kinds of slots, for their seeds
+OTHERS_HIDDEN = 0.4  # of the trained classes, from one that is as if new (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class Source:
             t.append(int(rng.integers(timesteps)))
             drop.append(rng.random() < config.condition_dropout)
             noise.append(rng.standard_normal(shape, dtype=np.float32))
-        images, labels, first, pure = [], [], [], []
+        images, labels, first, pure, hidden = [], [], [], [], []
         near = config.near_tasks * step / config.steps  # early they cost more than they bring
         for rng in slots(FRESH, config.fresh_tasks if config.function_loss > 0 else 0):
             (task,) = self.space.sample_fresh(rng, 1)
@@ -156,8 +157,11 @@ class Source:
             drop.append(False)
             noise.append(rng.standard_normal(shape, dtype=np.float32))
             first.append(rng.standard_normal(shape, dtype=np.float32))
+            if config.new_classes:
+                hidden.append(self._hide(rng, task))
         embeddings, mask = generator.vocabulary.of(classes, generator.max_classes)
-        _, inherited = generator.inherit(embeddings[len(picks) :])
+        unknown = torch.from_numpy(np.stack(hidden)) if hidden else None
+        _, inherited = generator.inherit(embeddings[len(picks) :], unknown)
         scale = noise_scale(generator.config.diffusion)
         return Batch(
             tokens=self._tokens[picks],
@@ -173,6 +177,21 @@ class Source:
             first=torch.from_numpy(np.stack(first)) * scale if first else torch.empty(0, *shape),
             pure=torch.tensor(pure, dtype=torch.bool),
         )
+
+    def _hide(self, rng: np.random.Generator, task: Sequence[int]) -> np.ndarray:
+        """bool (max_classes, V): of which trained classes the classes of a task cannot inherit.
+
+        In a share of the tasks some of its classes inherit as if they were new: not of themselves,
+        and only of a part of the others, which differs each time, or a class would have one such
+        mixture and training would learn it by heart.
+        """
+        generic = self.generator.generic
+        hidden = np.zeros((self.generator.max_classes, len(generic.class_ids)), dtype=bool)
+        if rng.random() < self.config.new_classes:
+            new = np.flatnonzero(rng.random(len(task)) < rng.random())
+            hidden[new] = rng.random((len(new), hidden.shape[1])) < OTHERS_HIDDEN
+            hidden[new, [generic.class_ids.index(task[i]) for i in new]] = True
+        return hidden
 
 
 def encode_zoo(generator: Generator, zoo: Zoo) -> Tensor:

@@ -218,6 +218,7 @@ class TrainConfig:
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
         near_tasks: Share, at the end, of fresh tasks of neighbouring classes; grows from none.
+        new_classes: Share of fresh tasks in which some classes inherit as if nothing had seen them.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         min_snr: Below this SNR it counts in proportion (Hang et al. 2023); 0, or no noise: in full.
@@ -238,6 +239,7 @@ class TrainConfig:
     zoo_batch: int = 32
     fresh_tasks: int = 8
     near_tasks: float = 0.0
+    new_classes: float = 0.0
     images_per_task: int = 64
     weight_loss: float = 1.0
     min_snr: float = 0.0
@@ -257,7 +259,7 @@ class TrainConfig:
         keys = ("steps", "zoo_batch", "lr", "clip", "ema", "images_per_task", "accumulation")
         positive(self, *keys, "checkpoint_every")
         not_negative(self, "weight_loss", "min_snr", "function_loss", "weight_decay", "seed")
-        shares(self, "near_tasks", "condition_dropout", "warmup", "ema")
+        shares(self, "near_tasks", "new_classes", "condition_dropout", "warmup", "ema")
         if not self.weight_loss and not self.function_loss:
             raise ConfigError("train.weight_loss and train.function_loss cannot both be 0")
         if self.function_loss > 0 and self.fresh_tasks < 1:

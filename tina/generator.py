@@ -45,9 +45,13 @@ class Generator:
         """Whether it was trained without condition too; else zeros stand in the place of one."""
         return bool(self.denoiser.null_cond.any())
 
-    def inherit(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone."""
-        return self.generic.inherit(self.vocabulary.attention(embeddings))
+    def inherit(self, embeddings: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone.
+
+        Args:
+            hidden: bool (B, K, V), trained classes that a class cannot inherit of.
+        """
+        return self.generic.inherit(self.vocabulary.attention(embeddings, hidden))
 
     def inherit_classes(self, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The same for K classes of the data set: body (n_body,), rows (K, R)."""

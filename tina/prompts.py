@@ -23,6 +23,7 @@ SHARPNESS = 10.0
 """Cosines are multiplied by this before the sparsemax of `Vocabulary.attention`: a prompt that is
 nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone. Names that
 are closer to each other than that sharpen it."""
+HIDDEN = -1e6  # far below any score
 SAME = 1 - 1e-5
 """Cosine above which two names are one to the prompt encoder."""
 
@@ -188,12 +189,16 @@ class Vocabulary:
         """What the denoiser sees of embeddings (..., E): centred, values of about 1."""
         return self._centred(embeddings) * embeddings.shape[-1] ** 0.5
 
-    def attention(self, embeddings: Tensor) -> Tensor:
+    def attention(self, embeddings: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Weights (..., V) over the V trained classes, a function of the embedding alone.
 
         One-hot for a prompt that means one of them, else a sparse mixture of the nearest.
+
+        Args:
+            hidden: bool (..., V), as if these had not been trained.
         """
-        return sparsemax(self._sharpness * self._centred(embeddings) @ self._keys.T)
+        scores = self._sharpness * self._centred(embeddings) @ self._keys.T
+        return sparsemax(scores if hidden is None else scores.masked_fill(hidden, HIDDEN))
 
     def familiarity(self, embeddings: Tensor) -> Tensor:
         """0..1 (...,): centred cosine to the nearest trained class, 1 for a trained name."""
