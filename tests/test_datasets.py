@@ -24,6 +24,7 @@ import tina.datasets
 from tina.config import DataConfig
 from tina.datasets import PARTITIONS, _Decoded, load_dataset
 from tina.errors import ConfigError, DataError
+from tina.images import read_image
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -353,6 +354,24 @@ def test_images_lie_as_their_exif_orientation_says(tmp_path):
     content = encode(np.rot90(upright).copy(), exif=exif)
     write_parquet(tmp_path / "train-0.parquet", [content] * 9, [0, 1, 2] * 3)
     np.testing.assert_array_equal(as_pixels(load(tmp_path))[0], upright)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA"])
+def test_images_are_read_as_a_users_are(tmp_path, mode):
+    """On white where they are transparent, and unchanged where they are not."""
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    images = [Image.fromarray(p).convert(mode) for p in noise(8)] + [clear]
+    contents = [encode(image) for image in images]
+    write_parquet(tmp_path / "train-0.parquet", contents, [0, 1, 2] * 3)
+    found = load(tmp_path).images
+    for content, pixels in zip(contents, found, strict=True):
+        expected = read_image(io.BytesIO(content), channels=3)
+        torch.testing.assert_close(pixels[None] / 255, expected, rtol=0, atol=0)
+    for image, pixels in zip(images[:-1], found, strict=False):
+        expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(pixels, expected)
+    assert found[-1].unique().tolist() == [0, 255]
 
 
 def test_large_images_keep_their_order_across_threads(tmp_path):

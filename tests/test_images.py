@@ -30,3 +30,55 @@ def test_a_large_picture_is_in_memory_once(tmp_path):
     assert image.shape == (1, 3, height, width)
     np.testing.assert_allclose(image[0, :, 0, 0], [1, 0, 0.2])
     assert peak < 1.3 * 4 * image.numel()
+
+
+def stroke(mode, shade=0):
+    """A bar of a shade and its half-covered edge, on what is transparent and of that shade too."""
+    image = Image.new("LA", (4, 3), (shade, 0))
+    image.paste((shade, 255), (0, 0, 1, 3))
+    image.paste((shade, 128), (1, 0, 2, 3))
+    return image.convert("RGBA").convert(mode)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("shade", [0, 200])
+def test_a_transparent_picture_lies_on_white(tmp_path, mode, channels, shade):
+    stroke(mode, shade).save(tmp_path / "a.png")
+    expected = [shade, 255 - (255 - shade) * 128 / 255, 255, 255]
+    found = read_image(tmp_path / "a.png", channels=channels)
+    assert found.shape == (1, channels, 3, 4)
+    np.testing.assert_allclose(255 * found[0, :, 0], [expected] * channels, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "format"),
+    [
+        ("1", {"transparency": 0}, "PNG"),
+        ("L", {"transparency": 0}, "PNG"),
+        ("RGB", {"transparency": (0, 0, 0)}, "PNG"),
+        ("P", {"transparency": 0}, "PNG"),
+        ("P", {"transparency": bytes([0, 255])}, "PNG"),
+        ("P", {"transparency": 0}, "GIF"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_colour_may_be_what_is_transparent(tmp_path, mode, options, format, channels):
+    values = np.array([[0, 1, 0]], dtype=np.uint8)
+    image = Image.fromarray(values if mode == "P" else 255 * values)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 255, 255, 255])
+    image.convert(mode).save(tmp_path / "a", format, **options)
+    assert read_image(tmp_path / "a", channels=channels).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_opaque_picture_is_what_it_was(tmp_path, mode, channels):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    image.save(tmp_path / "a", "TIFF" if mode == "CMYK" else "PNG")
+    expected = np.atleast_3d(image.convert("L" if channels == 1 else "RGB"))
+    found = read_image(tmp_path / "a", channels=channels)
+    np.testing.assert_array_equal((255 * found[0]).round().permute(1, 2, 0), expected)

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 PARTITIONS = ("fit", "select", "report")
 IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32, "caltech101": 64}
 LARGEST_DEFAULT_SIZE = 64
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CHUNK = 512
 # Below this Pillow spends its time holding the interpreter lock, and threads only slow it down.
 THREADING_PIXELS = 128 * 128
@@ -232,18 +232,17 @@ def _check_partitions(partitions: Mapping[str, np.ndarray], count: int) -> None:
 
 
 def _open(item: Item) -> Image.Image:
-    """Decode one image, upright, as mode L or RGB."""
-    from PIL import Image, ImageOps
+    """Decode one image as mode L or RGB, as a user's is read."""
+    from PIL import Image
+
+    from tina.images import flatten
 
     try:
         if isinstance(item.content, np.ndarray):
             return Image.fromarray(item.content)
         file = io.BytesIO(item.content) if isinstance(item.content, bytes) else item.content
         with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("L" if upright.mode in ("L", "1") else "RGB")
+            return flatten(image)
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"corrupt image {item.where}: {one_line(error)}") from error
 

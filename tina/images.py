@@ -26,7 +26,7 @@ def read_image(
     max_pixels: int | None = None,
     formats: tuple[str, ...] | None = None,
 ) -> Tensor:
-    """A picture as float32 (1, C, H, W) in [0, 1], upright, gray or RGB as C says.
+    """A picture as float32 (1, C, H, W) in [0, 1], gray or RGB as C says; see `flatten`.
 
     Args:
         max_pixels: Refuse larger ones before they are decompressed.
@@ -38,15 +38,10 @@ def read_image(
     name = f"image {file}" if isinstance(file, (str, Path)) else "the image"
     try:
         with Image.open(file, formats=formats) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
             if max_pixels and math.prod(image.size) > max_pixels:
                 width, height = image.size
                 raise ValueError(f"{width} x {height} pixels are more than {max_pixels}")
-            ImageOps.exif_transpose(image, in_place=True)
-            mode = "L" if channels == 1 else "RGB"
-            # no copy that is not needed: 24 million pixels are 96 MB in Pillow, 288 as floats
-            wanted = image if image.mode == mode else image.convert(mode)
+            wanted = flatten(image, "L" if channels == 1 else "RGB")
             pixels = np.atleast_3d(np.array(wanted, dtype=np.float32))
     except UnidentifiedImageError as error:
         raise DataError(f"cannot read {name}: it is in no known format") from error
@@ -54,6 +49,30 @@ def read_image(
         raise DataError(f"cannot read {name}: {error}") from error
     pixels /= 255
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+
+
+def flatten(image: Image.Image, mode: str | None = None) -> Image.Image:
+    """An opened picture upright and, where it is transparent, on white.
+
+    Args:
+        mode: L or RGB; default: L where it is gray without an alpha channel.
+
+    Raises:
+        ValueError: It is of 16-bit or floating gray.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+    ImageOps.exif_transpose(image, in_place=True)
+    mode = mode or ("L" if image.mode in ("L", "1") else "RGB")
+    # no copy that is not needed: 24 million pixels are 96 MB in Pillow, 288 as floats
+    if image.has_transparency_data:
+        inked = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new(mode, image.size, "white")
+        image.paste(inked, mask=inked)
+    elif image.mode != mode:
+        image = image.convert(mode)
+    image.load()  # its file may be closed before it is looked at
+    return image
 
 
 def resize(images: Tensor, side: int) -> Tensor:
