@@ -487,6 +487,14 @@ UNTRUSTED = {
     "names no JSON": partial(rewrite, class_names="one, two"),
     "shape of two": partial(rewrite, input_shape="[1, 8]"),
 }
+UNTRUSTED |= {
+    f"names {names}": partial(rewrite, class_names=names)
+    for names in ('[["one"], ["two"]]', '"ab"', '{"one": 1, "two": 2}', '["one", 2]')
+}
+UNTRUSTED |= {
+    f"shape {shape}": partial(rewrite, input_shape=shape)
+    for shape in ("[1, 0, 0]", "[1, -3, 0]", "[1, 2.5, 0]", '[1, "8", 8]', "[true, 8, 8]", '"188"')
+}
 WHOLE = "is not a whole classifier"
 MODELS |= {key: (damage, CheckpointError, WHOLE) for key, damage in UNTRUSTED.items()}
 

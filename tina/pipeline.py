@@ -120,16 +120,19 @@ def load_classifier(file: str | Path) -> Classifier:
 
 
 def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier:
-    names = tuple(json.loads(metadata["class_names"]))
-    channels, size, _ = json.loads(metadata["input_shape"])
+    names, shape = (json.loads(metadata[key]) for key in ("class_names", "input_shape"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names are a list of text, got {names!r}")
+    channels, size, _ = shape
+    if not all(type(number) is int and number > 0 for number in shape):
+        raise ValueError(f"input_shape is three whole numbers above 0, got {shape!r}")
     family = build_family(metadata["family"], channels=channels, image_size=size)
     trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
-    theta = family.layout(len(names)).flatten(tensors)
     if isinstance(family, ResNet20Head):
         family.load_trunk(trunk)
     elif family.has_trunk:
         raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
-    return Classifier(family, theta, names)
+    return Classifier(family, family.layout(len(names)).flatten(tensors), tuple(names))
 
 
 class TinaPipeline:
