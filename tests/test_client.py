@@ -3,6 +3,8 @@
 import asyncio
 import inspect
 import json
+import time
+from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -133,6 +135,42 @@ def test_an_overloaded_service_is_asked_again_when_it_says(kind, waits):
 
 
 @kinds
+@pytest.mark.parametrize(
+    ("date", "seconds"),
+    [
+        (lambda: formatdate(time.time() + 20, usegmt=True), 20),
+        (lambda: time.asctime(time.gmtime(time.time() + 20)), 20),
+        (lambda: formatdate(time.time() - 20, usegmt=True), 0),
+        (lambda: "soon", 0.25),
+    ],
+    ids=["a date", "an old form of it", "a date gone by", "no date"],
+)
+def test_an_overloaded_service_may_name_a_date(kind, waits, monkeypatch, date, seconds):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert ask(kind, Service((503, date())), "create", ["a", "b"]) == REPLY
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert waits == [pytest.approx(seconds, abs=1.5 if seconds == 20 else 0)]
+
+
+@kinds
+@pytest.mark.parametrize(
+    "wait",
+    [31, "9" * 400, formatdate(time.time() + 9000, usegmt=True)],
+    ids=["seconds", "for ever", "a date"],
+)
+def test_a_service_that_names_a_long_wait_is_not_asked_too_early(kind, waits, wait):
+    service = Service((503, wait))
+    with pytest.raises(ServiceError) as error:
+        ask(kind, service, "create", ["a", "b"])
+    assert error.value.status == 503
+    assert (len(service.sent), waits) == (1, [])
+
+
+@kinds
 def test_a_broken_connection_is_retried_with_growing_delays(kind, waits):
     service = Service(httpx.ConnectError("x"), httpx.ReadTimeout("x"), httpx.ReadError("x"))
     assert ask(kind, service, "model", "an-id") == REPLY
@@ -195,6 +233,20 @@ def test_an_id_is_one_part_of_the_path(kind, id):
 def test_a_base_url_that_is_none(kind):
     with pytest.raises(ConfigError, match="base_url"):
         kind("http://[::1")
+
+
+@kinds
+@pytest.mark.parametrize("token", ["sésame", "a b", "a\nb", "\u201csesame\u201d", "sesame\x00"])
+def test_a_token_that_no_header_carries_is_not_repeated(kind, token):
+    with pytest.raises(ConfigError, match="token may hold visible ASCII") as error:
+        kind("http://tina", token=token)
+    assert token not in str(error.value)
+
+
+@kinds
+def test_the_token_of_a_file_with_an_end_of_line(kind):
+    assert kind("http://tina", token="s3cret!\n")._http.headers["authorization"] == "Bearer s3cret!"
+    assert "authorization" not in kind("http://tina", token="\n")._http.headers
 
 
 @kinds

@@ -40,6 +40,12 @@ def plain_name(key: str, name: str) -> None:
         )
 
 
+def visible(key: str, secret: str) -> None:
+    """Characters that every header carries alike; the message does not repeat them."""
+    if not re.fullmatch(r"[\x21-\x7e]*", secret):
+        raise ConfigError(f"{key} may hold visible ASCII characters alone, no space")
+
+
 def positive(owner: object, *keys: str, optional: bool = False) -> None:
     """Above zero; or None, where that is possible."""
     for key in keys:

@@ -6,14 +6,17 @@
         print(tina.predict(model.id, [Path("photo.png")]).predictions[0].label)
 
 Every call may be repeated: an answer of 408, 429, 502, 503 or 504, a time-out and a broken
-connection are retried, after the seconds that `Retry-After` names, or a delay that doubles.
+connection are retried, when `Retry-After` says, or after a delay that doubles. Where it says more
+than 30 s the error is raised at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import time
 from collections.abc import Generator, Sequence
+from datetime import UTC
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -21,6 +24,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from tina.checks import visible
 from tina.errors import ConfigError, PromptError, TinaError
 from tina.schemas import (
     MEDIA_TYPES,
@@ -71,8 +75,15 @@ class ServiceError(TinaError):
 
 
 def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds; None where it says none, or what cannot be read."""
     value = response.headers.get("retry-after", "")
-    return min(float(value), LONGEST_DELAY_S) if value.isdecimal() else None
+    if value.isdecimal():
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+        return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def _error(response: httpx.Response) -> ServiceError:
@@ -103,19 +114,21 @@ class _Calls:
 
     Args:
         base_url: Such as http://localhost:8000.
-        token: Bearer token, where the service wants one.
+        token: Bearer token, where the service wants one; white space around it does not count.
         timeout: Seconds for each step of an attempt: to connect, to send and to read a part. An
             answer that comes in many parts may take longer.
         retries: Attempts after the first.
 
     Raises:
-        ConfigError: `base_url` is no URL.
+        ConfigError: `base_url` is no URL, or `token` none that a header carries.
     """
 
     def __init__(
         self, base_url: str, *, token: str = "", timeout: float = 65.0, retries: int = 5
     ) -> None:
         self._retries = retries
+        token = token.strip()
+        visible("token", token)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             url = httpx.URL(base_url)
@@ -145,9 +158,9 @@ class _Calls:
                 reason = str(answer) or type(answer).__name__
                 failure = ServiceError(f"the service cannot be reached: {reason}")
                 passing = isinstance(answer, PASSING)
-            if not passing:
-                raise failure
             wait = delay if named is None else named
+            if not passing or wait > LONGEST_DELAY_S:
+                raise failure
             delay = min(2 * delay, LONGEST_DELAY_S)
         raise failure
 
