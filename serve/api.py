@@ -22,7 +22,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from serve.bodies import read_pictures, read_prompt
+from serve.bodies import MAX_HEADER, read_pictures, read_prompt
 from serve.ids import Ids, Recipe
 from serve.made import Made
 from serve.openapi import PREDICTION, PROMPT, WEIGHTS, describe, problems
@@ -104,11 +104,13 @@ def negotiate(request: Request, format: Format | None) -> Format:
     """The format of the answer: the query's, else the best that `Accept` allows.
 
     Raises:
-        Problem: None of them is acceptable.
+        Problem: None of them is acceptable, or `Accept` is too long to be looked at.
     """
     if format:
         return format
     accept = ", ".join(request.headers.getlist("accept")).lower() or "*/*"
+    if len(accept) > MAX_HEADER:
+        raise Problem("not-acceptable", f"an Accept header has at most {MAX_HEADER} characters")
     names: dict[str, Format] = {media: name for name, media in MEDIA_TYPES.items()}
     ranges = [media for media in accept.split(",") if _readable(media)]
     # the last of equals is taken

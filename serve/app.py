@@ -10,14 +10,13 @@ Two deployments: a light ingress that speaks HTTP, and the generator, which alon
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -27,6 +26,7 @@ from serve.gate import Gate
 from serve.ids import Ids, Recipe, load_key
 from serve.made import Made
 from serve.problems import RETRY_AFTER_S, Problem, overloaded
+from tina.checks import visible
 from tina.errors import ConfigError
 from tina.names import FAMILIAR
 from tina.schemas import Format, Info, ModelRequest
@@ -70,7 +70,15 @@ class ServeArgs(BaseModel):
         86_400, gt=0, description="Seconds that large prompts are kept, 1 GiB at most."
     )
     familiarity_threshold: float = Field(FAMILIAR, ge=0, le=1)
-    cors_origins: list[str] = []
+    cors_origins: list[str] = Field([], description="A list, or text with commas.")
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, given: object) -> object:
+        """What `serve run` passes is text."""
+        if not isinstance(given, str):
+            return given
+        return [origin for part in given.split(",") if (origin := part.strip())]
 
     @model_validator(mode="after")
     def _ranges(self) -> "ServeArgs":
@@ -106,7 +114,7 @@ class Remote:
                 found = await handle.remote(*args)
             except BackPressureError:
                 break
-            except (RayActorError, DeploymentUnavailableError):
+            except (RayActorError, OutOfMemoryError, DeploymentUnavailableError):
                 died += 1  # the replica, with the request
                 if died == ATTEMPTS:
                     break
@@ -198,8 +206,7 @@ def read_token() -> str:
         ConfigError: It is none that every client's header carries alike.
     """
     token = os.environ.get("TINA_SERVE_TOKEN", "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", token):
-        raise ConfigError("TINA_SERVE_TOKEN may hold visible ASCII characters alone, no space")
+    visible("TINA_SERVE_TOKEN", token)
     return token
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
@@ -30,6 +31,8 @@ MAX_ERRORS = 1000  # to choose those from
 # What has no more commas has hardly more values, of which each takes a hundred times its bytes.
 MAX_COMMAS = 2 * MAX_CLASSES * (MAX_CHARACTERS + MAX_IMAGES)
 PIECE = 2**14  # bytes of a form that are parsed at once: thousands of small parts take long
+MAX_HEADER = 1000  # characters of one whose parameters are parsed, in quadratic time
+CHARSETS = {"utf-8", "utf8", "us-ascii"}  # another's codec may be slow, its name is kept for ever
 READ_S = 60  # as a request may take in cluster/
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -72,6 +75,9 @@ def media_type(request: Request) -> str:
         Problem: Another one, or none.
     """
     given = request.headers.get("content-type", "")
+    if len(given) > MAX_HEADER:
+        most = f"at most {MAX_HEADER} characters"
+        raise Problem("unsupported-media-type", f"a Content-Type header has {most}")
     kind = given.split(";")[0].strip().lower()
     if kind not in (JSON, MULTIPART):
         raise Problem("unsupported-media-type", f"a body is {JSON} or {MULTIPART}, not {kind!r}")
@@ -111,8 +117,13 @@ async def read_form(
         most: File parts; the rest is not read.
 
     Raises:
-        Problem: It is too large, not multipart, or has more file parts or one of another name.
+        Problem: It is too large, not multipart, of an odd charset, or has more file parts or one of
+            another name.
     """
+    _, options = parse_options_header(request.headers.get("content-type"))
+    charset = options.get(b"charset", b"utf-8").decode("latin-1").lower()
+    if charset not in CHARSETS:
+        raise Problem("unsupported-media-type", f"a form is utf-8, not {brief(charset)!r}")
     body = await read_body(request)
     starts = iter(range(0, len(body), PIECE))
 
@@ -130,9 +141,7 @@ async def read_form(
     try:
         async with Request(request.scope, receive).form(**limits) as form:
             for name, value in form.multi_items():
-                name.encode()  # an odd charset may make of it what is no text
                 if isinstance(value, str):
-                    value.encode()
                     texts[name] = value
                 elif not files.fullmatch(name):
                     raise Problem.of_field(name, f"is a file part; known are {files.pattern}")
@@ -144,8 +153,6 @@ async def read_form(
         if error.detail.startswith("Too many files"):
             raise Problem.of_field("images", f"are more than {most} file parts") from None
         raise Problem("malformed", error.detail) from None
-    except UnicodeError as error:
-        raise Problem("malformed", f"a part is no text: {error}") from None
     return texts, found
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import io
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -25,7 +23,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from cachetools import LRUCache
-from PIL import Image
 from torch import Tensor
 
 from serve.batcher import Batcher
@@ -33,6 +30,7 @@ from serve.ids import Recipe
 from serve.made import Made
 from serve.making import Making
 from serve.metrics import Metrics
+from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
 from tina.classifiers import VitB32Head, predict_many
 from tina.errors import ConfigError, DataError, PromptError, TinaError
@@ -54,8 +52,6 @@ from tina.schemas import (
 )
 
 DECODERS = 2  # threads
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-JPEG, JPEG_SCAN, MAX_SCANS = b"\xff\xd8", b"\xff\xda", 100
 OVERHEAD = 1024  # bytes of a cached model beside its theta and names
 
 log = logging.getLogger("ray.serve")
@@ -172,12 +168,14 @@ class Replica:
     @answering
     async def fetch(self, recipe: Recipe, format: Format) -> Made:
         """The model of a recipe again."""
+        self._refuse_gone(recipe)
         model, anew = await self._model(recipe)
         return await self._made(recipe, model, format, anew=anew)
 
     @answering
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """Class probabilities (N, K) of a model on picture files."""
+        self._refuse_gone(recipe)  # before a picture is looked at: other replicas are asked too
         side = self.pipe.generator.family.image_size
 
         async def read() -> Tensor:
@@ -252,10 +250,12 @@ class Replica:
 
     # --- the way of a request --------------------------------------------------------------------
 
-    async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
-        """A recipe's model, and whether it was generated now."""
+    def _refuse_gone(self, recipe: Recipe) -> None:
         if recipe.checkpoint != self.pipe.checkpoint:
             raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
+
+    async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
+        """A recipe's model, and whether it was generated now."""
         key = hashlib.sha256(recipe.pack()).digest()  # a recipe of pictures is larger than a model
         model = self._cache.get(key)
         anew = model is None
@@ -326,7 +326,9 @@ class Replica:
 
     async def _refuse_large(self, files: Sequence[bytes]) -> None:
         """Refuse pictures that would be decoded for long, before the first of them is."""
-        pixels = await _run(self._decoders, lambda: sum(map(pixels_of, files)))
+        pixels = 0
+        for file in files:  # one after another, as they are decoded
+            pixels += await _run(self._decoders, partial(pixels_of, file))
         if pixels > MAX_REQUEST_PIXELS:
             most = f"more than {MAX_REQUEST_PIXELS}"
             raise Problem.of_field("images", f"have {pixels} pixels together, {most}", "too-large")
@@ -342,14 +344,10 @@ class Replica:
         channels = self.pipe.generator.family.channels
 
         def read() -> Tensor:
-            # each scan of a progressive JPEG goes over all pixels, and none needs many bytes
-            if file.startswith(JPEG) and (scans := file.count(JPEG_SCAN)) > MAX_SCANS:
-                raise Problem.of_field(field, f"is a JPEG of {scans} scans, more than {MAX_SCANS}")
-            return cut(
-                read_image(
-                    io.BytesIO(file), channels=channels, max_pixels=MAX_PIXELS, formats=PICTURES
-                )
+            image = read_image(
+                bounded(file), channels=channels, max_pixels=MAX_PIXELS, formats=PICTURES
             )
+            return cut(image)
 
         try:
             return await _run(self._decoders, read)
@@ -374,15 +372,6 @@ class Replica:
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, work)
-
-
-def pixels_of(file: bytes) -> int:
-    """Pixels of a picture, as its header has them; 0 where that cannot be read."""
-    try:
-        with Image.open(io.BytesIO(file), formats=PICTURES) as image:
-            return math.prod(image.size)
-    except Exception:  # whatever it is, to decode it says so, and names the picture
-        return 0
 
 
 def size_of(model: GeneratedModel) -> int:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from serve.app import Remote
 from serve.gate import Gate
@@ -183,6 +184,31 @@ def test_a_replica_of_another_checkpoint_is_not_the_only_one(gone):
         assert asyncio.run(ask()).anew
     else:
         with pytest.raises(Problem, match="checkpoint-gone"):
+            asyncio.run(ask())
+
+
+@pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("killed")], ids=repr)
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+def test_another_replica_answers_for_one_that_dies(error, deaths):
+    """By itself, or killed for want of memory."""
+    found = [error] * deaths + [SimpleNamespace(anew=True)]
+
+    class Handle:
+        def options(self, **options):
+            return self
+
+        async def remote(self, *args):
+            if isinstance(found[0], Exception):
+                raise found.pop(0)
+            return found.pop(0)
+
+    async def ask():
+        return await Remote(Handle(), in_time_s=1, at_once=2).fetch(None, "json")
+
+    if deaths < 3:
+        assert asyncio.run(ask()).anew
+    else:
+        with pytest.raises(Problem, match="overloaded"):
             asyncio.run(ask())
 
 

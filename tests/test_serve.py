@@ -29,7 +29,7 @@ from starlette.requests import Request
 import serve.replica
 from serve import bodies, plumbing
 from serve.api import Access, build_api, entity_tag, negotiate
-from serve.app import read_token
+from serve.app import ServeArgs, read_token
 from serve.ids import Ids, Recipe
 from serve.problems import KINDS, Problem
 from tina import TinaPipeline
@@ -408,6 +408,22 @@ def test_what_cannot_be_had_is_not_acceptable(get, post, model, accept):
     refused(post("/v1/models", json=THREE, headers={"accept": accept}), 406)
 
 
+@pytest.mark.parametrize("lines", [['a/b;c="' + ";" * 60_000], ['a/b;c="' + ";" * 300] * 4])
+def test_headers_of_many_parameters_are_not_parsed(get, post, model, monkeypatch, lines):
+    """Which takes seconds."""
+
+    def parsed(*args):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr("mimeparse.parse_media_range", parsed)
+    monkeypatch.setattr(bodies, "parse_options_header", parsed)
+    headers = [("accept", line) for line in lines]
+    refused(get(f"/v1/models/{model.id}", headers=headers), 406)
+    kind = "multipart/form-data; boundary=b; " + "".join(lines)
+    path = "/v1/models?format=json"
+    refused(post(path, content=b"--b--", headers={"content-type": kind}), 415)
+
+
 @given(accept=st.text("ab/*;,=q.1 "))
 def test_any_accept_header_has_a_format_or_is_a_problem(accept):
     headers = [(b"accept", accept.encode())]
@@ -751,6 +767,27 @@ def test_a_picture_that_happens_to_look_like_scans_is_read(post, model):
     assert post(path, json={"images": images}).status_code == 200
 
 
+def test_a_picture_that_takes_long_to_open_is_named(post, model):
+    content = picture(format="JPEG")
+    odd = content[:2] + 1000 * b"\xff\xe1\x00\x08Exif\0\0" + content[2:]
+    images = [b64(content), b64(odd)]
+    path = f"/v1/models/{model.id}/predict"
+    problem = refused(post(path, json={"images": images}), 422, "images[1]")
+    assert "EXIF" in problem.detail
+    refused(post("/v1/models", json=THREE | {"images": [images] * 3}), 422, "images[0][1]")
+
+
+def test_a_prediction_by_a_departed_checkpoint_looks_at_no_picture(backend, monkeypatch):
+    """Other replicas are asked for it, each with all pictures."""
+    seen = []
+    monkeypatch.setattr(serve.replica, "pixels_of", lambda file: seen.append(file) or 0)
+    gone = Recipe(checkpoint="0" * 64, classes=("a", "b"), seed=0, steps=1, guidance=1.0)
+    with pytest.raises(Problem, match="checkpoint-gone"):
+        asyncio.run(backend.predict(gone, [picture()]))
+    backend.replica._decoders.submit(int).result()  # behind whatever was begun
+    assert seen == []
+
+
 def test_pictures_of_few_classes_are_in_memory_however_many_ask(backend, monkeypatch):
     replica, steps = backend.replica, []  # one up for each class whose pictures come, one down
     monkeypatch.setattr(replica, "_in_hand", asyncio.Semaphore(2))
@@ -1003,18 +1040,38 @@ def test_broken_multipart(post):
 
 
 @pytest.mark.parametrize(
-    ("charset", "name", "text"),
+    ("charset", "status"),
     [
-        ("utf-7", "prompt", b"+2AA-"),
-        ("raw_unicode_escape", "prompt", b"\\ud800"),
-        ("raw_unicode_escape", "\\ud800", b"x"),
-        ("undefined", "prompt", b"x"),
+        ("UTF-8", 201),
+        ('"utf-8"', 201),
+        ("utf8", 201),
+        ("us-ascii", 201),
+        ("punycode", 415),
+        ("utf-7", 415),
+        ("raw_unicode_escape", 415),
+        ("undefined", 415),
+        ("utf-8; charset=punycode", 415),
+        ("", 415),
+        ("x" * 900, 415),
     ],
+    ids=lambda value: str(value)[:30],
 )
-def test_multipart_of_an_odd_charset(post, charset, name, text):
+def test_multipart_of_an_odd_charset(post, monkeypatch, charset, status):
+    """Its codec may take minutes, and what names none is looked for and remembered."""
+
+    async def read(request):
+        raise AssertionError("read")
+
+    if status == 415:
+        monkeypatch.setattr(bodies, "read_body", read)
     kind = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
-    head = f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode()
-    refused(post("/v1/models", content=head + text + b"\r\n--b--\r\n", headers=kind), 400)
+    head = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+    body = head + json.dumps(THREE).encode() + b"\r\n--b--\r\n"
+    response = post("/v1/models", content=body, headers=kind)
+    if status == 201:
+        assert response.status_code == 201, response.text
+    else:
+        assert len(refused(response, 415).detail) < 100
 
 
 def test_ids_that_name_no_model(get, post, ids, library):
@@ -1111,6 +1168,14 @@ def test_the_token_of_a_file_with_an_end_of_line(monkeypatch):
     assert read_token() == "s3cret!:abc=="
     monkeypatch.delenv("TINA_SERVE_TOKEN")
     assert read_token() == ""
+
+
+@pytest.mark.parametrize("given", ["https://a.example, http://b.example:1,", ["https://a.example"]])
+def test_origins_on_the_command_line_are_one_text(given):
+    found = ServeArgs(checkpoint="/x", cors_origins=given).cors_origins
+    assert found == ["https://a.example", "http://b.example:1"][: len(found)]
+    assert len(found) == (2 if isinstance(given, str) else 1)
+    assert ServeArgs(checkpoint="/x", cors_origins="").cors_origins == []
 
 
 def test_texts_are_bounded_alike_everywhere():
