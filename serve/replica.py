@@ -266,6 +266,8 @@ class Replica:
             self.metrics.waiting.set(len(self._generations))
             try:
                 model = await made
+            except PromptError as error:  # two names that are one to the prompt encoder
+                raise Problem.of_field("classes", f"are refused: {error}") from None
             finally:
                 self.metrics.waiting.set(len(self._generations))
             if size_of(model) <= self._cache.maxsize:

@@ -36,7 +36,7 @@ from tina import TinaPipeline
 from tina.classifiers import Classifier
 from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
-from tina.prompts import MAX_CHARACTERS
+from tina.prompts import MAX_CHARACTERS, Vocabulary
 from tina.schemas import (
     MAX_BODY_BYTES,
     MAX_CLASSES,
@@ -906,6 +906,12 @@ def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
     ):
         refused(post("/v1/models", json=THREE | change), 422, field)
     assert [name.split("_")[0] for name in threads] == ["encode"] * 2
+
+
+def test_known_names_that_are_one_to_the_encoder_are_refused(post, monkeypatch):
+    monkeypatch.setattr(Vocabulary, "lookup", lambda self, name: self.embeddings[0])
+    answer = post("/v1/models", json=THREE | {"seed": 99})
+    assert "'three' and 'five' are the same" in refused(answer, 422, "classes").detail
 
 
 def test_new_texts_are_encoded_beside_the_denoising_pass(backend, post, monkeypatch):

@@ -190,7 +190,7 @@ class Source:
         if rng.random() < self.config.new_classes:
             new = np.flatnonzero(rng.random(len(task)) < rng.random())
             hidden[new] = rng.random((len(new), hidden.shape[1])) < OTHERS_HIDDEN
-            hidden[new, [generic.class_ids.index(task[i]) for i in new]] = True
+            hidden[new, [generic.class_ids.index(c) for c in np.array(task)[new]]] = True
         return hidden
 
 

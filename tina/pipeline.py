@@ -123,10 +123,9 @@ def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier
     names, shape = (json.loads(metadata[key]) for key in ("class_names", "input_shape"))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names are a list of text, got {names!r}")
-    channels, size, _ = shape
-    if not all(type(number) is int and number > 0 for number in shape):
+    if len(shape) != 3 or not all(type(number) is int and number > 0 for number in shape):
         raise ValueError(f"input_shape is three whole numbers above 0, got {shape!r}")
-    family = build_family(metadata["family"], channels=channels, image_size=size)
+    family = build_family(metadata["family"], channels=shape[0], image_size=shape[1])
     trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
     if isinstance(family, ResNet20Head):
         family.load_trunk(trunk)
@@ -270,8 +269,7 @@ class TinaPipeline:
         """Unit embeddings (K, E): the checkpoint's own for the names it knows, else encoded.
 
         Raises:
-            PromptError: It does not know one, and has a table for an encoder, which knows no more;
-                or two are the same to the encoder.
+            PromptError: One that its encoder does not know either, or two that are one to it.
         """
         vocabulary = self.generator.vocabulary
         known = [vocabulary.lookup(name) for name in names]
@@ -306,8 +304,7 @@ class TinaPipeline:
         closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
         raise PromptError(
             f"the checkpoint does not know {shorten(new, 60)!r}{closest}; free text needs "
-            "open_clip beside it (--open-clip, open_clip=True), or a checkpoint trained with "
-            "prompt.encoder open_clip or sentence"
+            "open_clip beside it (--open-clip, open_clip=True) or one made with it or sentence"
         )
 
     def embed_images(self, images: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
