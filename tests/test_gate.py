@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from serve.app import Remote
 from serve.gate import Gate
@@ -165,26 +165,36 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
     asyncio.run(ask())
 
 
-@pytest.mark.parametrize("gone", [0, 1, 7, 8])
-def test_a_replica_of_another_checkpoint_is_not_the_only_one(gone):
-    """In a rolling update ids of either are asked of both."""
-    found = [Problem("checkpoint-gone", "another is served")] * gone + [SimpleNamespace(anew=True)]
+def fetched(found):
+    """What a model is where the replicas that are asked answer so, one after the other."""
 
     class Handle:
         def options(self, **options):
             return self
 
         async def remote(self, *args):
-            return found.pop(0)
+            answer = found.pop(0)
+            # a problem is a replica's answer, and crosses as a value
+            if isinstance(answer, RayError):
+                raise answer
+            return answer
 
     async def ask():
         return await Remote(Handle(), in_time_s=1, at_once=2).fetch(None, "json")
 
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("gone", [0, 1, 7, 8])
+def test_a_replica_of_another_checkpoint_is_not_the_only_one(gone):
+    """In a rolling update ids of either are asked of both."""
+    found = [Problem("checkpoint-gone", "another is served")] * gone + [SimpleNamespace(anew=True)]
+
     if gone < 8:
-        assert asyncio.run(ask()).anew
+        assert fetched(found).anew
     else:
         with pytest.raises(Problem, match="checkpoint-gone"):
-            asyncio.run(ask())
+            fetched(found)
 
 
 @pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("killed")], ids=repr)
@@ -193,23 +203,11 @@ def test_another_replica_answers_for_one_that_dies(error, deaths):
     """By itself, or killed for want of memory."""
     found = [error] * deaths + [SimpleNamespace(anew=True)]
 
-    class Handle:
-        def options(self, **options):
-            return self
-
-        async def remote(self, *args):
-            if isinstance(found[0], Exception):
-                raise found.pop(0)
-            return found.pop(0)
-
-    async def ask():
-        return await Remote(Handle(), in_time_s=1, at_once=2).fetch(None, "json")
-
     if deaths < 3:
-        assert asyncio.run(ask()).anew
+        assert fetched(found).anew
     else:
         with pytest.raises(Problem, match="overloaded"):
-            asyncio.run(ask())
+            fetched(found)
 
 
 @pytest.mark.parametrize("anew", [True, False])
