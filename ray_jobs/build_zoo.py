@@ -37,8 +37,8 @@ def ensure_generic(run: Run) -> None:
     """Train the generic model unless the run has one.
 
     Raises:
-        ConfigError, DataError: The configured prompts cannot be had, which would be known too late.
-        DataError: It was trained on other images.
+        ConfigError, DataError, PromptError: The configured prompts cannot be had, which would be
+            known too late; or the run's generic model was trained on other images.
     """
     if run.generic_file.exists():
         run.check_data()

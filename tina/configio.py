@@ -55,7 +55,8 @@ def _build(cls: type[T], parse: Callable[[], T]) -> T:
         if "must be a mapping, not NoneType" in reason:
             reason = "a section is empty: give it a key, or leave it out"
         signs = ("not accept option", "is not accepted", "unrecognized arguments")
-        unknown_key = any(sign in reason for sign in signs)
+        whole = " ".join(str(error).split())  # of which `reason` has the beginning
+        unknown_key = any(sign in whole for sign in signs)
         known = f"; valid keys: {', '.join(_keys(cls))}" if unknown_key else ""
         raise ConfigError(f"{reason}{known}") from error
 
