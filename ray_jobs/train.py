@@ -288,6 +288,7 @@ def build_trainer(
     check_stage(run)
     cluster, each = run.config.cluster, require_ranks(run)
     if not run.start.exists():
+        run.claim()  # another job may have changed it since this one began
         save_generator(run.new_generator(), run.start, card="Untrained: classifier selection.\n")
         run.place.keep("start")
     streams: dict[str, Any] = {}

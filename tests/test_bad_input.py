@@ -829,8 +829,8 @@ def test_of_two_generic_models_the_first_one_stays(workplace, monkeypatch):
 
 def test_a_run_is_not_continued_with_another_configuration(tiny_run, capsys):
     before = snapshot(tiny_run.folder)
-    given = ["--config", str(tiny_run.folder / "config.yaml"), "--train.lr", "0.5"]
+    given = ["--config", str(tiny_run.folder / "config.yaml"), "--tasks.seed", "5"]
     assert run_job(_no_work, given, name="train", about="Train.") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "holds a run with another train" in line
+    assert "holds a run with another tasks" in line
     assert snapshot(tiny_run.folder) == before

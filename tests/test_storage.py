@@ -439,7 +439,7 @@ def test_a_run_of_a_store(shelf, tiny_run):
     assert run.read_zoo("zoo").theta.equal(tiny_run.read_zoo("zoo").theta)
     assert run.generic.body.equal(tiny_run.generic.body)
     run.claim()
-    other = Run(replace(run.config, train=replace(run.config.train, lr=0.5)))
+    other = Run(replace(run.config, tasks=replace(run.config.tasks, seed=5)))
     with pytest.raises(ConfigError, match=re.escape(f"{shelf[1]}/tiny holds a run with another")):
         other.claim()
     with pytest.raises(ConfigError, match="holds no run"):

@@ -125,7 +125,8 @@ class Run:
         Settles every `precision: auto`: as it was for the folder before, else for this machine.
 
         Raises:
-            ConfigError: It was made with another; evaluation, cluster and tracking may differ.
+            ConfigError: It was made with another. Evaluation, cluster and tracking may differ, and
+                what the zoo does not depend on as long as there is no generator.
         """
         # a typo in a name need not claim the folder at all
         find_source(self.config.data)
@@ -143,6 +144,8 @@ class Run:
             where = below(self.place.location, file.name)
             print(f"precision auto: see {where}; bf16 in hardware here: {has_bf16()}")
         loose = {"evaluation", "cluster", "storage", "tracking"}
+        if "start" not in self.place.names():
+            loose |= {"denoiser", "diffusion", "train"}
         if found and (odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]):
             raise ConfigError(
                 f"{self.place.location} holds a run with another {', '.join(odd)}: "
