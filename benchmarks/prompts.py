@@ -130,7 +130,7 @@ class Speaker:
 
     def shown(self, name: str, rng: np.random.Generator, *, count: int) -> Tensor:
         """So many pictures of the class."""
-        places = for_prompts(self.run, self.run.dataset.class_ids([name]))
+        places = for_prompts(self.run, [self.vocabulary.names.index(name)])
         few = torch.from_numpy(rng.permutation(len(places))[:count])
         return self.generator.embed_shots(self.run.store[places[few]])
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.problems import Problem
-from tina.files import hash_bytes, write_whole
+from tina.files import hash_bytes, write_bytes
 from tina.schemas import MAX_ID_CHARACTERS
 
 TAG_BYTES = 16
@@ -111,7 +111,7 @@ class Ids:
         try:
             os.utime(file)
         except FileNotFoundError:  # new, or swept just now
-            write_whole(file, lambda temporary: temporary.write_bytes(packed))
+            write_bytes(file, packed)
             self._written += len(packed)
         self._sweep()
         return self._sign(STORED + digest.encode())

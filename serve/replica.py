@@ -33,7 +33,7 @@ from serve.metrics import Metrics
 from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
 from tina.classifiers import VitB32Head, predict_many
-from tina.errors import ConfigError, DataError, PromptError, TinaError
+from tina.errors import DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
 from tina.names import unfamiliar
@@ -126,7 +126,7 @@ class Replica:
     async def create(self, request: ModelRequest, format: Format) -> Made:
         """A model for a new prompt."""
         most = self.pipe.generator.max_classes
-        names = _refuse(check_task, request.classes, max_classes=most, field="classes")
+        names = _checked(request.classes, most=most, field="classes")
         descriptions: tuple[str, ...] = ()
         embeddings = ""
         if request.images is not None and request.descriptions is not None:
@@ -136,7 +136,7 @@ class Replica:
             if given is not None and len(given) != len(names):
                 raise Problem.of_field(field, f"must be {len(names)}, one per class")
         if request.descriptions is not None:
-            _refuse(check_task, request.descriptions, max_classes=most, field="descriptions")
+            _checked(request.descriptions, most=most, field="descriptions")
             descriptions = tuple(request.descriptions)
         if request.images is not None:
             embedded = await self._embed(request.images)
@@ -381,9 +381,13 @@ def size_of(model: GeneratedModel) -> int:
     return model.theta.nbytes + 4 * sum(map(len, model.class_names)) + OVERHEAD
 
 
-def _refuse(check: Callable[..., T], *args: object, field: str, **options: object) -> T:
-    """What a check of the library returns; what it raises as a problem of a field."""
+def _checked(names: Sequence[str], *, most: int, field: str) -> tuple[str, ...]:
+    """Names or descriptions of a task.
+
+    Raises:
+        Problem: They are none.
+    """
     try:
-        return check(*args, **options)
-    except (PromptError, ConfigError) as error:
+        return check_task(names, max_classes=most)
+    except PromptError as error:
         raise Problem.of_field(field, f"are refused: {error}") from None

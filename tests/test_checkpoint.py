@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 import tina.checkpoint
-from tina.checkpoint import check_manifest, load_generator, save_generator
+from tina.checkpoint import load_generator, save_generator
 from tina.classifiers import build_family
 from tina.codec import Codec, codec_shapes
 from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, GeneratorConfig
@@ -19,6 +19,7 @@ from tina.files import hash_file
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.storage import MANIFEST
 from tina.tensors import DTYPES, pack_tensors, write_tensors
 
 FILES = (
@@ -155,7 +156,7 @@ def test_round_trip_with_a_trunk(tmp_path):
 def test_saving_again_gives_the_same_bytes(tiny_checkpoint, tmp_path):
     card = (tiny_checkpoint / "README.md").read_text()
     save_generator(load_generator(tiny_checkpoint), tmp_path / "again", card=card)
-    assert check_manifest(tmp_path / "again") == check_manifest(tiny_checkpoint)
+    assert hash_file(tmp_path / "again" / MANIFEST) == hash_file(tiny_checkpoint / MANIFEST)
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same(tiny_generator, tmp_path):
@@ -360,7 +361,7 @@ def test_class_names_are_part_of_the_checkpoint(tiny_generator, tiny_checkpoint,
     vocabulary = replace(tiny_generator.vocabulary, names=tuple("abcdefghij"))
     save_generator(replace(tiny_generator, vocabulary=vocabulary), tmp_path / "x", card="card")
     assert load_generator(tmp_path / "x").vocabulary.names == tuple("abcdefghij")
-    assert check_manifest(tmp_path / "x") != check_manifest(tiny_checkpoint)
+    assert hash_file(tmp_path / "x" / MANIFEST) != hash_file(tiny_checkpoint / MANIFEST)
 
 
 def test_a_header_of_another_kind(copied):

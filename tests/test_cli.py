@@ -341,9 +341,8 @@ def test_the_onnx_of_export_is_the_classifier(tina, made, workplace):
 # --- info -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--checkpoint"], []])
-def test_info_of_a_checkpoint(words, tina, tiny_checkpoint, tiny_generator):
-    lines = tina("info", *words, tiny_checkpoint).out.splitlines()
+def test_info_of_a_checkpoint(tina, tiny_checkpoint, tiny_generator):
+    lines = tina("info", tiny_checkpoint).out.splitlines()
     facts = dict(line.split("  ", 1) for line in lines)
     facts = {key: value.strip() for key, value in facts.items()}
     size = sum(p.numel() for p in tiny_generator.denoiser.parameters())

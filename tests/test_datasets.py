@@ -227,17 +227,9 @@ def test_indices_are_a_partitions_images_of_these_classes(ids):
     assert data.indices("select", ids).tolist() == plain
 
 
-def test_class_ids_keep_order_and_accept_underscores(tmp_path):
+def test_class_names_have_spaces_for_underscores(tmp_path):
     small_set(tmp_path)
-    data = load(tmp_path)
-    assert data.class_names == ("maple tree", "bus", "sea")
-    assert data.class_ids(["sea", "maple tree"]) == (2, 0)
-    assert data.class_ids(["maple_tree"]) == (0,)
-
-
-def test_an_unknown_class_lists_the_closest():
-    with pytest.raises(DataError, match="digits has no class 'sevn'; the closest are seven"):
-        load_dataset(DataConfig()).class_ids(["one", "sevn"])
+    assert load(tmp_path).class_names == ("maple tree", "bus", "sea")
 
 
 def test_an_unknown_data_set_lists_the_known():

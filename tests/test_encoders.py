@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tina.config import PromptConfig
-from tina.encoders import EmbeddingSpace, HashEncoder, TableEncoder, _Encoder, build_encoder
+from tina.encoders import EmbeddingSpace, HashEncoder, PromptEncoder, TableEncoder, build_encoder
 from tina.errors import ConfigError, DataError, PromptError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -97,7 +97,7 @@ def test_without_an_image_tower_images_are_refused():
 def test_a_name_has_up_to_four_words():
     heard = []
 
-    class Echo(_Encoder):
+    class Echo(PromptEncoder):
         space = EmbeddingSpace(model="echo", dim=1, template="a {}")
 
         def _encode(self, phrase):

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import resnet_generator
 
-from tina.checkpoint import check_manifest
 from tina.config import PromptConfig
 from tina.encoders import EmbeddingSpace
 from tina.errors import CheckpointError, ConfigError, NonFiniteError, PromptError
+from tina.files import hash_file
 from tina.generator import new_denoiser
 from tina.images import resize
 from tina.pipeline import GeneratedModel, TinaPipeline, load_classifier
+from tina.storage import MANIFEST
 
 TASK = ["zero", "seven", "four"]
 
@@ -391,7 +392,7 @@ def test_saved_classifier_gives_the_same_bits(pipe, tiny_checkpoint, tmp_path):
         "family": "cnn5k",
         "class_names": json.dumps(TASK),
         "input_shape": "[1, 8, 8]",
-        "checkpoint_sha256": check_manifest(tiny_checkpoint),
+        "checkpoint_sha256": hash_file(tiny_checkpoint / MANIFEST),
         "seed": "2",
         "steps": "4",
     }

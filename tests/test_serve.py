@@ -895,11 +895,11 @@ def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
     """It takes longer than a model, and difflib holds Python's lock."""
     threads = []
 
-    def check(names):
+    def unknown(name):
         threads.append(threading.current_thread().name)
-        raise PromptError("unknown")
+        return PromptError("unknown")
 
-    monkeypatch.setattr(backend.replica.pipe, "check_known", check)
+    monkeypatch.setattr(backend.replica.pipe, "_unknown", unknown)
     for change, field in (
         ({"classes": ["three", "thrice"]}, "classes"),
         ({"descriptions": ["a", "b", "c"]}, "descriptions"),

@@ -192,10 +192,10 @@ def test_a_batch_that_the_ranks_cannot_share(tmp_path):
     ("sweep", "words"),
     [
         ({"trial": 3}, "trials"),
-        ({"trials": 0}, "sweep.trials must be at least 1"),
+        ({"trials": 0}, "sweep.trials must be above 0"),
         ({"trials": "many"}, "trials"),
-        ({"concurrent": 0}, "sweep.concurrent must be at least 1"),
-        ({"workers": 0}, "sweep.workers must be at least 1"),
+        ({"concurrent": 0}, "sweep.concurrent must be above 0"),
+        ({"workers": 0}, "sweep.workers must be above 0"),
         ({"cpus": 0}, "sweep.cpus must be above 0"),
         ({"grace": 0}, "sweep.grace"),
         ({"grace": 1.5}, "sweep.grace"),

@@ -20,7 +20,6 @@ import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -106,11 +105,8 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
 
-def check_manifest(directory: Path) -> str:
+def check_manifest(directory: Path) -> None:
     """Compare every file with the manifest.
-
-    Returns:
-        sha256 of the manifest, which names the checkpoint.
 
     Raises:
         CheckpointError: No manifest, or a file missing, additional or changed.
@@ -130,7 +126,6 @@ def check_manifest(directory: Path) -> str:
             raise CheckpointError(
                 f"{directory / name} was changed: its sha256 is not the manifest's"
             )
-    return hash_file(file)
 
 
 def load_generator(directory: Path) -> Generator:
@@ -267,7 +262,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name))
     # the hub's client and its HTTP library share no base class of their errors
     except Exception as error:
-        reason = shorten(str(error) or type(error).__name__, 200)
         raise CheckpointError(
-            f"{name} is neither a folder nor a hub repository: {reason}"
+            f"{name} is neither a folder nor a hub repository: {one_line(error)}"
         ) from error

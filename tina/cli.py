@@ -154,7 +154,7 @@ def info(args: argparse.Namespace) -> None:
     """Say what a checkpoint or a saved classifier is."""
     file = Path(args.model or "")
     if args.words or not (file.is_file() or file.suffix == ".safetensors"):
-        pipe = _load(args.model or args.checkpoint)
+        pipe = _load(args.model)
         if args.words:
             print(*pipe.generator.vocabulary.names, sep="\n")
         else:
@@ -257,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     default = f"(default: the variable TINA_CHECKPOINT, else {DEFAULT_CHECKPOINT})"
-    folder: Any = {"help": f"a checkpoint's folder or URI, {PACKAGED}, or a hub id {default}"}
+    checkpoint = f"a checkpoint's folder or URI, {PACKAGED}, or a hub id {default}"
+    folder: Any = {"help": checkpoint}
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
     onnx: Any = {"type": Path, "metavar": "FILE.onnx", "help": "write ONNX, opset 18, here"}
@@ -292,7 +293,6 @@ def _parser() -> argparse.ArgumentParser:
     arg("--onnx", required=True, **onnx)
     arg("--force", **force)
     arg = add(info, "info tina-cifar100-cnn5k").add_argument
-    arg("model", nargs="?", help="a classifier's .safetensors, or what --checkpoint takes")
-    arg("--checkpoint", **folder)
+    arg("model", nargs="?", help=f"a classifier's .safetensors, or {checkpoint}")
     arg("--words", action="store_true", help="list the words that a checkpoint knows instead")
     return parser

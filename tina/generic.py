@@ -110,7 +110,7 @@ def check_trained_on(file: Path, dataset: Dataset) -> None:
             found = (opened.metadata() or {}).get(IMAGES)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file} is not a readable generic model: {error}") from error
-    if found not in (None, dataset.fingerprint):  # before this was kept, files had none
+    if found != dataset.fingerprint:
         raise DataError(
             f"{file} was trained on other images than {dataset.name} has now, perhaps on those of "
             "the report: choose another name, or remove the run"

@@ -24,7 +24,7 @@ from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
-from tina.files import hash_file, write_whole
+from tina.files import hash_file, write_bytes
 from tina.generator import Generator
 from tina.images import fit, square
 from tina.names import normalise_name
@@ -81,8 +81,7 @@ class GeneratedModel:
 
     def save(self, file: str | Path) -> None:
         """Write weights as safetensors."""
-        content = self.to_safetensors()
-        write_whole(Path(file), lambda temporary: temporary.write_bytes(content))
+        write_bytes(Path(file), self.to_safetensors())
 
     def export_onnx(self, file: str | Path) -> None:
         """Write an ONNX graph with the resizing and normalising inside, any N, H and W."""
@@ -92,8 +91,7 @@ class GeneratedModel:
 def export_onnx(classifier: Classifier, file: Path) -> None:
     """Write a classifier as ONNX; see `tina.export`."""
     tensors, family = dict(classifier.network.named_parameters()), classifier.family
-    content = OnnxGraph(family, export_graph(family)).fill(tensors, classifier.class_names)
-    write_whole(file, lambda temporary: temporary.write_bytes(content))
+    write_bytes(file, OnnxGraph(family, export_graph(family)).fill(tensors, classifier.class_names))
 
 
 def load_classifier(file: str | Path) -> Classifier:
@@ -274,7 +272,8 @@ class TinaPipeline:
         vocabulary = self.generator.vocabulary
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
-        self.check_known(new)
+        if new and not self.reads_text:
+            raise self._unknown(new[0])
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         found = torch.stack([next(encoded) if vector is None else vector for vector in known])
         check_distinct(names, found)
@@ -290,20 +289,12 @@ class TinaPipeline:
         """Whether words that the checkpoint does not know can be encoded."""
         return self._given is not None or self.generator.config.prompt.encoder != "table"
 
-    def check_known(self, names: Sequence[str]) -> None:
-        """Make sure that names can be embedded.
-
-        Raises:
-            PromptError: See `embed_names`.
-        """
-        vocabulary = self.generator.vocabulary
-        new = next((name for name in names if vocabulary.lookup(name) is None), None)
-        if new is None or self.reads_text:
-            return
-        close = difflib.get_close_matches(normalise_name(new), vocabulary.names)
+    def _unknown(self, name: str) -> PromptError:
+        """What to say of a name that nothing here can embed."""
+        close = difflib.get_close_matches(normalise_name(name), self.generator.vocabulary.names)
         closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
-        raise PromptError(
-            f"the checkpoint does not know {shorten(new, 60)!r}{closest}; free text needs "
+        return PromptError(
+            f"the checkpoint does not know {shorten(name, 60)!r}{closest}; free text needs "
             "open_clip beside it (--open-clip, open_clip=True) or one made with it or sentence"
         )
 

@@ -277,7 +277,7 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
     panel.plot([c["steps"] for c in curve], [c["accuracy"] for c in curve], "o-", color="tab:red")
     for point in curve:
         diff = point["minus_most"]
-        spread = _spread(diff["diff"], diff["ci95"], point.get("tasks"))  # older reports: unknown
+        spread = _spread(diff["diff"], diff["ci95"], point["tasks"])
         panel.errorbar(point["steps"], point["accuracy"], yerr=spread, color="tab:red", capsize=3)
     low, high = panel.get_ylim()
     room = max(0, NARROWEST - (high - low)) / 2

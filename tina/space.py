@@ -20,7 +20,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from tina.checks import not_negative, plain_name
+from tina.checks import not_negative, plain_name, positive
 from tina.config import DenoiserConfig, DiffusionConfig, JobConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict, read_yaml
 from tina.errors import ConfigError
@@ -73,12 +73,8 @@ class SweepConfig:
     def __post_init__(self) -> None:
         not_negative(self, "seed")
         plain_name("sweep.name", self.name)
-        least = {"trials": self.trials, "workers": self.workers, "concurrent": self.concurrent}
-        for key, value in least.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"sweep.{key} must be at least 1, got {value}")
-        if self.cpus <= 0:
-            raise ConfigError(f"sweep.cpus must be above 0, got {self.cpus}")
+        positive(self, "trials", "workers", "cpus")
+        positive(self, "concurrent", optional=True)
         if not 0 < self.grace <= 1:
             raise ConfigError(f"sweep.grace must lie above 0 and up to 1, got {self.grace}")
         if self.reduction_factor <= 1:

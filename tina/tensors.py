@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tina.files import write_whole
+from tina.files import write_bytes
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -50,5 +50,4 @@ def write_tensors(
     file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file."""
-    content = pack_tensors(tensors, metadata)
-    write_whole(file, lambda temporary: temporary.write_bytes(content))
+    write_bytes(file, pack_tensors(tensors, metadata))
