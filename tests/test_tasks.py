@@ -46,8 +46,10 @@ def all_tasks(space):
     return [*space.train, *space.val, *chain.from_iterable(space.held_out.values())]
 
 
-def test_more_tasks_by_their_number_of_unseen_classes():
-    plain, space = cifar(min_classes=10), cifar(min_classes=10, unseen_counts=(1, 5, 10))
+@pytest.mark.parametrize("fewest", [2, 10])
+def test_more_tasks_by_their_number_of_unseen_classes(fewest):
+    plain = cifar(min_classes=fewest)
+    space = cifar(min_classes=fewest, unseen_counts=(1, 5, 10))
     assert all_tasks(space) == all_tasks(plain)
     assert list(space.unseen) == [1, 5, 10]
     taken = {task.key for task in all_tasks(space)}
@@ -55,6 +57,7 @@ def test_more_tasks_by_their_number_of_unseen_classes():
         assert len(tasks) == 40
         for task in tasks:
             assert len(task.key & set(space.excluded)) == count
+            assert max(fewest, count) <= task.num_classes <= 10
             assert (task.split, task.axis) == ("held_out", UNSEEN)
             assert not concentrated(task.class_ids)
         keys = {task.key for task in tasks}
@@ -341,9 +344,13 @@ def test_no_set_left_for_fresh_tasks_is_an_error_not_a_hang():
     [
         ({"max_classes": 11}, "tasks.max_classes is 11, but digits has 10 classes"),
         ({"max_classes": 9, **TWO_OUT}, "tasks.max_classes is 9, but digits has 8 classes"),
-        ({"unseen_per_task": 3, **TWO_OUT}, r"unseen_per_task is 3, .* \(2\) .* classes \(2\)"),
+        ({"unseen_per_task": 3, **TWO_OUT}, r"unseen_per_task is 3, .* classes \(2\)"),
         ({"unseen_per_task": 0, **TWO_OUT}, "unseen_per_task is 0"),
-        ({"unseen_counts": (1, 3), **TWO_OUT}, r"unseen_counts is 3, .* \(2\) .* classes \(2\)"),
+        ({"unseen_counts": (1, 3), **TWO_OUT}, r"unseen_counts is 3, .* classes \(2\)"),
+        (
+            {"unseen_counts": (4,), "max_classes": 3, "excluded_fraction": 0.5},
+            r"unseen_counts is 4, .* both tasks.max_classes \(3\)",
+        ),
         ({"unseen_counts": (1,)}, "unseen_counts is 1"),
         ({"max_classes": 2, "held_out": 46}, r"46 held_out tasks .* class sets for 45"),
         ({"max_classes": 2, **TWO_OUT}, rf"20 held_out tasks .* {UNSEEN} .* class sets for 1$"),

@@ -271,10 +271,10 @@ def _check_counts(space: TaskSpace) -> None:
         )
     counts = [("unseen_per_task", config.unseen_per_task)] if excluded else []
     for key, unseen in counts + [("unseen_counts", count) for count in config.unseen_counts]:
-        if not 1 <= unseen <= min(config.min_classes, excluded):
+        if not 1 <= unseen <= min(config.max_classes, excluded):
             raise ConfigError(
                 f"tasks.{key} is {unseen}, but must lie between 1 and both "
-                f"tasks.min_classes ({config.min_classes}) and the excluded classes ({excluded})"
+                f"tasks.max_classes ({config.max_classes}) and the excluded classes ({excluded})"
             )
 
 
@@ -368,10 +368,12 @@ def _concentrated_sets(rng: np.random.Generator, space: TaskSpace) -> Iterator[C
 def _unseen_sets(
     rng: np.random.Generator, space: TaskSpace, unseen: int | None = None
 ) -> Iterator[ClassIds]:
-    """So many excluded classes, by default `unseen_per_task`, the rest seen."""
+    """So many excluded classes, by default `unseen_per_task`, the rest, if any, seen."""
     unseen = unseen or space.config.unseen_per_task
     while True:
         (size,) = _sizes(rng, space, 1)
+        if size < unseen:
+            continue
         new = rng.choice(space.excluded, unseen, replace=False)
         known = rng.choice(space.seen, size - unseen, replace=False)
         yield tuple(rng.permutation(np.concatenate([new, known])).tolist())
