@@ -101,35 +101,6 @@ def test_printed_configuration_works_as_a_file(config_file, tmp_path, capsys):
     assert capsys.readouterr().out == once
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--train.learning_rate", "1"], "train.lr"),  # the valid keys are listed
-        (["--train.lr", "fast"], "train.lr"),
-        (["--train.lr", "-1"], "train.lr must be above 0"),
-        (["--storage", "runs"], "storage must be an absolute path"),
-        (["--storage", "s3://me:secret@bucket/runs"], "storage holds a password"),
-        (["--storage", "s4://bucket/runs"], "s4://bucket/runs/short is no storage"),
-        (["--storage", "fsspec+file:///proc/runs"], "/proc/runs"),
-        (["--name", "../other"], "name must be a plain folder name"),
-        (["--cluster.train_workers", "3"], "train.zoo_batch must be a multiple"),
-        (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
-        (["--data.name", "no such data"], "no such data"),
-    ],
-)
-def test_bad_configuration_ends_with_2_and_one_line(config_file, capsys, flags, words):
-    def work(run):
-        assert run.dataset  # so that an unknown data set is met
-        never(run)
-
-    assert start(work, ["--config", str(config_file), *flags]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert words in printed.err
-
-
 def test_unknown_key_in_the_file_ends_with_2(config_file, tmp_path, capsys):
     values = short_config(tmp_path) | {"colour": "red"}
     config_file.write_text(yaml.safe_dump(values))
@@ -305,11 +276,6 @@ def test_moved_images_before_a_trunk_that_is_not_trained_are_refused_and_nothing
     with pytest.raises(ConfigError, match=r"data\.shift must be 0 for vitb32_head"):
         run.claim()
     assert not run.folder.exists()
-
-
-def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(ConfigError, match=r"no config\.yaml"):
-        Run.open(tmp_path)
 
 
 def test_a_report_of_other_settings_is_said(claimed, monkeypatch, capsys, tmp_path):

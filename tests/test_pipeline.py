@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from test_checkpoint import resnet_generator
 
 from tina.config import PromptConfig
@@ -416,33 +415,6 @@ def test_class_names_survive_unicode(pipe, tmp_path):
     assert load_classifier(tmp_path / "m.safetensors").class_names == tuple(names)
 
 
-@pytest.mark.parametrize("spoil", ["missing", "garbage", "foreign", "layout", "classes", "nan"])
-def test_files_that_are_no_classifier(pipe, tmp_path, spoil):
-    file = tmp_path / "m.safetensors"
-    pipe(TASK).save(file)
-    with safe_open(file, "pt") as stream:
-        metadata = stream.metadata()
-    tensors, error = load_file(file), CheckpointError
-    match spoil:
-        case "missing":
-            file.unlink()
-        case "garbage":
-            file.write_bytes(b"garbage")
-        case "foreign":
-            save_file(tensors, file)
-        case "layout":
-            tensors["fc.weight"] = torch.zeros(3, 5)
-            save_file(tensors, file, metadata)
-        case "classes":
-            save_file(tensors, file, metadata | {"class_names": '["one", "two"]'})
-        case "nan":
-            tensors["fc.bias"][0] = torch.nan
-            save_file(tensors, file, metadata)
-            error = NonFiniteError
-    with pytest.raises(error):
-        load_classifier(file)
-
-
 def test_checkpoint_round_trip_through_the_pipeline(tiny_checkpoint, tmp_path):
     pipe = TinaPipeline.from_pretrained(str(tiny_checkpoint))
     pipe.save_pretrained(tmp_path / "again")
@@ -577,7 +549,7 @@ def test_what_is_no_text(pipe, prompt, options):
         pipe(prompt, **options)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, -(2**64)])
 def test_seeds_out_of_range(pipe, seed):
     with pytest.raises(PromptError, match="seed"):
         pipe(["one", "two"], seed=seed)
