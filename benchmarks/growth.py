@@ -131,7 +131,7 @@ def fit(sizes: list[float], values: list[float]) -> tuple[float, float, float]:
     """a, b and c of the a + b * size^c, a not below 0, with the least relative errors."""
     x, y = np.array(sizes) / sizes[-1], np.array(values)
     found = []
-    for c in np.arange(0.1, 3, 0.01):
+    for c in np.arange(0, 3, 0.01):
         constant, power = 1 / y, x**c / y  # a times the one and b times the other: near 1
         a, b = np.linalg.lstsq(np.stack([constant, power], 1), np.ones(len(y)))[0]
         if a < 0:

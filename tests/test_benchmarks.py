@@ -386,3 +386,11 @@ def test_the_share_of_drawing_a_batch(started_run):
     assert set(found) == {"in_line_ms", "ahead_ms", "at_hand_ms", "share"}
     assert min(found["in_line_ms"], found["ahead_ms"]) > 0
     assert found["share"] < 1
+
+
+def test_of_equally_familiar_prompts_a_random_one_is_left_out():
+    """Not the one with the lowest accuracy: the threshold does not know it."""
+    accuracies = [float(i) for i in range(10)]
+    assert prompts.kept([0.5] * 10, accuracies) == pytest.approx(4.5)
+    assert prompts.kept([0.1, *[0.5] * 9], accuracies) == pytest.approx(5)
+    assert prompts.kept([0.1, 0.1, *[0.5] * 8], accuracies) == pytest.approx((0.5 + 44) / 9)

@@ -17,6 +17,7 @@ from tina.codec import Codec, codec_shapes
 from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, GeneratorConfig
 from tina.encoders import HashEncoder
 from tina.errors import CheckpointError
+from tina.files import hash_file
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary

@@ -24,7 +24,7 @@ import tina.datasets
 from tina.config import DataConfig
 from tina.datasets import PARTITIONS, _Decoded, load_dataset
 from tina.errors import ConfigError, DataError
-from tina.images import read_image
+from tina.images import fit, read_image
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -323,6 +323,15 @@ def test_oblong_images_are_cropped_to_their_centre(tmp_path):
     contents = [encode(w if i % 2 else t) for i, (w, t) in enumerate(zip(wide, tall, strict=True))]
     write_parquet(tmp_path / "train-0.parquet", contents, [0, 1, 2] * 3)
     np.testing.assert_array_equal(as_pixels(load(tmp_path)), centre)
+
+
+@pytest.mark.parametrize("shape", [(33, 40, 3), (41, 32, 3), (20, 33, 3)])
+def test_photographs_are_cut_and_resized_as_classifiers_do(shape, tmp_path):
+    photographs = noise(9, shape=shape)
+    write_parquet(tmp_path / "train-0.parquet", [encode(p) for p in photographs], [0, 1, 2] * 3)
+    seen = fit(torch.from_numpy(photographs).permute(0, 3, 1, 2) / 255, 16)
+    difference = load(tmp_path, image_size=16).images - 255 * seen
+    assert difference.abs().max() < 1.5
 
 
 def test_shrinking_antialiases(tmp_path):

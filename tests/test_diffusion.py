@@ -15,6 +15,7 @@ from tina.diffusion import (
     advance,
     as_x0,
     begin,
+    draws_of,
     guided,
     initial_noise,
     join,
@@ -120,6 +121,14 @@ def test_noising_is_undone_by_its_own_noise():
     assert torch.equal(x[0], x0[0])
     back = (x - (1 - abar).sqrt().view(3, 1, 1) * eps) / abar.sqrt().view(3, 1, 1)
     torch.testing.assert_close(back, x0, atol=1e-5, rtol=0)
+
+
+def test_large_seeds_and_other_streams_have_noise_of_their_own():
+    """torch's generator takes the low 32 bits alone."""
+    low, *others = initial_noise([7, 7 + 2**32, 7 + 2**62], (2, 3))
+    assert torch.equal(low, torch.randn(2, 3, generator=torch.Generator().manual_seed(7)))
+    others.append(torch.randn(2, 3, generator=draws_of(7, "ancestral")))
+    assert len({tuple(x.flatten().tolist()) for x in [low, *others]}) == 4
 
 
 def test_a_seed_means_the_same_in_any_batch():
@@ -312,7 +321,7 @@ def diffusers_sample(denoise, config, *, noise, steps, seeds):
     }
     if config.sampler == "ddpm":
         scheduler = DDPMScheduler(**common, clip_sample=False)
-        extra = {"generator": [torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds]}
+        extra = {"generator": [draws_of(seed, "ancestral") for seed in seeds]}
     else:
         order = {"ddim": 1, "dpm++": 2}[config.sampler]
         scheduler = DPMSolverMultistepScheduler(

@@ -134,6 +134,14 @@ def test_sparsemax_ignores_a_shift_and_follows_a_permutation(values, shift, data
     assert torch.equal(sparsemax(z[order]), sparsemax(z)[order])
 
 
+@pytest.mark.parametrize("scale", [1e5, -1e6])
+def test_sparsemax_of_large_scores_is_exact(scale):
+    scores = scale + torch.linspace(0, 1, 9)  # float32, whose steps there are 1/128 and 1/16
+    expected = sparsemax(scores.double())
+    torch.testing.assert_close(sparsemax(scores).double(), expected, atol=1e-6, rtol=0)
+    assert expected.sum() == pytest.approx(1)
+
+
 @settings(deadline=None)
 @given(scores, st.floats(1, 5))
 def test_a_lead_of_one_takes_all(values, lead):

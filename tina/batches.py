@@ -181,9 +181,10 @@ class Source:
     def _hide(self, rng: np.random.Generator, task: Sequence[int]) -> np.ndarray:
         """bool (max_classes, V): of which trained classes the classes of a task cannot inherit.
 
-        In a share of the tasks some of its classes inherit as if they were new: not of themselves,
-        and only of a part of the others, which differs each time, or a class would have one such
-        mixture and training would learn it by heart.
+        In a share of the tasks each class inherits, with a chance drawn per task, as if it were new
+        (in one of K + 1 of them none does): not of itself, and only of a part of the others, which
+        differs each time, or a class would have one such mixture and training would learn it by
+        heart.
         """
         generic = self.generator.generic
         hidden = np.zeros((self.generator.max_classes, len(generic.class_ids)), dtype=bool)

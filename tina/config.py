@@ -218,7 +218,7 @@ class TrainConfig:
         zoo_batch: p-models per step over all ranks, for the weight-space loss.
         fresh_tasks: Fresh training tasks per step over all ranks, for the function-space loss.
         near_tasks: Share, at the end, of fresh tasks of neighbouring classes; grows from none.
-        new_classes: Share of fresh tasks in which some classes inherit as if nothing had seen them.
+        new_classes: Share of fresh tasks whose classes may inherit as if nothing had seen them.
         images_per_task: `fit` images that each fresh task's classifier is scored on.
         weight_loss: Factor of the weight-space loss (mean square error of x0).
         min_snr: Below this SNR it counts in proportion (Hang et al. 2023); 0, or no noise: in full.

@@ -225,10 +225,14 @@ def _open(item: Item) -> Image.Image:
 
 
 def _pixels(item: Item, *, size: int) -> np.ndarray:
-    """uint8 (1 or 3, size, size): the centre square, resized with antialiasing."""
-    from PIL import Image, ImageOps
+    """uint8 (1 or 3, size, size): the centre square as `images.square` has it, made small."""
+    from PIL import Image
 
-    image = ImageOps.fit(_open(item), (size, size), method=Image.Resampling.BILINEAR)
+    image = _open(item)
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    image = image.crop((left, top, left + side, top + side))  # what is outside must not blur in
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 

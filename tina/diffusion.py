@@ -13,6 +13,7 @@ misses x_0 where the number of steps does not divide T (docs/log.md).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ def _levels(config: DiffusionConfig) -> np.ndarray:
     if config.schedule == "none":
         return np.zeros(n)
     if config.schedule == "linear":
-        # ends given for T = 1000, scaled so that abar_T is the same at any T
+        # ends given for T = 1000, scaled so that abar_T is nearly the same at any large T
         betas = np.linspace(*config.beta_range, n) * 1000 / n
     else:  # Nichol & Dhariwal 2021, eq. 17
         curve = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -140,11 +141,22 @@ def noise_scale(config: DiffusionConfig) -> float:
     return 0.0 if config.schedule == "none" else 1.0
 
 
+def draws_of(seed: int, stream: str = "") -> torch.Generator:
+    """The generator of a seed in 0..2^63 - 1, and of a stream beside that of the initial noise.
+
+    torch's takes the low 32 bits alone, so that a larger seed, or another stream, is hashed.
+    """
+    if stream or seed >= 2**32:
+        content = seed.to_bytes(8, "little") + stream.encode()
+        seed = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "little")
+    return torch.Generator().manual_seed(seed)
+
+
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Tensor:
     """Noise (B, L, P) with one generator per sample, so that a seed means the same in any batch."""
     noise = torch.empty(len(seeds), *shape)
     for row, seed in zip(noise, seeds, strict=True):
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed), out=row)
+        torch.randn(shape, generator=draws_of(seed), out=row)
     return noise
 
 
@@ -270,8 +282,7 @@ def begin(
         mask=mask,
         ahead=(plan(config, steps),) * len(noise),
         guidance=(guidance,) * len(noise),
-        # another stream than the initial noise's, yet a function of the seed alone
-        draws=tuple(torch.Generator().manual_seed(seed ^ 0x5EED) for seed in seeds),
+        draws=tuple(draws_of(seed, "ancestral") for seed in seeds),
     )
 
 

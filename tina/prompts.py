@@ -96,6 +96,7 @@ def sparsemax(scores: Tensor) -> Tensor:
 
     Sparse where softmax is only small: scores that lead by 1 or more get a weight of exactly one.
     """
+    scores = scores - scores.amax(-1, keepdim=True)  # of large ones the 1 below would be lost
     ordered = scores.sort(-1, descending=True).values
     rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     excess = ordered.cumsum(-1) - 1
