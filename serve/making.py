@@ -18,7 +18,8 @@ from torch import Tensor
 from serve.ids import Recipe
 from tina.diffusion import Walk, advance, join
 from tina.errors import TinaError
-from tina.pipeline import GeneratedModel, TinaPipeline
+from tina.model import GeneratedModel
+from tina.pipeline import TinaPipeline
 from tina.prompts import pad
 
 

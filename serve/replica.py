@@ -36,8 +36,9 @@ from tina.classifiers import VitB32Head, predict_many
 from tina.errors import DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
+from tina.model import GeneratedModel
 from tina.names import unfamiliar
-from tina.pipeline import GeneratedModel, TinaPipeline
+from tina.pipeline import TinaPipeline
 from tina.prompts import check_task
 from tina.schemas import (
     MAX_CLASSES,

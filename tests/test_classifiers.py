@@ -24,7 +24,7 @@ from tina.classifiers import (
 )
 from tina.config import ClassifierConfig, GeneratorConfig, PromptConfig
 from tina.encoders import EmbeddingSpace
-from tina.errors import CheckpointError, ConfigError, NonFiniteError
+from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from tina.export import export_graph
 from tina.views import Views
 
@@ -278,6 +278,22 @@ def test_clip_zero_shot_is_a_hundred_times_the_cosine():
     logits = family.logits(family.layout(3).join(body, rows), family.embed(images), num_classes=3)
     cosines = F.normalize(family.embed(images), dim=1) @ names[list(ids)].T
     torch.testing.assert_close(logits, 100 * cosines, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 9, 9), torch.zeros(1, 1, 9, 9), [0.5]])
+def test_what_a_classifier_does_not_take_is_said(images):
+    family = family_of("cnn5k", channels=3)
+    with pytest.raises(DataError, match=r"takes tensors \(N, 3, H, W\), as tina\.images"):
+        Classifier(family, theta_of(family), tuple("abcde"))(images)
+
+
+def test_classifiers_take_bytes_and_numpys_doubles():
+    family = family_of("cnn5k", channels=3)
+    classifier = Classifier(family, theta_of(family), tuple("abcde"))
+    images = pictures(2, 3, 9, 7)
+    expected = classifier(images / 255)
+    torch.testing.assert_close(classifier(images.double() / 255), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(classifier(images), expected, atol=0.05, rtol=0.05)  # rounded
 
 
 def test_resnet20_head_end_to_end():

@@ -10,16 +10,18 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from test_checkpoint import resnet_generator
 
 from tina.config import PromptConfig
 from tina.encoders import EmbeddingSpace
-from tina.errors import CheckpointError, ConfigError, NonFiniteError, PromptError
+from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PromptError
 from tina.files import hash_file
 from tina.generator import new_denoiser
 from tina.images import resize
-from tina.pipeline import GeneratedModel, TinaPipeline, load_classifier
+from tina.model import GeneratedModel, load_classifier
+from tina.pipeline import TinaPipeline
 from tina.storage import MANIFEST
 
 TASK = ["zero", "seven", "four"]
@@ -313,6 +315,18 @@ def test_pictures_of_any_size_and_number(pipe, pictures):
     assert pipe(images=shots).theta.isfinite().all()
 
 
+def test_pictures_may_be_files_or_pillows(pipe, pictures, tmp_path):
+    pixels = (255 * pictures(3, count=1)[0, 0]).byte().numpy()
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "three.png")
+    expected = pipe.embed_images([torch.from_numpy(pixels)[None, None] / 255])
+    for shots in (picture, tmp_path / "three.png", [str(tmp_path / "three.png")], [picture]):
+        close(pipe.embed_images([shots]), expected)
+    picture.load()  # it was not closed
+    with pytest.raises(DataError, match=r"cannot read image none\.png"):
+        pipe(images=["none.png", picture])
+
+
 def test_a_picture_counts_the_same_beside_one_of_another_size(pipe, pictures):
     few = pictures(3)[:3]
     large = torch.nn.functional.interpolate(few, size=(24, 24))
@@ -373,6 +387,31 @@ def test_pictures_are_taken_for_trained_names_alone():
 
 
 # --- files ----------------------------------------------------------------------------------------
+
+
+def test_a_classifier_that_was_trained_on_is_what_is_written(pipe, tmp_path):
+    model, images = pipe(TASK, seed=2), torch.rand(4, 1, 8, 8)
+    before = model.classifier(images)
+    model.classifier.network.requires_grad_(True)
+    F.cross_entropy(model.classifier(images), torch.tensor([0, 1, 2, 0])).backward()
+    torch.optim.SGD(model.classifier.network.parameters(), lr=0.1).step()
+    after = model.classifier(images).detach()
+    assert not torch.allclose(after, before)
+    model.save(tmp_path / "mine.safetensors")
+    assert torch.equal(load_classifier(tmp_path / "mine.safetensors")(images), after)
+    model.export_onnx(tmp_path / "mine.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "mine.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    close(torch.from_numpy(logits), after)
+
+
+def test_models_are_compared_and_shown(pipe):
+    model = pipe(TASK)
+    assert model != pipe(TASK)  # by identity; theta says whether they are alike
+    assert (
+        repr(model)
+        == f"GeneratedModel(zero, seven, four; cnn5k of {len(model.theta):,} parameters)"
+    )
 
 
 def test_saved_classifier_gives_the_same_bits(pipe, tiny_checkpoint, tmp_path):
@@ -541,6 +580,8 @@ def test_what_is_no_picture(pipe, images, reason):
         (5, {}),
         ([["one", 5], ["two", "three"]], {}),
         (["one", "two"], {"descriptions": "ab"}),
+        (["one", "two"], {"descriptions": {"one": "three", "two": "four"}}),
+        (["one", "two"], {"images": {"one": "three.png", "two": "four.png"}}),
         (["one", "two"], {"descriptions": ["three", None]}),
     ],
 )

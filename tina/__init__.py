@@ -9,7 +9,8 @@ out.classifier(images)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tina.pipeline import GeneratedModel, TinaPipeline, load_classifier
+    from tina.model import GeneratedModel, load_classifier
+    from tina.pipeline import TinaPipeline
 
 __all__ = ["GeneratedModel", "TinaPipeline", "load_classifier"]
 
@@ -17,7 +18,11 @@ __all__ = ["GeneratedModel", "TinaPipeline", "load_classifier"]
 def __getattr__(name: str) -> Any:
     # torch is imported when it is needed, so that `tina --help` answers at once
     if name in __all__:
-        from tina import pipeline
+        from tina import model, pipeline
 
-        return getattr(pipeline, name)
+        return getattr(pipeline if name == "TinaPipeline" else model, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tina-text2model")
     raise AttributeError(f"module 'tina' has no attribute {name!r}")

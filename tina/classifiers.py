@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from tina.images import fit
+from tina.images import checked, fit
 from tina.layout import ParamLayout
 from tina.tensors import write_tensors
 from tina.views import Views
@@ -276,7 +276,7 @@ def build_family(name: str, *, channels: int, image_size: int) -> Family:
 
 
 class Classifier(nn.Module):
-    """A classifier that takes photographs: float32 (N, C, H, W) in [0, 1], of any size.
+    """A classifier that takes photographs: uint8, or float in [0, 1], (N, C, H, W) of any size.
 
     Args:
         theta: (n,), laid out as `family.layout(len(class_names))`.
@@ -298,6 +298,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K); cuts the centre square, resizes (antialiased bilinear), normalises."""
+        images = checked(images, channels=self.family.channels)
         x = self.family.scale(fit(images, self.family.image_size))
         return cast(Tensor, self.network(self.trunk(x)))
 
@@ -367,10 +368,8 @@ def predict(
     family: Family, theta: Tensor, store: InputStore, index: Tensor, *, num_classes: int
 ) -> Tensor:
     """Logits (N, K) on the images at index (N,), in batches whose activations stay in cache."""
-    parts = []
-    for piece in index.split(256):
-        parts.append(family.logits(theta, store[piece], num_classes=num_classes))
-    return torch.cat(parts)
+    pieces = index.split(256)
+    return torch.cat([family.logits(theta, store[x], num_classes=num_classes) for x in pieces])
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ def generate(args: argparse.Namespace) -> None:
     _check_outputs(outputs, force=args.force)
     from tina.files import write_whole
     from tina.images import read_image, shrink
+    from tina.model import GeneratedModel
     from tina.names import normalise_name, unfamiliar
-    from tina.pipeline import GeneratedModel
     from tina.prompts import split_sentence
 
     extras = [(normalise_name(name), value) for name, value in args.image or args.description]
@@ -99,7 +99,7 @@ def generate(args: argparse.Namespace) -> None:
 def classify(args: argparse.Namespace) -> None:
     """Classify pictures with a generated classifier."""
     from tina.images import read_image
-    from tina.pipeline import load_classifier
+    from tina.model import load_classifier
 
     classifier = load_classifier(args.model)
     found = []
@@ -144,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Export a saved classifier as ONNX."""
     _check_outputs([args.onnx], force=args.force)
-    from tina.pipeline import export_onnx, load_classifier
+    from tina.model import export_onnx, load_classifier
 
     export_onnx(load_classifier(args.model), args.onnx)
     print(args.onnx)
@@ -162,7 +162,7 @@ def info(args: argparse.Namespace) -> None:
         return
     from safetensors import safe_open
 
-    from tina.pipeline import load_classifier
+    from tina.model import load_classifier
 
     size = sum(p.numel() for p in load_classifier(file).network.parameters())
     with safe_open(str(file), "pt") as stream:

@@ -20,7 +20,7 @@ LONGEST = 512  # pixels of a side; no encoder of pictures looks at more
 
 
 def read_image(
-    file: str | Path | IO[bytes],
+    file: str | Path | IO[bytes] | Image.Image,
     *,
     channels: int,
     max_pixels: int | None = None,
@@ -29,6 +29,7 @@ def read_image(
     """A picture as float32 (1, C, H, W) in [0, 1], gray or RGB as C says; see `flatten`.
 
     Args:
+        file: Or Pillow's picture, which stays as it is.
         max_pixels: Refuse larger ones before they are decompressed.
         formats: Pillow's names of those to be read; default: all.
 
@@ -37,7 +38,8 @@ def read_image(
     """
     name = f"image {file}" if isinstance(file, (str, Path)) else "the image"
     try:
-        with Image.open(file, formats=formats) as image:
+        opened = file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=formats)
+        with opened as image:
             if max_pixels and math.prod(image.size) > max_pixels:
                 width, height = image.size
                 raise ValueError(f"{width} x {height} pixels are more than {max_pixels}")
@@ -73,6 +75,21 @@ def flatten(image: Image.Image, mode: str | None = None) -> Image.Image:
         image = image.convert(mode)
     image.load()  # its file may be closed before it is looked at
     return image
+
+
+def checked(images: Tensor, *, channels: int) -> Tensor:
+    """Images (N, C, H, W) as they are, those of double precision, NumPy's, as float32.
+
+    Raises:
+        DataError: They are none, or of other channels.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(
+            f"a classifier takes tensors (N, {channels}, H, W), as tina.images.read_image makes "
+            f"them of pictures, got {got}"
+        )
+    return images.float() if images.dtype == torch.float64 else images
 
 
 def resize(images: Tensor, side: int) -> Tensor:

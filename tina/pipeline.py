@@ -6,130 +6,32 @@ Axes: B prompts, K classes (padded), E embedding width, N images, C channels, H 
 from __future__ import annotations
 
 import difflib
-import json
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from PIL import Image
 from torch import Tensor
 
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
-from tina.classifiers import Classifier, Family, ResNet20Head, build_family
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
-from tina.errors import CheckpointError, ConfigError, PromptError, TinaError, one_line
-from tina.export import OnnxGraph, export_graph
-from tina.files import hash_file, write_bytes
+from tina.errors import ConfigError, PromptError
+from tina.files import hash_file
 from tina.generator import Generator
-from tina.images import fit, square
+from tina.images import fit, read_image, square
+from tina.model import GeneratedModel
 from tina.names import normalise_name
 from tina.prompts import check_distinct, check_pictures, check_task, pad, split_sentence
 from tina.storage import MANIFEST
-from tina.tensors import pack_tensors
 
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratedModel:
-    """A generated classifier.
-
-    Args:
-        theta: (n,), laid out for K classes.
-        familiarity: Per class, 0..1: how well the prompt is covered by the training classes.
-        checkpoint: sha256 of the checkpoint's manifest.
-    """
-
-    theta: Tensor
-    family: Family
-    class_names: tuple[str, ...]
-    familiarity: tuple[float, ...]
-    seed: int
-    steps: int
-    checkpoint: str
-
-    @cached_property
-    def classifier(self) -> Classifier:
-        """A module from float32 images (N, C, H, W) in [0, 1] of any size to logits (N, K)."""
-        return Classifier(self.family, self.theta, self.class_names)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The generated tensors under the layout's names."""
-        return self.family.layout(len(self.class_names)).unflatten(self.theta)
-
-    def to_safetensors(self) -> bytes:
-        """A safetensors file's content; all that is needed to rebuild it stands in the metadata."""
-        metadata = {
-            "format": "tina-classifier-1",
-            "family": self.family.name,
-            "class_names": json.dumps(list(self.class_names)),
-            "input_shape": json.dumps(
-                [self.family.channels, self.family.image_size, self.family.image_size]
-            ),
-            "checkpoint_sha256": self.checkpoint,
-            "seed": str(self.seed),
-            "steps": str(self.steps),
-        }
-        state = self.tensors
-        if self.family.has_trunk:
-            state |= {f"trunk.{k}": v for k, v in self.family.trunk.state_dict().items()}
-        return pack_tensors(state, metadata)
-
-    def save(self, file: str | Path) -> None:
-        """Write weights as safetensors."""
-        write_bytes(Path(file), self.to_safetensors())
-
-    def export_onnx(self, file: str | Path) -> None:
-        """Write an ONNX graph with the resizing and normalising inside, any N, H and W."""
-        export_onnx(self.classifier, Path(file))
-
-
-def export_onnx(classifier: Classifier, file: Path) -> None:
-    """Write a classifier as ONNX; see `tina.export`."""
-    tensors, family = dict(classifier.network.named_parameters()), classifier.family
-    write_bytes(file, OnnxGraph(family, export_graph(family)).fill(tensors, classifier.class_names))
-
-
-def load_classifier(file: str | Path) -> Classifier:
-    """Read what `GeneratedModel.save` wrote.
-
-    Raises:
-        CheckpointError: Unreadable, not made by Tina, or of another layout.
-        NonFiniteError: A weight is NaN or infinite.
-    """
-    try:
-        with safe_open(str(file), "pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != "tina-classifier-1":
-        raise CheckpointError(f"{file} is not a classifier that Tina wrote")
-    try:
-        return _rebuild(metadata, tensors)
-    except TinaError:
-        raise
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is not a whole classifier: {one_line(error)}") from error
-
-
-def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier:
-    names, shape = (json.loads(metadata[key]) for key in ("class_names", "input_shape"))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names are a list of text, got {names!r}")
-    if len(shape) != 3 or not all(type(number) is int and number > 0 for number in shape):
-        raise ValueError(f"input_shape is three whole numbers above 0, got {shape!r}")
-    family = build_family(metadata["family"], channels=shape[0], image_size=shape[1])
-    trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
-    if isinstance(family, ResNet20Head):
-        family.load_trunk(trunk)
-    elif family.has_trunk:
-        raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
-    return Classifier(family, family.layout(len(names)).flatten(tensors), tuple(names))
+Picture = Tensor | str | Path | Image.Image
+Shots = Picture | Sequence[Picture]
+"""The pictures of a class."""
+FILES = (str, Path, Image.Image)
 
 
 class TinaPipeline:
@@ -198,7 +100,7 @@ class TinaPipeline:
         self,
         prompt: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
-        images: Sequence[Tensor | Sequence[Tensor]] | None = None,
+        images: Sequence[Shots] | None = None,
         descriptions: Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
@@ -209,8 +111,8 @@ class TinaPipeline:
         Args:
             prompt: One task (`["otter", "bicycle"]`), a batch of tasks (a list of lists; the result
                 is then a list), or one sentence, split at commas, "and" and "or".
-            images: For one task: per class float32 pictures (N, C, H, W) in [0, 1], or a list of
-                such for more sizes, in the words' place; names then only label the rows.
+            images: For one task, in the words' place: per class a picture or a list of some, each
+                a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
             seed: One for all, or one per task of a batch.
             num_inference_steps: Denoising steps.
@@ -218,6 +120,7 @@ class TinaPipeline:
 
         Raises:
             PromptError: The prompt names no task; see `tina.prompts.check_task`.
+            DataError: A picture's file cannot be read.
             ConfigError: Steps or guidance that the generator has not.
             NonFiniteError: What it generated holds NaN or infinity.
         """
@@ -226,6 +129,8 @@ class TinaPipeline:
             raise PromptError("images and descriptions go with one task, not with a batch")
         if images is not None and descriptions is not None:
             raise PromptError("a prompt is either images or descriptions, not both")
+        if isinstance(images, Mapping) or isinstance(descriptions, (str, Mapping)):
+            raise PromptError("images and descriptions are lists, in the order of the classes")
         tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
         most = self.generator.max_classes
         names = [check_task(task, max_classes=most) for task in tasks]
@@ -240,8 +145,6 @@ class TinaPipeline:
                 raise PromptError(f"{k} classes need pictures of as many, got {len(images)}")
             embeddings = [self.embed_images(images)]
         elif descriptions is not None:
-            if isinstance(descriptions, str):
-                raise PromptError("descriptions are a list, one text per class")
             if len(descriptions) != k:
                 raise PromptError(f"{k} classes need as many descriptions, got {len(descriptions)}")
             check_task(descriptions, max_classes=most)
@@ -298,7 +201,7 @@ class TinaPipeline:
             "open_clip beside it (--open-clip, open_clip=True) or one made with it or sentence"
         )
 
-    def embed_images(self, images: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
+    def embed_images(self, images: Sequence[Shots]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, see `__call__`.
 
         Of their centre squares, through the image tower of a checkpoint's own open_clip; otherwise
@@ -306,15 +209,22 @@ class TinaPipeline:
 
         Raises:
             PromptError: A class has no pictures, or they are none.
+            DataError: A picture's file cannot be read.
         """
         return torch.stack([self._embed_shots(shots) for shots in images])
 
-    def _embed_shots(self, shots: Tensor | Sequence[Tensor]) -> Tensor:
+    def _embed_shots(self, shots: Shots) -> Tensor:
         """The embedding (E,) of one class's pictures, each made small by itself."""
-        parts = [shots] if isinstance(shots, Tensor) else list(shots)
-        if not parts:
+        several = (
+            [shots] if isinstance(shots, (Tensor, *FILES)) else list(() if shots is None else shots)
+        )
+        if not several:
             raise PromptError("a class has no pictures")
         family = self.generator.family
+        parts = [
+            read_image(part, channels=family.channels) if isinstance(part, FILES) else part
+            for part in several
+        ]
         for part in parts:
             check_pictures(part, channels=family.channels)
         if self.generator.config.prompt.encoder == "open_clip":

@@ -1,0 +1,125 @@
+"""What is generated: a classifier with its origin, and its files.
+
+Axes: K classes, N images, C channels, H W sides in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tina.classifiers import Classifier, Family, ResNet20Head, build_family
+from tina.errors import CheckpointError, TinaError, one_line
+from tina.export import OnnxGraph, export_graph
+from tina.files import write_bytes
+from tina.tensors import pack_tensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class GeneratedModel:
+    """A generated classifier.
+
+    Args:
+        theta: (n,), laid out for K classes.
+        familiarity: Per class, 0..1: how well the prompt is covered by the training classes.
+        checkpoint: sha256 of the checkpoint's manifest.
+    """
+
+    theta: Tensor
+    family: Family
+    class_names: tuple[str, ...]
+    familiarity: tuple[float, ...]
+    seed: int
+    steps: int
+    checkpoint: str
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.class_names)
+        return f"GeneratedModel({names}; {self.family.name} of {len(self.theta):,} parameters)"
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """A module from float32 images (N, C, H, W) in [0, 1] of any size to logits (N, K)."""
+        return Classifier(self.family, self.theta, self.class_names)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The classifier's tensors under the layout's names; its own where it was trained on."""
+        if made := self.__dict__.get("classifier"):
+            return dict(made.network.state_dict())
+        return self.family.layout(len(self.class_names)).unflatten(self.theta)
+
+    def to_safetensors(self) -> bytes:
+        """A safetensors file's content; all that is needed to rebuild it stands in the metadata."""
+        metadata = {
+            "format": "tina-classifier-1",
+            "family": self.family.name,
+            "class_names": json.dumps(list(self.class_names)),
+            "input_shape": json.dumps(
+                [self.family.channels, self.family.image_size, self.family.image_size]
+            ),
+            "checkpoint_sha256": self.checkpoint,
+            "seed": str(self.seed),
+            "steps": str(self.steps),
+        }
+        state = self.tensors
+        if self.family.has_trunk:
+            state |= {f"trunk.{k}": v for k, v in self.family.trunk.state_dict().items()}
+        return pack_tensors(state, metadata)
+
+    def save(self, file: str | Path) -> None:
+        """Write weights as safetensors."""
+        write_bytes(Path(file), self.to_safetensors())
+
+    def export_onnx(self, file: str | Path) -> None:
+        """Write an ONNX graph with the resizing and normalising inside, any N, H and W."""
+        export_onnx(self.classifier, Path(file))
+
+
+def export_onnx(classifier: Classifier, file: Path) -> None:
+    """Write a classifier as ONNX; see `tina.export`."""
+    tensors, family = dict(classifier.network.named_parameters()), classifier.family
+    write_bytes(file, OnnxGraph(family, export_graph(family)).fill(tensors, classifier.class_names))
+
+
+def load_classifier(file: str | Path) -> Classifier:
+    """Read what `GeneratedModel.save` wrote.
+
+    Raises:
+        CheckpointError: Unreadable, not made by Tina, or of another layout.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    try:
+        with safe_open(str(file), "pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != "tina-classifier-1":
+        raise CheckpointError(f"{file} is not a classifier that Tina wrote")
+    try:
+        return _rebuild(metadata, tensors)
+    except TinaError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is not a whole classifier: {one_line(error)}") from error
+
+
+def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier:
+    names, shape = (json.loads(metadata[key]) for key in ("class_names", "input_shape"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names are a list of text, got {names!r}")
+    if len(shape) != 3 or not all(type(number) is int and number > 0 for number in shape):
+        raise ValueError(f"input_shape is three whole numbers above 0, got {shape!r}")
+    family = build_family(metadata["family"], channels=shape[0], image_size=shape[1])
+    trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
+    if isinstance(family, ResNet20Head):
+        family.load_trunk(trunk)
+    elif family.has_trunk:
+        raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
+    return Classifier(family, family.layout(len(names)).flatten(tensors), tuple(names))
