@@ -277,6 +277,13 @@ def test_what_git_and_the_hub_add_is_no_part_of_a_checkpoint(checkpoint):
     check_manifest(checkpoint)
 
 
+def test_a_changed_byte_in_a_checkpoint(checkpoint, refuse_checkpoint):
+    file = checkpoint / "codec.safetensors"
+    *content, last = file.read_bytes()
+    file.write_bytes(bytes([*content, last ^ 1]))
+    refuse_checkpoint("was changed: its sha256 is not the manifest's")
+
+
 def test_an_unknown_family_in_a_checkpoint(checkpoint, refuse_checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())["config"]
     config["classifier"]["family"] = "cnn6k"
