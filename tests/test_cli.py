@@ -106,12 +106,8 @@ def test_help_says_units_and_defaults(command, words, capsys):
 
 def test_packaged_generators_are_named(capsys):
     text = " ".join(help_of(capsys, "generate").split())
-    assert main(["generate", "one or two", "--out", "m.safetensors"]) == 2
-    hint = capsys.readouterr().err
-    assert pretrained()
-    for name in pretrained():
-        assert name in text
-        assert name in hint
+    assert list(cli.PACKAGED) == pretrained()
+    assert [name for name in pretrained() if name not in text] == []
 
 
 def test_the_version(capsys):
@@ -229,12 +225,36 @@ def test_a_class_is_described_once(tiny_checkpoint, capsys):
     assert "'zebra' is described twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["pipe", "/dev/null"])
-def test_force_replaces_regular_files_alone(file, workplace, capsys):
-    os.mkfifo(workplace / "pipe")
-    assert main(["generate", "one or two", "--force", "--out", file]) == 2
+def test_force_replaces_regular_files_alone(workplace, capsys):
+    os.mkfifo(workplace / "pipe.safetensors")
+    assert main(["generate", "one or two", "--force", "--out", "pipe.safetensors"]) == 2
     assert "regular file" in capsys.readouterr().err
-    assert not Path(file).is_file()
+    assert not Path("pipe.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "suffix"),
+    [
+        (["generate", "one or two", "--out", "m.onnx"], ".safetensors"),
+        (["generate", "one or two", "--out", "-"], ".safetensors"),
+        (["generate", "one or two", "--out", "m.safetensors", "--onnx", "m"], ".onnx"),
+        (["export", "m.safetensors", "--onnx", "m.safetensors"], ".onnx"),
+    ],
+)
+def test_files_are_called_what_they_are(words, suffix, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {words[-1]} must end in {suffix}\n"
+
+
+def test_every_class_has_a_picture_or_none(tina, workplace, tiny_checkpoint, capsys):
+    file = write_image(workplace / "a.png")
+    words = ["generate", "--out", "m.safetensors", "--checkpoint", str(tiny_checkpoint)]
+    for prompt, given, said in (
+        ("one, two", "one", "every class needs one; none has two"),
+        ("one, two", "three", "no class of the prompt is called three"),
+    ):
+        assert main([*words, prompt, "--image", f"{given}={file}"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_force_replaces(tina, workplace):
@@ -248,9 +268,10 @@ def test_force_replaces(tina, workplace):
 
 
 def test_the_checkpoint_is_found(workplace, tiny_checkpoint, monkeypatch, capsys):
-    make = ["generate", "one or two", "--force", "--out", "m.safetensors"]
-    assert main(make) == 2
-    assert "make demo" in capsys.readouterr().err
+    make = ["generate", "otter and bicycle", "--force", "--out", "m.safetensors"]
+    assert main(make) == 0
+    assert capsys.readouterr().err == "note: no checkpoint is named, taking tina-cifar100-cnn5k\n"
+    make[1] = "one or two"
     monkeypatch.setenv("TINA_CHECKPOINT", str(tiny_checkpoint))
     assert main(make) == 0
     monkeypatch.delenv("TINA_CHECKPOINT")
@@ -283,6 +304,20 @@ def test_a_picture_that_is_named_twice_is_answered_twice(tina, made, workplace):
     file = write_image(workplace / "a.png")
     found = json.loads(tina("classify", "--json", made / "mine.safetensors", file, file).out)
     assert [row["image"] for row in found] == [str(file)] * 2
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_bad_picture_takes_no_answer_from_the_others(option, made, workplace, capsys):
+    files = [write_image(workplace / "a.png"), workplace / "none.png", write_image("b.png")]
+    assert main(["classify", str(made / "mine.safetensors"), *map(str, files), *option]) == 2
+    found = capsys.readouterr()
+    assert found.err.startswith("error: cannot read image")
+    assert found.err.count("\n") == 1
+    if option:
+        assert [row["image"] for row in json.loads(found.out)] == [str(files[0]), "b.png"]
+    else:
+        names = [line for line in found.out.splitlines() if line[0] != " "]
+        assert names == [str(files[0]), "b.png"]
 
 
 def test_bars_for_people(tina, made, workplace):
@@ -407,3 +442,24 @@ def test_interrupt_ends_quietly(monkeypatch, capsys):
     monkeypatch.setattr(cli, "info", info)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_whoever_stops_reading_sees_no_error(workplace):
+    """As `| head` does, here before the first word."""
+    command = [sys.executable, "-m", "tina", "info", "--words", "tina-cifar100-cnn5k"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as listing:
+        listing.stdout.close()
+        assert listing.stderr.read() == ""
+    assert listing.returncode == 141
+
+
+def test_files_that_are_no_classifiers_are_told_apart(made, workplace, capsys):
+    (workplace / "m.onnx").write_bytes((made / "mine.onnx").read_bytes())
+    for words, said in (
+        (["info", "none.safetensors"], "there is no none.safetensors"),
+        (["info", "m.onnx"], "ONNX is written for others, not read"),
+        (["info", "--words", str(made / "mine.safetensors")], "only checkpoints have words"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err

@@ -35,7 +35,7 @@ STAGES = [
         "run",
         "sweep",
     ],
-    *["schemas", "client", "cli"],
+    *["schemas", "client", "cli", "__main__"],
 ]
 FORBIDDEN = {"ray", "deepspeed", "ray_jobs", "serve"}
 MOST_LINES = 400

@@ -97,7 +97,7 @@ def test_a_generator_that_was_never_trained_without_condition_takes_no_guidance(
     denoiser.null_cond.data.zero_()
     led = TinaPipeline(replace(pipe.generator, denoiser=denoiser), checkpoint="x")
     assert torch.equal(led(TASK, guidance_scale=1.0).theta, pipe(TASK).theta)
-    with pytest.raises(ConfigError, match="guidance can but be 1"):
+    with pytest.raises(ConfigError, match="guidance must be 1"):
         led(TASK, guidance_scale=2.0)
 
 

@@ -1,9 +1,11 @@
 """Tina: text-to-model generation. Name the classes, get the weights of a classifier for them.
 
 from tina import TinaPipeline
-pipe = TinaPipeline.from_pretrained("runs/quickstart/checkpoint")
-out = pipe(["three", "five", "eight"], seed=0)
-out.classifier(images)
+from tina.images import read_image
+pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
+out = pipe(["otter", "bicycle", "maple tree"], seed=0)
+out.classifier(read_image("photo.jpg", channels=3)).softmax(1)
+out.save("mine.safetensors")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -256,7 +256,7 @@ def _download(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/")):
         known = ", ".join(pretrained())
         raise CheckpointError(
-            f"no checkpoint at {name}: train one with `make demo` first, or take one of {known}"
+            f"no checkpoint at {name}: take one that comes with Tina ({known}) or train one"
         )
     try:
         return Path(snapshot_download(name))

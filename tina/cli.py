@@ -17,36 +17,40 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tina.errors import CheckpointError, DataError, PromptError, TinaError
+from tina.errors import DataError, PromptError, TinaError
 
 if TYPE_CHECKING:
     from tina.pipeline import TinaPipeline
 
-DEFAULT_CHECKPOINT = Path("runs/quickstart/checkpoint")
-PACKAGED = "tina-cifar100-cnn5k or tina-mini-imagenet-cnn5k"
+DEMO = Path("runs/quickstart/checkpoint")
+PACKAGED = ("tina-cifar100-cnn5k", "tina-mini-imagenet-cnn5k")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 when the work is done, 2 for what the user can mend, 130 when interrupted.
+        0 when the work is done, 2 for what the user can mend, 130 when interrupted, 141 when
+        nobody reads on.
     """
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        code: int | None = args.command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (TinaError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def generate(args: argparse.Namespace) -> None:
     """Generate a classifier for the classes of a prompt, as safetensors and ONNX."""
-    outputs = [file for file in (args.out, args.onnx) if file]
-    _check_outputs(outputs, force=args.force)
+    outputs = _check_outputs({".safetensors": args.out, ".onnx": args.onnx}, force=args.force)
     from tina.files import write_whole
     from tina.images import read_image, shrink
     from tina.model import GeneratedModel
@@ -60,9 +64,10 @@ def generate(args: argparse.Namespace) -> None:
         raise PromptError(f"{twice[0]!r} is described twice: one text per class")
     names = split_sentence(words[0]) if len(args.prompt) == 1 else words
     keys = [normalise_name(name) for name in names]
-    # a class may go without a description, but not without a picture where others have one
-    if odd := given.keys() ^ keys if args.image else given.keys() - keys:
-        raise PromptError(f"pictures or texts do not fit the prompt: {', '.join(sorted(odd))}")
+    if odd := given.keys() - keys:
+        raise PromptError(f"no class of the prompt is called {' or '.join(sorted(odd))}")
+    if args.image and (bare := [key for key in keys if key not in given]):
+        raise PromptError(f"with --image every class needs one; none has {', '.join(bare)}")
     pipe = _load(args.checkpoint, open_clip=args.open_clip)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image:
@@ -96,7 +101,7 @@ def generate(args: argparse.Namespace) -> None:
         print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
 
 
-def classify(args: argparse.Namespace) -> None:
+def classify(args: argparse.Namespace) -> int:
     """Classify pictures with a generated classifier."""
     from tina.images import read_image
     from tina.model import load_classifier
@@ -104,16 +109,20 @@ def classify(args: argparse.Namespace) -> None:
     classifier = load_classifier(args.model)
     found = []
     for file in args.images:
-        image = read_image(file, channels=classifier.family.channels)
+        try:
+            image = read_image(file, channels=classifier.family.channels)
+        except DataError as error:  # the other pictures can be looked at all the same
+            print("error:", *str(error).split(), file=sys.stderr)
+            continue
         values = classifier(image)[0].softmax(0).tolist()
         ranked = sorted(zip(classifier.class_names, values, strict=True), key=lambda x: -x[1])
-        found.append((str(file), dict(ranked)))
+        found.append({"image": str(file), "probabilities": dict(ranked)})
+        if not args.json:
+            print(file)
+            _print_table({f"  {k}": f"{p:6.1%}  {'#' * round(30 * p)}" for k, p in ranked})
     if args.json:
-        print(json.dumps([{"image": k, "probabilities": v} for k, v in found], indent=1))
-        return
-    for name, ranks in found:
-        print(name)
-        _print_table({f"  {k}": f"{p:6.1%}  {'#' * round(30 * p)}" for k, p in ranks.items()})
+        print(json.dumps(found, indent=1))
+    return 0 if len(found) == len(args.images) else 2
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -143,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Export a saved classifier as ONNX."""
-    _check_outputs([args.onnx], force=args.force)
+    _check_outputs({".onnx": args.onnx}, force=args.force)
     from tina.model import export_onnx, load_classifier
 
     export_onnx(load_classifier(args.model), args.onnx)
@@ -153,7 +162,10 @@ def export(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     """Say what a checkpoint or a saved classifier is."""
     file = Path(args.model or "")
-    if args.words or not (file.is_file() or file.suffix == ".safetensors"):
+    is_classifier = file.is_file() or file.suffix == ".safetensors"
+    if is_classifier and args.words:
+        raise DataError(f"{file} is a classifier; only checkpoints have words")
+    if not is_classifier:
         pipe = _load(args.model)
         if args.words:
             print(*pipe.generator.vocabulary.names, sep="\n")
@@ -170,23 +182,27 @@ def info(args: argparse.Namespace) -> None:
 
 
 def _load(name: str | Path | None, *, open_clip: bool = False) -> TinaPipeline:
-    """The checkpoint that the option, the environment or `make demo` names."""
+    """The checkpoint that is named, or that of `make demo`, or one that comes with Tina."""
     from tina.pipeline import TinaPipeline
 
     name = name or os.environ.get("TINA_CHECKPOINT")
-    if not name and not DEFAULT_CHECKPOINT.is_dir():
-        raise CheckpointError(
-            f"no {DEFAULT_CHECKPOINT}: run `make demo`, or give --checkpoint, such as {PACKAGED}"
-        )
-    return TinaPipeline.from_pretrained(name or DEFAULT_CHECKPOINT, open_clip=open_clip)
+    if not name and DEMO.is_dir():
+        name = DEMO
+    elif not name:
+        name = PACKAGED[0]
+        print(f"note: no checkpoint is named, taking {name}", file=sys.stderr)
+    return TinaPipeline.from_pretrained(name, open_clip=open_clip)
 
 
-def _check_outputs(files: Sequence[Path], *, force: bool) -> None:
-    if len({file.resolve() for file in files}) < len(files):
-        raise DataError(f"{files[0]} is named twice: each output needs a file of its own")
-    for file in files:
+def _check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> list[Path]:
+    """The files that were asked for, by what they must end in."""
+    files = {suffix: file for suffix, file in outputs.items() if file}
+    for suffix, file in files.items():
+        if file.suffix != suffix:
+            raise DataError(f"{file} must end in {suffix}")
         if file.exists() and not (force and file.is_file()):
             raise DataError(f"{file} exists already; --force replaces it if it is a regular file")
+    return list(files.values())
 
 
 def _print_table(rows: Mapping[str, str]) -> None:
@@ -245,26 +261,28 @@ class _Version(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     about = "Text to model: name the classes, get the weights of a classifier for them."
-    example = 'example: tina generate "three, five and eight" --out mine.safetensors'
+    example = 'example: tina generate "otter, bicycle, maple tree" --out mine.safetensors'
     parser = argparse.ArgumentParser(prog="tina", description=about, epilog=example)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(run: Callable[[argparse.Namespace], None], example: str) -> argparse.ArgumentParser:
+    def add(
+        run: Callable[[argparse.Namespace], int | None], example: str
+    ) -> argparse.ArgumentParser:
         about, epilog = run.__doc__, f"example: tina {example}"
         command = commands.add_parser(run.__name__, help=about, description=about, epilog=epilog)
         command.set_defaults(command=run)
         return command
 
-    default = f"(default: the variable TINA_CHECKPOINT, else {DEFAULT_CHECKPOINT})"
-    checkpoint = f"a checkpoint's folder or URI, {PACKAGED}, or a hub id {default}"
+    default = f"(default: the variable TINA_CHECKPOINT, else {DEMO}, else {PACKAGED[0]})"
+    checkpoint = f"a checkpoint's folder or URI, {' or '.join(PACKAGED)}, or a hub id {default}"
     folder: Any = {"help": checkpoint}
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
     onnx: Any = {"type": Path, "metavar": "FILE.onnx", "help": "write ONNX, opset 18, here"}
     pair: Any = {"type": _pair, "action": "append", "default": []}
 
-    command = add(generate, 'generate "three, five and eight" --seed 1 --out mine.safetensors')
+    command = add(generate, 'generate "otter, bicycle, maple tree" --out mine.safetensors')
     arg = command.add_argument
     arg("prompt", nargs="*", help="one sentence, split at commas, and, or; or one class name each")
     arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")

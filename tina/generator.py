@@ -89,7 +89,7 @@ class Generator:
         guidance = diffusion.guidance if guidance is None else guidance
         if guidance != 1 and not self.takes_guidance:
             raise ConfigError(
-                "this generator was trained without train.condition_dropout: guidance can but be 1"
+                "guidance must be 1: this generator was trained without train.condition_dropout"
             )
         device = self.denoiser.position.device
         length = self.codec.body_tokens + embeddings.shape[1]

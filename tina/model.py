@@ -98,8 +98,12 @@ def load_classifier(file: str | Path) -> Classifier:
         with safe_open(str(file), "pt") as stream:
             metadata = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {file}") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+        onnx = "; ONNX is written for others, not read" if str(file).endswith(".onnx") else ""
+        reason = f"{file} is not a readable safetensors file: {error}{onnx}"
+        raise CheckpointError(reason) from error
     if metadata.get("format") != "tina-classifier-1":
         raise CheckpointError(f"{file} is not a classifier that Tina wrote")
     try:
