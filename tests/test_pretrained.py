@@ -1,6 +1,7 @@
 """The checkpoints that come with the package: whole, small, and what their cards say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tina.checkpoint import PRETRAINED, pretrained
 from tina.cli import main
 from tina.encoders import EmbeddingSpace, OpenClipEncoder
 from tina.errors import CheckpointError, ConfigError, PromptError
+from tina.prompts import split_sentence
 from tina.report import markdown
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -46,12 +48,51 @@ def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
     pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
     laptop, tiger, otter = pipe(["Laptop", "tiger cat", "otter"], seed=0).familiarity
     assert laptop < tiger < otter == pytest.approx(1)
-    with pytest.raises(PromptError, match=r"does not know 'lap top'; the closest .* are laptop; "):
-        pipe(["otter", "lap top"])
-    with pytest.raises(
-        PromptError, match="does not know 'zzzzzz'; free text needs open_clip beside"
-    ):
-        pipe(["otter", "zzzzzz"])
+    with pytest.raises(PromptError, match=r"know 'lap top' \(closest: laptop\), 'zzzzzz'; for any"):
+        pipe(["otter", "lap top", "zzzzzz"])
+    strangers = [c * 6 for c in "qwxyzjv"]
+    with pytest.raises(PromptError, match="'yyyyyy', 'zzzzzz' and 2 more; for any other text take"):
+        pipe(["otter", *strangers])
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_every_word_is_itself_and_its_plural(name):
+    vocabulary = TinaPipeline.from_pretrained(name).generator.vocabulary
+
+    def found(text):
+        vector = vocabulary.lookup(text)
+        return None if vector is None else int((vocabulary.embeddings == vector).all(1).nonzero())
+
+    for place, word in enumerate(vocabulary.names):
+        assert found(word) == found(f"The {word}") == place, word
+        plural = re.sub(r"([^aeiou])y$", r"\1ie", re.sub(r"(s|x|z|ch|sh)$", r"\1e", word)) + "s"
+        if plural not in vocabulary.names and not word.endswith(")"):  # "sandals", "bat (animal)"
+            assert found(plural) == place, plural
+        if not re.search(" (and|or|&) ", word):
+            assert split_sentence(f"{word}, otter") == [word, "otter"]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "words"),
+    [
+        ("otters and bicycles", ["otter", "bicycle"]),
+        ("an otter, a bicycle and the maple tree", ["otter", "bicycle", "maple tree"]),
+        ("Wolves vs. Lawn-mowers", ["wolf", "lawn mower"]),
+        ("women & men / mice", ["woman", "man", "mouse"]),
+        ("people, pocketknives", ["person", "pocketknife"]),
+    ],
+)
+def test_everyday_sentences_are_understood(sentence, words):
+    pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
+    model = pipe(sentence)
+    assert model.class_names == tuple(split_sentence(sentence))  # as they were typed
+    assert torch.equal(model.theta, pipe(words).theta)
+
+
+@pytest.mark.parametrize("sentence", ["otter, otters", "lawn mower, lawn-mower"])
+def test_two_ways_to_write_a_name_are_one_class(sentence):
+    with pytest.raises(PromptError, match="are the same to the prompt encoder"):
+        TinaPipeline.from_pretrained("tina-cifar100-cnn5k")(sentence)
 
 
 @pytest.fixture
@@ -95,7 +136,7 @@ def test_open_clip_stands_beside_them_on_the_command_line(clip_at_hand, tmp_path
     words = ["generate", "otter", "zzzzzz", "--checkpoint", "tina-cifar100-cnn5k"]
     words += ["--out", str(tmp_path / "m.safetensors")]
     assert main(words) == 2
-    assert "free text needs open_clip beside it (--open-clip" in capsys.readouterr().err
+    assert "'zzzzzz'; for any other text take --open-clip" in capsys.readouterr().err
     assert main([*words, "--open-clip"]) == 0
     assert "zzzzzz" in capsys.readouterr().out
 

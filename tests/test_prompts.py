@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tina.config import PromptConfig
 from tina.encoders import HashEncoder, build_encoder
 from tina.errors import PromptError
-from tina.names import normalise_name
+from tina.names import normalise_name, readings
 from tina.prompts import (
     MAX_CHARACTERS,
     SHARPNESS,
@@ -35,7 +35,13 @@ names = st.lists(phrases, min_size=1, max_size=6)
 # --- sentences ------------------------------------------------------------------------------------
 
 
-@given(names, st.sampled_from([", ", ",", " ; ", "\n", " and ", " OR ", ", and "]))
+SEPARATORS = (
+    *(", ", ",", " ; ", "\n", " and ", " OR ", ", and "),
+    *(" & ", " / ", " vs ", " vs. ", " Versus "),
+)
+
+
+@given(names, st.sampled_from(SEPARATORS))
 def test_a_joined_list_is_split_again(parts, separator):
     assert split_sentence(separator.join(parts)) == parts
 
@@ -52,6 +58,12 @@ def test_a_joined_list_is_split_again(parts, separator):
         ("otter or St. Bernard?! ", ["otter", "St. Bernard"]),
         ("cats and/or dogs", ["cats", "dogs"]),
         ("🦊 and 🐻", ["🦊", "🐻"]),
+        ("otter vs. bicycle versus VS code, vs.bus", ["otter", "bicycle", "code", "bus"]),
+        ("canvas or vsop, revs. or vs-30", ["canvas", "vsop", "revs.", "vs-30"]),
+        ("otter & pen/pencil / AT&T", ["otter", "pen/pencil", "AT&T"]),
+        ("tape measure/ ruler &\ntable", ["tape measure/ ruler", "table"]),
+        ("bow_and_arrow, dining_&_kitchen", ["bow_and_arrow", "dining_&_kitchen"]),
+        ("& / vs.", []),
         ("and or", []),
         ("", []),
     ],
@@ -63,6 +75,33 @@ def test_sentences(sentence, parts):
 def test_names_are_compared_without_case_underscores_and_white_space():
     assert normalise_name("  Maple_Tree\t ") == normalise_name("maple  tree") == "maple tree"
     assert normalise_name("Ka\u0308fer") == normalise_name("K\u00e4fer")  # as macOS writes it
+
+
+@pytest.mark.parametrize(
+    ("name", "singular"),
+    [
+        ("Otters", "otter"),
+        ("maple_trees", "maple tree"),
+        ("foxes", "fox"),
+        ("butterflies", "butterfly"),
+        ("magpies", "magpie"),
+        ("wolves", "wolf"),
+        ("pocket knives", "pocket knife"),
+        ("snowmen", "snowman"),
+        ("the Lawn-Mowers", "lawn mower"),
+        ("an otter", "otter"),
+        ("a  three-toed sloth", "three-toed sloth"),
+    ],
+)
+def test_a_name_may_be_read_without_article_hyphens_and_plural(name, singular):
+    assert next(iter(readings(name))) == normalise_name(name)  # as it is written comes first
+    assert singular in readings(name)
+
+
+def test_only_an_article_and_a_plural_are_left_out():
+    assert set(readings("grass")) == {"grass"}
+    assert set(readings("theatre")) == {"theatre"}
+    assert set(readings("the")) == {"the"}
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -229,6 +268,8 @@ def test_names_that_are_one_to_the_encoder_are_refused():
     with pytest.raises(PromptError, match="'🦊' and '🐻' are the same to the prompt encoder"):
         check_distinct(["🦊", "otter", "🐻"], vectors)
     check_distinct(["🦊", "otter"], vectors[:2])
+    with pytest.raises(PromptError, match="are the same"):  # of half precision's length
+        check_distinct(["🦊", "otter", "🐻"], 0.9997 * vectors)
 
 
 def test_an_excluded_name_inherits_a_mixture_of_trained_rows(vocabulary):
@@ -307,5 +348,15 @@ def test_conditions_tell_names_apart_that_their_embeddings_crowd(vocabulary):
 
 def test_a_known_name_is_looked_up_in_any_spelling():
     vocabulary = vocabulary_of(HashEncoder(), ("maple_tree", "otter"), [])
-    assert torch.equal(vocabulary.lookup(" Maple  Tree"), vocabulary.embeddings[0])
+    for name in (" Maple  Tree", "a maple tree", "maple-tree", "Maple trees", "the maple_trees"):
+        assert torch.equal(vocabulary.lookup(name), vocabulary.embeddings[0]), name
     assert vocabulary.lookup("maple") is None
+
+
+def test_a_name_that_is_known_as_it_is_is_not_read_otherwise():
+    known = ("glass", "glasses", "tap", "tape", "bow tie", "bow-tie", "the otter", "otter")
+    vocabulary = vocabulary_of(HashEncoder(), known, [])
+    for place, name in enumerate(known):
+        assert torch.equal(vocabulary.lookup(name), vocabulary.embeddings[place]), name
+    for name, meant in (("taps", "tap"), ("tapes", "tape"), ("bow-ties", "bow-tie")):
+        assert torch.equal(vocabulary.lookup(name), vocabulary.lookup(meant)), name

@@ -895,10 +895,11 @@ def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
     """It takes longer than a model, and difflib holds Python's lock."""
     threads = []
 
-    def unknown(name):
+    def unknown(names):
         threads.append(threading.current_thread().name)
         return PromptError("unknown")
 
+    monkeypatch.setattr(TinaPipeline, "reads_text", False)
     monkeypatch.setattr(backend.replica.pipe, "_unknown", unknown)
     for change, field in (
         ({"classes": ["three", "thrice"]}, "classes"),
@@ -906,6 +907,16 @@ def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
     ):
         refused(post("/v1/models", json=THREE | change), 422, field)
     assert [name.split("_")[0] for name in threads] == ["encode"] * 2
+
+
+def test_known_names_are_read_as_everywhere(backend, post, monkeypatch):
+    said = ["a Three", "fives", "the eights"]
+    monkeypatch.setattr(backend.replica.pipe.encoder, "encode_text", None)  # nothing is encoded
+    made = post("/v1/models", json=THREE | {"classes": said}).json()
+    assert made["classes"] == said
+    assert made["familiarity"] == post("/v1/models", json=THREE).json()["familiarity"]
+    answer = post("/v1/models", json=THREE | {"classes": ["three", "threes"]})
+    assert "'three' and 'threes' are the same" in refused(answer, 422, "classes").detail
 
 
 def test_known_names_that_are_one_to_the_encoder_are_refused(post, monkeypatch):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 FAMILIAR = 0.5
 """Familiarity below which a class is called far from all that the generator was trained on."""
+PLURALS = (
+    *(("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")),
+    # the others that people say of what the packaged checkpoints know
+    *(("men", "man"), ("people", "person"), ("mice", "mouse"), ("feet", "foot")),
+    *(("geese", "goose"), ("oxen", "ox")),
+)
+"""Endings of English plurals and of their singulars. The least change comes first: "tapes" are of
+"tape" where "tap" is known too."""
 
 
 def clean(text: str) -> str:
@@ -17,6 +26,22 @@ def clean(text: str) -> str:
 def normalise_name(name: str) -> str:
     """`clean`, in lower case: names that are equal so are one prompt."""
     return clean(name).lower()
+
+
+def readings(name: str) -> Iterator[str]:
+    """What a name may be known as, the likeliest first; by rules of English alone.
+
+    As it is written, without its article, with hyphens as spaces, and each of these in the singular
+    of its last word: "the Maple-Trees" is a maple tree.
+    """
+    exact = normalise_name(name)
+    spellings = [exact, re.sub(r"^(?:an?|the) ", "", exact)]
+    spellings += [clean(spelling.replace("-", " ")) for spelling in spellings]
+    yield from spellings
+    for spelling in spellings:
+        for plural, singular in PLURALS:
+            if spelling.endswith(plural) and not spelling.endswith("ss"):
+                yield spelling.removesuffix(plural) + singular
 
 
 def unfamiliar(

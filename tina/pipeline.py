@@ -176,7 +176,7 @@ class TinaPipeline:
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
         if new and not self.reads_text:
-            raise self._unknown(new[0])
+            raise self._unknown(new)
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         found = torch.stack([next(encoded) if vector is None else vector for vector in known])
         check_distinct(names, found)
@@ -192,13 +192,16 @@ class TinaPipeline:
         """Whether words that the checkpoint does not know can be encoded."""
         return self._given is not None or self.generator.config.prompt.encoder != "table"
 
-    def _unknown(self, name: str) -> PromptError:
-        """What to say of a name that nothing here can embed."""
-        close = difflib.get_close_matches(normalise_name(name), self.generator.vocabulary.names)
-        closest = f"; the closest that it knows are {', '.join(close)}" if close else ""
+    def _unknown(self, names: Sequence[str]) -> PromptError:
+        """What to say of names that nothing here can embed."""
+        known, said = self.generator.vocabulary.names, []
+        for name in names[:5]:
+            close = ", ".join(difflib.get_close_matches(normalise_name(name), known))
+            said.append(f"{shorten(name, 60)!r}" + (f" (closest: {close})" if close else ""))
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return PromptError(
-            f"the checkpoint does not know {shorten(name, 60)!r}{closest}; free text needs "
-            "open_clip beside it (--open-clip, open_clip=True) or one made with it or sentence"
+            f"the checkpoint does not know {', '.join(said)}{more}; for any other text take "
+            "--open-clip (open_clip=True), or a checkpoint trained with open_clip or sentence"
         )
 
     def embed_images(self, images: Sequence[Shots]) -> Tensor:

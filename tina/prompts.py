@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tina.encoders import EmbeddingSpace
 from tina.errors import PromptError
-from tina.names import normalise_name
+from tina.names import normalise_name, readings
 
 MAX_CHARACTERS = 1000
 SHARPNESS = 10.0
@@ -26,12 +26,21 @@ are closer to each other than that sharpen it."""
 HIDDEN = -1e6  # far below any score
 SAME = 1 - 1e-5
 """Cosine above which two names are one to the prompt encoder."""
+SEPARATOR = re.compile(
+    r"[,;\n]"
+    r"|(?<![\w-])(?:vs\.|(?:and/or|and|or|vs|versus)(?![\w-]))"
+    r"|(?<!\S)[&/](?!\S)",  # not in "cabinet/shelf", "AT&T"
+    flags=re.IGNORECASE,
+)
 
 
 def split_sentence(prompt: str) -> list[str]:
-    """The class names in a sentence: split at commas, semicolons, "and" and "or"."""
-    words = prompt.strip().rstrip(".?!")
-    parts = re.split(r"[,;\n]|(?<![\w-])(?:and/or|and|or)(?![\w-])", words, flags=re.IGNORECASE)
+    """The class names in a sentence: split at commas, semicolons, "and", "or" and "versus".
+
+    At "&" and "/" too, where white space stands around them. Underscores hold a name together:
+    "bow_and_arrow".
+    """
+    parts = SEPARATOR.split(prompt.strip().rstrip(".?!"))
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -65,12 +74,13 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
 
 
 def check_distinct(names: Sequence[str], embeddings: Tensor) -> None:
-    """Make sure that K names differ to the prompt encoder, by their unit embeddings (K, E).
+    """Make sure that K names differ to the prompt encoder, by their embeddings (K, E).
 
     Raises:
         PromptError: Two do not: it knows no emoji, say, or leaves accents out.
     """
-    alike = ((embeddings @ embeddings.T) > SAME).triu(1).nonzero().tolist()
+    units = F.normalize(embeddings, dim=-1)  # a checkpoint may hold half precision
+    alike = ((units @ units.T) > SAME).triu(1).nonzero().tolist()
     if alike:
         one, other = (names[i] for i in alike[0])
         raise PromptError(f"{one!r} and {other!r} are the same to the prompt encoder")
@@ -176,9 +186,11 @@ class Vocabulary:
         return {name: place for place, name in reversed(list(enumerate(self.names)))}
 
     def lookup(self, name: str) -> Tensor | None:
-        """The embedding (E,) of a name, or None."""
-        place = self._places.get(normalise_name(name))
-        return None if place is None else self.embeddings[place]
+        """The embedding (E,) of a name by the first of its `readings` that is here, or None."""
+        for reading in readings(name):
+            if reading in self._places:
+                return self.embeddings[self._places[reading]]
+        return None
 
     def of(
         self, tasks: Sequence[Sequence[int]], length: int | None = None
