@@ -162,7 +162,7 @@ def test_a_strange_class_is_warned_about(tina):
 
 
 def test_a_near_class_of_the_hash_encoder_is_not_called_known(tina):
-    found = tina("generate", "threes", "one", "--out", "m.safetensors")
+    found = tina("generate", "threed", "one", "--out", "m.safetensors")
     assert found.err.startswith("note: the hash encoder has no semantics")
 
 

@@ -96,7 +96,8 @@ def generate(args: argparse.Namespace) -> None:
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
     for warning in unfamiliar(model.class_names, model.familiarity).values():
         print(f"warning: {warning}", file=sys.stderr)
-    new = not args.image and (given or set(keys) - set(pipe.generator.vocabulary.names))
+    lookup = pipe.generator.vocabulary.lookup
+    new = not args.image and (given or any(lookup(key) is None for key in keys))
     if new and not pipe.is_semantic:
         print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
 
@@ -284,7 +285,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(generate, 'generate "otter, bicycle, maple tree" --out mine.safetensors')
     arg = command.add_argument
-    arg("prompt", nargs="*", help="one sentence, split at commas, and, or; or one class name each")
+    arg(
+        "prompt",
+        nargs="*",
+        help="one sentence, split at commas, and, or, vs; or one class name each",
+    )
     arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")
     arg("--onnx", **onnx)
     arg("--checkpoint", **folder)

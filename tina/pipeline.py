@@ -110,7 +110,7 @@ class TinaPipeline:
 
         Args:
             prompt: One task (`["otter", "bicycle"]`), a batch of tasks (a list of lists; the result
-                is then a list), or one sentence, split at commas, "and" and "or".
+                is then a list), or one sentence, see `tina.prompts.split_sentence`.
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
