@@ -79,8 +79,10 @@ def test_it_counts_the_words_of_the_packaged_generator() -> None:
     trained = len(vocabulary.trained_names)
     further = len(vocabulary.names) - trained
     text = " ".join(README.split())
-    assert f"trained on {trained} classes of CIFAR-100 (" in text
-    assert f"and knows {further:,} further" in text
+    assert f"trained on {trained} classes of CIFAR-100 and knows {further:,} further" in text
+    words = load_generator(PRETRAINED / "tina-mini-imagenet-cnn5k").vocabulary
+    more = len(words.names) - len(words.trained_names)
+    assert f"classes of mini-ImageNet and knows {more} more words" in text
     for word in re.findall(r"further words \((.*?);", README)[0].split(", "):
         assert vocabulary.lookup(word.strip('"')) is not None, word
     fox, pizza = vocabulary.familiarity(
