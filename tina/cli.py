@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (TinaError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -113,7 +113,7 @@ def classify(args: argparse.Namespace) -> int:
         try:
             image = read_image(file, channels=classifier.family.channels)
         except DataError as error:  # the other pictures can be looked at all the same
-            print("error:", *str(error).split(), file=sys.stderr)
+            _complain(error)
             continue
         values = classifier(image)[0].softmax(0).tolist()
         ranked = sorted(zip(classifier.class_names, values, strict=True), key=lambda x: -x[1])
@@ -204,6 +204,10 @@ def _check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> list[P
         if file.exists() and not (force and file.is_file()):
             raise DataError(f"{file} exists already; --force replaces it if it is a regular file")
     return list(files.values())
+
+
+def _complain(error: Exception) -> None:
+    print("error:", *str(error).split(), file=sys.stderr)
 
 
 def _print_table(rows: Mapping[str, str]) -> None:

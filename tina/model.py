@@ -44,7 +44,7 @@ class GeneratedModel:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """A module from float32 images (N, C, H, W) in [0, 1] of any size to logits (N, K)."""
+        """A module from images (N, C, H, W) of any size to logits (N, K), see `Classifier`."""
         return Classifier(self.family, self.theta, self.class_names)
 
     @property
