@@ -8,7 +8,7 @@ images of the classes that were meant: accuracy minus that under the true names,
 an encoder cannot encode is left out and listed. Nothing here reads `report` images.
 
 picture     one picture of the class in place of its name, from `select` images that no classifier
-            is judged on: the generic model, which says what is seen, knows the `fit` ones
+            is judged on: what says what is seen was trained on the `fit` ones
 pictures    five of them
 wording     the same name out of another vocabulary, with another template (table encoders): the
             table's last
@@ -132,7 +132,7 @@ class Speaker:
         """So many pictures of the class."""
         places = for_prompts(self.run, [self.vocabulary.names.index(name)])
         few = torch.from_numpy(rng.permutation(len(places))[:count])
-        return self.generator.embed_shots(self.run.store[places[few]])
+        return self.generator.embed_shots(self.run.dataset.views[places[few]])
 
     def wording(self, name: str, rng: np.random.Generator) -> Tensor | None:
         """The same name elsewhere in a table."""

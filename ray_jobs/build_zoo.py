@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,41 +25,47 @@ from tqdm import tqdm
 from ray_jobs.job import capacity, on_gpu, run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
 from ray_jobs.process import settle_in
-from tina.config import JobConfig
+from tina.classifiers import Family
+from tina.config import JobConfig, RecipeConfig
 from tina.files import hash_bytes, write_whole
 from tina.generic import save_generic, train_generic
 from tina.run import Run
 from tina.storage import Place
 from tina.tasks import Task
+from tina.tower import tower_family
 from tina.zoo import ZOO, build_rows, open_zoo, zoo_schema
 
 
 def ensure_generic(run: Run) -> None:
-    """Train the generic model unless the run has one.
+    """Train the generic model, and the image tower where prompts have one, unless they are there.
 
     Raises:
         ConfigError, DataError, PromptError: The configured prompts cannot be had, which would be
-            known too late; or the run's generic model was trained on other images.
+            known too late; or what the run has was trained on other images.
     """
-    if run.generic_file.exists():
-        run.check_data()
-        return
-    run.check_prompts()
-    recipe = run.config.classifier.generic
-    passes = 1 + run.family.has_trunk  # the trunk, then the head on it
-    with tqdm(total=passes * recipe.steps, desc="generic model", unit="step") as bar:
+    run.check_data()
+    if not run.generic_file.exists():
+        run.check_prompts()
+        _train(run, run.generic_file, run.family, run.config.classifier.generic, "generic model")
+    if (recipe := run.config.prompt.tower) and not run.tower_file.exists():
+        _train(run, run.tower_file, tower_family(run.family), recipe, "image tower")
+
+
+def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: str) -> None:
+    """Train a classifier of all seen classes and keep it."""
+    passes = 1 + family.has_trunk  # the trunk, then the head on it
+    with tqdm(total=passes * recipe.steps, desc=label, unit="step") as bar:
         generic = train_generic(
-            run.family,
+            family,
             run.all_views,
             run.space.seen,
             recipe,
             seed=run.config.classifier.seed,
             progress=bar.update,
         )
-    file = run.generic_file
     if run.base.fetch(file.name, again=True).exists():
         return  # another job of this run was faster, and its p-models may be on their way
-    save_generic(file, generic, run.family, run.dataset)
+    save_generic(file, generic, family, run.dataset)
     run.base.keep(file.name)
 
 

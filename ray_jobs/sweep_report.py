@@ -78,7 +78,9 @@ def task_accuracies(base: Run, run: Run, *, untrained: bool = False) -> NDArray[
 
 
 def lend(base: Run, place: Place) -> None:
-    """Give another run's place the base run's generic model and zoo, as links if it can be.
+    """Give another run's place what the base run's generators begin with, as links if it can be.
+
+    That is its generic model, the image tower where it has one, and its zoo.
 
     Raises:
         ConfigError: It is in use with another zoo.
@@ -91,7 +93,8 @@ def lend(base: Run, place: Place) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    folder, file, zoo = place.folder, base.generic_file, base.base.fetch("zoo")
+    folder, zoo = place.folder, base.base.fetch("zoo")
+    files = [file for file in (base.generic_file, base.tower_file) if file.exists()]
     if there := place.below("zoo").names():
         # a part's name has its tasks, which zoo.json has not
         same = there == {part.name for part in zoo.iterdir()}
@@ -101,9 +104,10 @@ def lend(base: Run, place: Place) -> None:
             raise ConfigError(f"{place.location} holds a run on another zoo: remove it")
         place.below("zoo").clear()  # rows of two zoos never mix
     folder.mkdir(parents=True, exist_ok=True)
-    link(str(file), str(folder / file.name))
+    for file in files:
+        link(str(file), str(folder / file.name))
     shutil.copytree(zoo, folder / "zoo", copy_function=link, dirs_exist_ok=True)
-    place.keep(file.name, "zoo")
+    place.keep(*(file.name for file in files), "zoo")
 
 
 def best_name(base: Run, search: Search) -> str:

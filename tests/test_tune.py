@@ -407,19 +407,27 @@ def test_the_table_has_a_row_per_trial(search, tmp_path, capsys):
     assert "beta_range" in printed
 
 
+def lender(folder):
+    """A run as `lend` knows it."""
+    files = {f"{name}_file": folder / f"{name}.safetensors" for name in ("generic", "tower")}
+    return SimpleNamespace(base=Place(folder), **files)
+
+
 def test_what_is_lent_is_not_written_twice(tmp_path):
     from ray_jobs.sweep_report import lend
 
     base = tmp_path / "base"
     (base / "zoo").mkdir(parents=True)
     (base / "generic.safetensors").write_bytes(b"generic")
+    (base / "tower.safetensors").write_bytes(b"tower")
     (base / "zoo" / "part-0.parquet").write_bytes(b"rows")
     (base / "zoo" / "zoo.json").write_text("{}")
-    run = SimpleNamespace(base=Place(base), generic_file=base / "generic.safetensors")
+    run = lender(base)
     for _ in range(2):
         lend(run, Place(tmp_path / "best"))
     assert (tmp_path / "best" / "zoo" / "part-0.parquet").read_bytes() == b"rows"
-    assert os.path.samefile(tmp_path / "best" / "generic.safetensors", run.generic_file)
+    for file in (run.generic_file, run.tower_file):
+        assert os.path.samefile(tmp_path / "best" / file.name, file)
 
 
 @pytest.mark.parametrize("said", [["old", "new"], ["the same", "the same"]])
@@ -433,7 +441,7 @@ def test_rows_of_two_zoos_are_not_lent_together(tmp_path, said):
         (folder / "generic.safetensors").write_text(name)
         (folder / "zoo" / "zoo.json").write_text(said)
         (folder / "zoo" / f"part-{name}.parquet").write_text(name)
-        return SimpleNamespace(base=Place(folder), generic_file=folder / "generic.safetensors")
+        return lender(folder)
 
     def lent():
         return sorted(file.name for file in (tmp_path / "best" / "zoo").iterdir())

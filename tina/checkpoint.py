@@ -5,6 +5,7 @@
     codec.safetensors     directions, scales, generic model
     prompts.safetensors   embeddings of the data set's class names and of further words
     trunk.safetensors     where the family has a trained trunk
+    tower.safetensors     where an image tower was trained for prompts
     README.md             model card
     manifest.json         sha256 of each file above
 
@@ -18,13 +19,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tina.classifiers import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
 from tina.codec import Codec, codec_shapes
@@ -39,6 +41,7 @@ from tina.prompts import Vocabulary
 from tina.storage import MANIFEST, at_hand
 from tina.stores import is_uri
 from tina.tensors import write_tensors
+from tina.tower import tower_of
 
 FORMAT_VERSION = 3
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -54,8 +57,8 @@ def save_generator(generator: Generator, directory: Path, *, card: str, half: bo
 
     Args:
         card: Text of the model card.
-        half: Round the denoiser's weights and the embeddings to half precision: half the size. They
-            are read back into full precision like any others.
+        half: Round the denoiser's weights, the embeddings and the image tower to half precision:
+            half the size. They are read back into full precision like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.
@@ -86,18 +89,20 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
         "class_names": list(vocabulary.names),
     }
     (folder / "config.json").write_text(json.dumps(header, indent=1))
-    weights = generator.denoiser.state_dict()
-    if half:
-        weights = {name: value.half() for name, value in weights.items()}
-    write_tensors(folder / "model.safetensors", weights)
+
+    def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.half() if half and v.is_floating_point() else v for k, v in tensors.items()}
+
+    write_tensors(folder / "model.safetensors", rounded(generator.denoiser.state_dict()))
     codec = generator.codec.tensors() | {
         "generic_body": generator.generic.body,
         "generic_rows": generator.generic.rows,
     }
     write_tensors(folder / "codec.safetensors", codec)
-    embeddings = vocabulary.embeddings.half() if half else vocabulary.embeddings
-    prompts = {"embeddings": embeddings, "trained": vocabulary.trained}
-    write_tensors(folder / "prompts.safetensors", prompts)
+    prompts = {"embeddings": vocabulary.embeddings, "trained": vocabulary.trained}
+    write_tensors(folder / "prompts.safetensors", rounded(prompts))
+    if generator.tower:
+        write_tensors(folder / "tower.safetensors", rounded(generator.tower.tensors()))
     if isinstance(family, ResNet20Head):
         write_tensors(folder / "trunk.safetensors", family.trunk.state_dict())
     (folder / "README.md").write_text(card)
@@ -190,19 +195,24 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
     denoiser.load_state_dict(load_file(directory / "model.safetensors"))
     attach_trunk(family, config, directory / "trunk.safetensors", space=vocabulary.space)
+    generic = GenericModel(
+        class_ids=tuple(torch.nonzero(vocabulary.trained).flatten().tolist()),
+        body=codec["generic_body"],
+        rows=codec["generic_rows"],
+    )
+    tower = None
+    if config.prompt.tower:
+        tower = tower_of(load_file(directory / "tower.safetensors"), generic, family)
     return Generator(
         config=config,
         dataset=header["dataset"],
         family=family,
         codec=generator_codec,
         vocabulary=vocabulary,
-        generic=GenericModel(
-            class_ids=tuple(torch.nonzero(vocabulary.trained).flatten().tolist()),
-            body=codec["generic_body"],
-            rows=codec["generic_rows"],
-        ),
+        generic=generic,
         denoiser=denoiser.eval().requires_grad_(False),
         max_classes=header["max_classes"],
+        tower=tower,
     )
 
 

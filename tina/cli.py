@@ -220,12 +220,15 @@ def _checkpoint_facts(pipe: TinaPipeline) -> dict[str, str]:
     generator, diffusion = pipe.generator, pipe.generator.config.diffusion
     family, words, most = generator.family, generator.vocabulary, generator.max_classes
     meaning = "semantic" if pipe.is_semantic else "no semantics: spelling alone"
+    own = "an image tower of its own" if generator.tower else "the generic model"
+    clip = generator.config.prompt.encoder == "open_clip"
     return {
         "family": f"{family.name}, {family.layout(most).size:,} parameters at {most} classes",
         "images": f"{family.channels} x {family.image_size} x {family.image_size}",
         "data set": generator.dataset,
         "max classes": str(most),
         "embedding space": f"{words.space.model}, {words.space.dim} values ({meaning})",
+        "pictures": f"seen by {'CLIP' if clip else own}",
         "generator": f"{sum(p.numel() for p in generator.denoiser.parameters()):,} parameters",
         "sampler": f"{diffusion.sampler}, {diffusion.sampling_steps} steps",
         "trained classes": ", ".join(words.trained_names),

@@ -72,10 +72,8 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_classes <= self.max_classes:
-            raise ConfigError(
-                "tasks.min_classes must lie between 2 and tasks.max_classes, "
-                f"got {self.min_classes} and {self.max_classes}"
-            )
+            message = f"2 and tasks.max_classes, got {self.min_classes} and {self.max_classes}"
+            raise ConfigError(f"tasks.min_classes must lie between {message}")
         if not 0 <= (share := self.excluded_fraction) < 1:
             raise ConfigError(f"tasks.excluded_fraction must lie in [0, 1), got {share}")
         positive(self, "train", "val", "held_out")
@@ -119,16 +117,20 @@ class PromptConfig:
         model: Model name: for open_clip such as ViT-B-32, for a table the set of vectors to use.
         weights: open_clip: pretrained tag or path of a weights file; table: path of the parquet.
         template: Sentence that a bare class name is put into, with {} for the name.
+        tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.
     """
 
     encoder: Literal["hash", "sentence", "table", "open_clip"] = "hash"
     model: str = ""
     weights: str = ""
     template: str = "{}"
+    tower: RecipeConfig | None = None
 
     def __post_init__(self) -> None:
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
+        if self.tower and self.encoder == "open_clip":
+            raise ConfigError("prompt.tower: open_clip has an image tower")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,11 +385,9 @@ class JobConfig:
             raise ConfigError(f"diffusion.guidance other than 1 needs {needs}")
         parts = self.cluster.train_workers * self.train.accumulation
         for key in ("zoo_batch", "fresh_tasks"):
-            if getattr(self.train, key) % parts:
-                raise ConfigError(
-                    f"train.{key} must be a multiple of cluster.train_workers times "
-                    f"train.accumulation, got {getattr(self.train, key)} and {parts}"
-                )
+            if (given := getattr(self.train, key)) % parts:
+                whole = "a multiple of cluster.train_workers times train.accumulation"
+                raise ConfigError(f"train.{key} must be {whole}, got {given} and {parts}")
 
     @property
     def generator(self) -> GeneratorConfig:

@@ -19,6 +19,7 @@ from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, noise_sca
 from tina.errors import ConfigError, NonFiniteError
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.tower import Tower
 from tina.transformer import Denoiser
 
 
@@ -29,6 +30,7 @@ class Generator:
     Args:
         dataset: Name of the data set it was trained on.
         max_classes: Most classes of a task.
+        tower: What names the pictures of a prompt; default: the generic model.
     """
 
     config: GeneratorConfig
@@ -39,6 +41,7 @@ class Generator:
     generic: GenericModel
     denoiser: Denoiser
     max_classes: int
+    tower: Tower | None = None
 
     @property
     def takes_guidance(self) -> bool:
@@ -184,18 +187,17 @@ class Generator:
         """Flat theta (n,) of one classifier from its body (n_body,) and its K rows (K, R)."""
         return self.family.layout(len(rows)).join(body, rows)
 
-    def embed_shots(self, inputs: Tensor) -> Tensor:
-        """Prompt embedding (E,) of a class from its pictures; the stand-in for an image tower.
+    def embed_shots(self, images: Tensor) -> Tensor:
+        """Prompt embedding (E,) of a class from its pictures; the stand-in for CLIP's image tower.
 
-        The trained names' embeddings, weighted by how probable the generic model finds each name
-        by all pictures together: independent ones, every name as probable before the first.
+        The trained names' embeddings, each weighted by how probable the pictures make it.
 
         Args:
-            inputs: The pictures (N, ...) as `Family.embed` returned them.
+            images: (N, C, H, W) of the family's size, uint8 or float in [0, 1].
         """
-        logits = self.logits(self.generic.body, self.generic.rows, inputs)  # (N, V)
+        tower = self.tower or Tower(family=self.family, generic=self.generic)
         names = self.vocabulary.embeddings[self.vocabulary.trained]
-        return torch.nn.functional.normalize(logits.sum(0).softmax(0) @ names, dim=0)
+        return torch.nn.functional.normalize(tower.posterior(images) @ names, dim=0)
 
 
 def new_denoiser(config: GeneratorConfig, codec: Codec, *, dim: int, seed: int) -> Denoiser:

@@ -6,7 +6,7 @@ head row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,11 +90,29 @@ def save_generic(file: Path, generic: GenericModel, family: Family, dataset: Dat
     Args:
         dataset: What it was trained on.
     """
+    write_tensors(file, as_tensors(generic, family), {IMAGES: dataset.fingerprint})
+
+
+def as_tensors(generic: GenericModel, family: Family) -> dict[str, Tensor]:
+    """A generic model by name, with the trunk that was trained with it."""
     tensors = {"body": generic.body, "rows": generic.rows}
     tensors["class_ids"] = torch.tensor(generic.class_ids)
     if isinstance(family, ResNet20Head):
         tensors |= {f"trunk.{name}": value for name, value in family.trunk.state_dict().items()}
-    write_tensors(file, tensors, {IMAGES: dataset.fingerprint})
+    return tensors
+
+
+def of_tensors(tensors: Mapping[str, Tensor], family: Family) -> GenericModel:
+    """Inverse of `as_tensors`; attaches the trunk to the family.
+
+    Raises:
+        KeyError: One is missing.
+    """
+    if isinstance(family, ResNet20Head):
+        state = {k: v for k, v in tensors.items() if k.startswith("trunk.")}
+        family.load_trunk({k.removeprefix("trunk."): v for k, v in state.items()})
+    class_ids = tuple(tensors["class_ids"].long().tolist())
+    return GenericModel(class_ids=class_ids, body=tensors["body"], rows=tensors["rows"])
 
 
 def check_trained_on(file: Path, dataset: Dataset) -> None:
@@ -124,12 +142,6 @@ def load_generic(file: Path, family: Family) -> GenericModel:
         DataError: Unreadable file.
     """
     try:
-        tensors = load_file(file)
-        class_ids = tuple(tensors["class_ids"].tolist())
-        body, rows = tensors["body"], tensors["rows"]
+        return of_tensors(load_file(file), family)
     except (SafetensorError, KeyError, OSError) as error:
         raise DataError(f"{file} is not a readable generic model: {error}") from error
-    if isinstance(family, ResNet20Head):
-        state = {k: v for k, v in tensors.items() if k.startswith("trunk.")}
-        family.load_trunk({k.removeprefix("trunk."): v for k, v in state.items()})
-    return GenericModel(class_ids=class_ids, body=body, rows=rows)

@@ -208,7 +208,7 @@ class TinaPipeline:
         """Unit embeddings (K, E) of pictures per class, see `__call__`.
 
         Of their centre squares, through the image tower of a checkpoint's own open_clip; otherwise
-        by the names that the generic model takes them for (`Generator.embed_shots`).
+        by the names that they are taken for (`Generator.embed_shots`).
 
         Raises:
             PromptError: A class has no pictures, or they are none.
@@ -233,8 +233,8 @@ class TinaPipeline:
         if self.generator.config.prompt.encoder == "open_clip":
             seen = [self.encoder.encode_images(square(part)) for part in parts]
             return F.normalize(torch.cat(seen).mean(0), dim=-1)
-        seen = [family.embed(fit(part.float(), family.image_size)) for part in parts]
-        return self.generator.embed_shots(torch.cat(seen))
+        images = torch.cat([fit(part.float(), family.image_size) for part in parts])
+        return self.generator.embed_shots(images)
 
     def generate(
         self,

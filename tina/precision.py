@@ -15,8 +15,8 @@ import torch
 from tina.config import Precision
 from tina.errors import ConfigError
 
-ON_CPU = "generic"
-"""The recipe of the generic model, which the job's own process trains on its CPU."""
+ON_CPU = {"generic", "tower"}
+"""Recipes of what the job's own process trains, on its CPU."""
 
 
 def has_bf16(*, cpu: bool = False) -> bool:
@@ -41,7 +41,7 @@ def settle(
         before = saved.get(key)
         if isinstance(value, Mapping):
             known = before if isinstance(before, Mapping) else {}
-            settled[key] = settle(value, known, cpu=cpu or key == ON_CPU)
+            settled[key] = settle(value, known, cpu=cpu or key in ON_CPU)
         elif key == "precision" and value == "auto":
             settled[key] = before or ("bf16" if has_bf16(cpu=cpu) else "fp32")
     return settled

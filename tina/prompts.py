@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tina.encoders import EmbeddingSpace
+from tina.encoders import EmbeddingSpace, PromptEncoder, TableEncoder
 from tina.errors import PromptError
 from tina.names import normalise_name, readings
 
@@ -140,6 +140,27 @@ class Vocabulary:
     names: tuple[str, ...]
     embeddings: Tensor
     trained: Tensor
+
+    @classmethod
+    def by(cls, encoder: PromptEncoder, names: Sequence[str], trained: Sequence[int]) -> Vocabulary:
+        """The names of a data set's classes as an encoder has them.
+
+        With all words of a table: where a checkpoint is used, the table need not be at hand.
+
+        Args:
+            trained: Ids of the classes that are.
+        """
+        mask = torch.zeros(len(names), dtype=torch.bool)
+        mask[list(trained)] = True
+        vocabulary = cls(
+            space=encoder.space,
+            names=tuple(normalise_name(name) for name in names),
+            embeddings=encoder.encode_text(names),
+            trained=mask,
+        )
+        if isinstance(encoder, TableEncoder):
+            vocabulary = vocabulary.with_words(*encoder.words())
+        return vocabulary
 
     @cached_property
     def _centre(self) -> Tensor:

@@ -3,6 +3,7 @@
 <storage>/<name>/, a folder or a place in an object store (`tina.storage`):
     config.yaml            the resolved configuration
     generic.safetensors    the generic model, with its trunk
+    tower.safetensors      the image tower, where prompts have one
     features-*.safetensors what its trunk makes of the images
     zoo/  direct/          p-models; direct fine-tuning of held-out tasks and their twins
     start/                 the untrained generator: classifier selection
@@ -35,14 +36,13 @@ from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
-from tina.encoders import TableEncoder, build_encoder
+from tina.encoders import build_encoder
 from tina.errors import ConfigError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
 from tina.metrics import Score
-from tina.names import normalise_name
 from tina.novelty import novelty, timing, twin
 from tina.precision import has_bf16, settle
 from tina.prompts import Vocabulary, check_distinct
@@ -53,6 +53,7 @@ from tina.storage import Place
 from tina.stores import below, split
 from tina.tasks import Task, TaskSpace, build_task_space
 from tina.tensors import pack_tensors
+from tina.tower import Tower, tower_family
 from tina.validation import validator
 from tina.zoo import Zoo, check_images, describe_zoo, read_zoo
 
@@ -98,6 +99,11 @@ class Run:
     def generic_file(self) -> Path:
         """The generic model."""
         return self.base.fetch("generic.safetensors")
+
+    @property
+    def tower_file(self) -> Path:
+        """The image tower."""
+        return self.base.fetch("tower.safetensors")
 
     @property
     def start(self) -> Path:
@@ -197,6 +203,14 @@ class Run:
         return load_generic(self.generic_file, self.family)
 
     @cached_property
+    def tower(self) -> Tower | None:
+        """The image tower, where prompts have one; must have been trained."""
+        if not self.config.prompt.tower:
+            return None
+        family = tower_family(self.family)
+        return Tower(family=family, generic=load_generic(self.tower_file, family))
+
+    @cached_property
     def store(self) -> InputStore:
         """All images as the generated network takes them."""
         return self.inputs("cpu")
@@ -243,9 +257,10 @@ class Run:
         """Make sure that `report` images were in no training: others are drawn from other data.
 
         Raises:
-            DataError: The data set is not the one that generic model and zoo were made of.
+            DataError: The data set is not the one that all else was made of.
         """
-        check_trained_on(self.generic_file, self.dataset)
+        for file in (self.generic_file, self.tower_file):
+            check_trained_on(file, self.dataset)
         for kind in ("zoo", "direct"):
             check_images(self.base.fetch(kind), self.dataset)
 
@@ -262,27 +277,11 @@ class Run:
         names = self.dataset.class_names
         check_distinct(names, build_encoder(self.config.prompt).encode_text(names))
 
-    def vocabulary(self) -> Vocabulary:
-        """The data set's class names in the configured embedding space.
-
-        With all words of a table: where a checkpoint is used, the table need not be at hand.
-        """
-        encoder = build_encoder(self.config.prompt)
-        trained = torch.zeros(self.dataset.num_classes, dtype=torch.bool)
-        trained[list(self.generic.class_ids)] = True
-        vocabulary = Vocabulary(
-            space=encoder.space,
-            names=tuple(normalise_name(name) for name in self.dataset.class_names),
-            embeddings=encoder.encode_text(self.dataset.class_names),
-            trained=trained,
-        )
-        if isinstance(encoder, TableEncoder):
-            vocabulary = vocabulary.with_words(*encoder.words())
-        return vocabulary
-
     def new_generator(self) -> Generator:
         """The untrained generator, its codec fitted to the generic model's curvature."""
-        config, vocabulary = self.config.generator, self.vocabulary()
+        config, encoder = self.config.generator, build_encoder(self.config.prompt)
+        names, trained = self.dataset.class_names, self.generic.class_ids
+        vocabulary = Vocabulary.by(encoder, names, trained)
         layout = self.family.layout(self.config.tasks.max_classes)
         seed = self.config.train.seed
         curvature = measure_curvature(
@@ -303,6 +302,7 @@ class Run:
             generic=self.generic,
             denoiser=new_denoiser(config, codec, dim=vocabulary.space.dim, seed=seed),
             max_classes=layout.num_classes,
+            tower=self.tower,
         )
 
     def source(self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None) -> Source:

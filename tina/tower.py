@@ -1,0 +1,71 @@
+"""What a prompt's pictures show, where no CLIP is there to see them.
+
+A classifier of all trained classes names them: a ResNet-20 of its own (`prompt.tower`), trained on
+the generic model's images, or else the generic model, which is as small as what is generated.
+
+Axes: N images, C channels, H W sides in pixels, V trained classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from tina.classifiers import Family, ResNet20Head, build_family
+from tina.errors import CheckpointError
+from tina.generic import GenericModel, as_tensors, of_tensors
+
+FAMILY = "resnet20_head"
+"""Of a tower of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A classifier of the trained classes, and how it takes images."""
+
+    family: Family
+    generic: GenericModel
+
+    def posterior(self, images: Tensor) -> Tensor:
+        """How probable each trained class (V,) is, as all the pictures show one and the same.
+
+        By Bayes' rule: every class as probable before the first, pictures independent.
+
+        Args:
+            images: (N, C, H, W) of the family's size, uint8 or float in [0, 1].
+        """
+        body, rows = self.generic.body, self.generic.rows
+        theta, inputs = self.family.layout(len(rows)).join(body, rows), self.family.embed(images)
+        return self.family.logits(theta, inputs, num_classes=len(rows)).sum(0).softmax(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `tower_of` takes."""
+        return as_tensors(self.generic, self.family)
+
+
+def tower_family(like: Family) -> ResNet20Head:
+    """A tower's family for the same images as another's; its trunk is to be trained or loaded."""
+    family = build_family(FAMILY, channels=like.channels, image_size=like.image_size)
+    return cast(ResNet20Head, family)
+
+
+def tower_of(tensors: Mapping[str, Tensor], generic: GenericModel, like: Family) -> Tower:
+    """A tower from its tensors, of whatever precision.
+
+    Args:
+        generic: What must have been trained on the same classes.
+        like: The family that takes the same images.
+
+    Raises:
+        CheckpointError: It was trained on others, or is of another shape.
+    """
+    family = tower_family(like)
+    found = of_tensors({name: value.float() for name, value in tensors.items()}, family)
+    layout = family.layout(len(generic.class_ids))
+    shape = (layout.num_classes, layout.row_size)
+    if found.class_ids != generic.class_ids or tuple(found.rows.shape) != shape:
+        raise CheckpointError("the image tower was trained on other classes than the generic model")
+    return Tower(family=family, generic=found)
