@@ -100,12 +100,13 @@ class Teacher:
         """Rows for a block of task ids, with what `Build` wants to know."""
         import ray
 
-        if not self.tools:
-            self.load()
         (ids,) = blocks["task_ids"].to_pylist()
-        tools, tasks = self.tools, [self.tasks[task_id] for task_id in ids.split()]
-        begin = time.time()
-        rows = build_rows(tasks, **tools)
+        with self.run.base.named():
+            if not self.tools:
+                self.load()
+            tools, tasks = self.tools, [self.tasks[task_id] for task_id in ids.split()]
+            begin = time.time()
+            rows = build_rows(tasks, **tools)
         schema = zoo_schema(tools["family"].layout(tools["max_classes"]).size)
         table = pa.Table.from_pylist(rows, schema=schema)
         notes = {

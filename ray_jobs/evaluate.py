@@ -84,9 +84,10 @@ class Examiner:
     def __call__(self, cells: pa.Table) -> pa.Table:
         """The scores of a cell, by its number."""
         (number,) = cells["cell"].to_pylist()
-        if self.evaluation is None:
-            self.evaluation = self.run.evaluation(load_generator(self.run.trained))
-        return pack(number, self.evaluation.score_cell(self.evaluation.cells[number]))
+        with self.run.base.named():
+            if self.evaluation is None:
+                self.evaluation = self.run.evaluation(load_generator(self.run.trained))
+            return pack(number, self.evaluation.score_cell(self.evaluation.cells[number]))
 
 
 def spread(run: Run, evaluation: Evaluation) -> Iterator[tuple[Cell, list[Score]]]:

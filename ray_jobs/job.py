@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from errno import EMFILE, ENFILE
 from functools import cache
 from textwrap import shorten
 from typing import Any
@@ -87,21 +88,21 @@ def run_job(
 
 def _fail(error: Exception, job: str) -> int:
     """Say what went wrong; the exit code."""
-    layers = list(_layers(error))
-    cause = layers[-1]
+    wrapped = list(layers(error))
+    cause = wrapped[-1]
     words, *_ = str(cause).split("\nFailed to apply UDF transform")  # Ray Data adds how often
     lines = words.strip().splitlines() or [""]
     if getattr(cause, "actor_init_failed", False):
         lines = lines[-1:]  # all that Ray keeps of it is a traceback, and that ends in the error
     message = " ".join(" ".join(lines).split())
     code = 1
-    who, cure = _who(layers)
+    who, cure = _who(wrapped)
     if _out_of_memory(cause):
         # Ray's own account goes on for a page, with a list of the node's processes
         fact = re.search(r"Memory on the node .*? limit", message)
         message = fact[0] if fact else shorten(message, MOST_CHARACTERS)
         message = f"{job}: {who} ran out of memory ({message}): {cure}"
-    elif isinstance(cause, (TinaError, OSError)) and not _is_rays(cause):
+    elif isinstance(cause, (TinaError, OSError)) and not (_is_rays(cause) or _is_broken(cause)):
         code = 2
     else:
         traceback.print_exception(error)
@@ -115,13 +116,19 @@ def _fail(error: Exception, job: str) -> int:
     return code
 
 
-def _who(layers: Sequence[BaseException]) -> tuple[str, str]:
+def _who(wrapped: Sequence[BaseException]) -> tuple[str, str]:
     """Which process failed, and how it would need less memory."""
-    for layer in layers:
+    for layer in wrapped:
         if ranks := getattr(layer, "worker_failures", None):
             return f"training rank {_culprit(ranks)}", LESS_MEMORY["training rank"]
-    who = "a pool worker" if any(map(_is_rays, layers)) else "the job's own process"
+    who = "a pool worker" if any(map(_is_rays, wrapped)) else "the job's own process"
     return who, LESS_MEMORY[who]
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether an OSError is of a connection or of too many open files, which no user can mend."""
+    lost = isinstance(error, (ConnectionError, TimeoutError))
+    return lost or getattr(error, "errno", None) in (EMFILE, ENFILE)
 
 
 def _is_rays(error: BaseException) -> bool:
@@ -141,13 +148,13 @@ def _culprit(failures: Mapping[int, BaseException]) -> int:
     """The rank to blame: it died or says what was wrong; the others only lost their peer."""
 
     def vague(rank: int) -> bool:
-        root = list(_layers(failures[rank]))[-1]
+        root = list(layers(failures[rank]))[-1]
         return not (_out_of_memory(root) or _is_rays(root) or isinstance(root, TinaError))
 
     return min(failures, key=vague)
 
 
-def _layers(error: BaseException) -> Iterator[BaseException]:
+def layers(error: BaseException) -> Iterator[BaseException]:
     """An error and what it wraps, down to what was raised in the worker."""
     yield error
     ranks = getattr(error, "worker_failures", None)
@@ -158,7 +165,7 @@ def _layers(error: BaseException) -> Iterator[BaseException]:
         or (ranks and ranks[_culprit(ranks)])
     )
     if isinstance(inner, BaseException):
-        yield from _layers(inner)
+        yield from layers(inner)
 
 
 def variables() -> dict[str, str]:

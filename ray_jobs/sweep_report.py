@@ -157,7 +157,7 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     write_text(sweep.folder / "best.yaml", f"# {said}\n{plain}")
     sweep.keep("trials.parquet", "pareto.png", "best.yaml")
     print_outcomes(outcomes, list(search.space), scale)
-    if failures := sum(error is not None for error in trials.values()):
-        print(f"{failures} of {len(trials)} trials failed; the same command goes on with them.")
+    if failed := sum(error is not None for error in trials.values()):
+        print(f"{failed} of {len(trials)} trials failed; the same command goes on with them.")
     print(f"{sweep.location}: trials.parquet, pareto.png, best.yaml")
     print(said)

@@ -291,6 +291,7 @@ def build_trainer(
         run.claim()  # another job may have changed it since this one began
         save_generator(run.new_generator(), run.start, card="Untrained: classifier selection.\n")
         run.place.keep("start")
+    run.claim()  # or it may have begun, with another configuration
     streams: dict[str, Any] = {}
     if judge is None:
         streams["zoo"] = ray.data.from_arrow(read_rows(run.base.fetch("zoo")))

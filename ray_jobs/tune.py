@@ -14,7 +14,7 @@ import pickletools
 import re
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
-from ray_jobs.job import capacity, leave_ray, on_gpu, require, run_job, start_ray
+from ray_jobs.job import capacity, layers, leave_ray, on_gpu, require, run_job, start_ray
 from ray_jobs.tracking import check_tracking
 from tina.config import JobConfig
-from tina.configio import parse_config, read_yaml
-from tina.errors import ConfigError, TinaError
+from tina.configio import config_to_dict, parse_config, read_yaml
+from tina.errors import ConfigError, NonFiniteError, TinaError
 from tina.files import write_text
 from tina.run import Run
-from tina.space import Search, read_search
+from tina.space import SECTIONS, Search, read_search
 from tina.storage import Place, at_hand
 from tina.stores import below
 
@@ -43,7 +43,7 @@ byte takes no place of theirs."""
 
 SNAPSHOT_S = "2"
 SWEEP = "sweep.yaml"
-RESOURCES = ("workers", "cpus", "concurrent")
+RESOURCES = ("workers", "cpus")
 EXPERIMENT = "experiment_state-"
 SNAPSHOT = r"[a-z_-]+-(\d.*)\.(?:json|pkl)"
 """Tune's files of a start, by the time in their names."""
@@ -58,11 +58,19 @@ def refuse_another(sweep: Place, search: Search) -> None:
         ConfigError: It is another.
     """
     file = sweep.fetch(SWEEP)
-    if file.is_file() and _search_alone(read_yaml(file)) != _search_alone(search.plain()):
+    if not file.is_file():
+        return
+    found, mine = (_search_alone(plain) for plain in (read_yaml(file), recorded(search)))
+    if odd := [key for key in mine if found.get(key) != mine[key]]:
         raise ConfigError(
-            f"{sweep.location} holds a sweep of another space: "
+            f"{sweep.location} holds a sweep with another {', '.join(odd)}: "
             "choose another sweep.name or remove it"
         )
+
+
+def recorded(search: Search) -> dict[str, Any]:
+    """What a sweep's folder says of it: its YAML, and all that its trials have in common."""
+    return search.plain() | {key: config_to_dict(getattr(search.config, key)) for key in SECTIONS}
 
 
 def _search_alone(plain: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +184,12 @@ def ended(results: ResultGrid, search: Search) -> dict[str, Exception | None]:
     return {Path(result.path).name: result.error for result in every}
 
 
+def failures(trials: Mapping[str, Exception | None]) -> list[Exception]:
+    """What trials failed of, but for divergence: that comes again every time, and is a result."""
+    errors = filter(None, trials.values())
+    return [error for error in errors if not isinstance([*layers(error)][-1], NonFiniteError)]
+
+
 def work(run: Run, search: Search) -> None:
     """The whole job."""
     from ray_jobs.sweep_report import best_name, lend, publish
@@ -195,11 +209,14 @@ def work(run: Run, search: Search) -> None:
     build_zoo(run, "zoo")
     # now: that it is in use must not be told of at the end
     lend(run, Place(below(run.config.storage, best_name(run, search))))
-    write_text(sweep.folder / SWEEP, yaml.safe_dump(search.plain(), sort_keys=False))
+    write_text(sweep.folder / SWEEP, yaml.safe_dump(recorded(search), sort_keys=False))
     sweep.keep(SWEEP)
     results = build_tuner(run, search).fit()
     leave_ray()
-    publish(run, search, ended(results, search))
+    trials = ended(results, search)
+    publish(run, search, trials)
+    for error in failures(trials):
+        raise error
 
 
 def main(argv: Sequence[str]) -> int:

@@ -387,6 +387,7 @@ def test_info_of_a_checkpoint(tina, tiny_checkpoint, tiny_generator):
         "data set": "digits",
         "max classes": "4",
         "embedding space": "hash-ngram-v1, 256 values (no semantics: spelling alone)",
+        "pictures": "seen by the generic model",
         "generator": f"{size:,} parameters",
         "sampler": "ddim, 4 steps",
         "trained classes": "zero, one, two, three, four, five, six, seven, eight, nine",

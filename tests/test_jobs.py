@@ -215,6 +215,12 @@ def test_the_same_configuration_may_go_on(claimed):
     assert Run.open(claimed.folder).config == claimed.config
 
 
+def begin(run):
+    """An untrained generator as far as a claim looks at it."""
+    run.start.mkdir()
+    (run.start / "manifest.json").write_text("{}")
+
+
 OF_THE_GENERATOR = [
     ("train", {"steps": 13}),
     ("denoiser", {"width": 64}),
@@ -234,7 +240,7 @@ OF_THE_GENERATOR = [
 )
 def test_another_configuration_is_refused(claimed, section, change):
     if section in dict(OF_THE_GENERATOR):
-        claimed.start.mkdir()
+        begin(claimed)
     before = (claimed.folder / "config.yaml").read_bytes()
     part = replace(getattr(claimed.config, section), **change)
     other = Run(replace(claimed.config, **{section: part}))
@@ -259,7 +265,7 @@ def test_a_folder_made_before_a_key_existed_goes_on_with_its_default(claimed):
     saved = yaml.safe_load(file.read_text())
     del saved["train"]["min_snr"]
     file.write_text(yaml.safe_dump(saved))
-    claimed.start.mkdir()
+    begin(claimed)
     Run(claimed.config).claim()
     assert yaml.safe_load(file.read_text())["train"]["min_snr"] == 0
     file.write_text(yaml.safe_dump(saved))

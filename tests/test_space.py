@@ -148,6 +148,7 @@ def test_an_empty_space(tmp_path, space):
         ("train.lr", {"randint": [1, 2]}, "takes choice or uniform or loguniform, not randint"),
         ("denoiser.width", {"uniform": [64, 128]}, "takes choice or randint, not uniform"),
         ("denoiser.width", {"randint": [120, 136]}, "must be a multiple of 2 * heads"),
+        ("denoiser.width", {"randint": [64, 256]}, "must be a multiple of 2 * heads"),
         ("diffusion.schedule", {"uniform": [0, 1]}, "takes choice, not uniform"),
         ("diffusion.schedule", {"choice": ["cosine", "sine"]}, "space.diffusion.schedule: "),
         ("diffusion.beta_range", {"choice": [[1e-4, 0.02], [0.02, 1e-4]]}, "must rise"),

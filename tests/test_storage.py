@@ -24,6 +24,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ray.exceptions import RayTaskError
 
 from tina.config import DataConfig, JobConfig, PromptConfig
 from tina.configio import parse_config
@@ -238,6 +239,23 @@ def test_errors_name_the_place(shelf):
     with pytest.raises(DataError) as found, place.named():
         raise DataError(f"{place.folder}/zoo holds nothing")
     assert str(found.value) == f"{shelf[1]}/zoo holds nothing"
+    # what Ray makes of a worker's is of both kinds, and its text a traceback
+    cause = DataError(f"{place.folder}/zoo holds nothing")
+    with pytest.raises(DataError) as found, place.named():
+        raise RayTaskError("work", f"Traceback\n{cause}", cause).as_instanceof_cause()
+    assert type(found.value) is DataError
+    assert str(found.value) == f"{shelf[1]}/zoo holds nothing"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_folder_is_held_once_its_manifest_is_there(shelf, at):
+    folder, place = shelf[0] / "start", Place(shelf[at])
+    assert not place.holds("start")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("half of it")
+    assert not place.holds("start")
+    (folder / "manifest.json").write_text("{}")
+    assert place.holds("start")
 
 
 def test_a_configuration_from_a_store(shelf, tiny_file):

@@ -20,6 +20,7 @@ from ray_jobs.tracking import check_tracking, open_tracking
 from ray_jobs.train import (
     PROGRESS,
     Judge,
+    build_trainer,
     check_zoo,
     last_state,
     train_generator,
@@ -123,6 +124,20 @@ def test_what_no_training_has_reached_is_zero_in_the_end(
     monkeypatch.setattr("ray_jobs.train.build_trainer", lambda run: trainer)
     assert train_generator(run).takes_guidance is reached
     assert load_generator(run.trained).takes_guidance is reached
+
+
+def test_a_training_that_another_job_began_meanwhile_is_compared_again(
+    tiny_run, tmp_path, monkeypatch
+):
+    """Until there is a generator each of two jobs may claim the run for its own settings."""
+    monkeypatch.setattr("ray_jobs.train.require_ranks", lambda run: (run.config.cluster, {}))
+    first = trial(tiny_run, tmp_path)
+    second = trial(tiny_run, tmp_path, train={"lr": 0.5})
+    first.claim()
+    save_generator(first.new_generator(), first.start, card="x")
+    with pytest.raises(ConfigError, match="holds a run with another train"):
+        build_trainer(second)
+    assert Run.open(first.folder).config.train == first.config.train
 
 
 def test_curves_go_on_without_a_gap(tiny_run, tmp_path):

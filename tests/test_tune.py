@@ -18,6 +18,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.exceptions import RayTaskError
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.search import BasicVariantGenerator, Searcher
 from ray.tune.search.search_generator import SearchGenerator
@@ -36,7 +37,7 @@ from ray_jobs.trial import (
 )
 from tina.config import JobConfig
 from tina.configio import parse_config
-from tina.errors import ConfigError, DataError, TinaError
+from tina.errors import ConfigError, DataError, NonFiniteError, TinaError
 from tina.run import Run
 from tina.space import KEYS, Domain, read_search
 from tina.storage import Place
@@ -138,19 +139,33 @@ def test_help_names_the_space(capsys):
 def test_a_sweep_of_another_space_is_refused(search, tmp_path):
     file = tmp_path / "sweep.yaml"
     tune.refuse_another(Place(tmp_path), search)
-    file.write_text(yaml.safe_dump(search.plain()))
+    file.write_text(yaml.safe_dump(tune.recorded(search)))
     tune.refuse_another(Place(tmp_path), search)
-    smaller = replace(search.sweep, workers=2, cpus=0.5, concurrent=1)
+    smaller = replace(search.sweep, workers=2, cpus=0.5)
     tune.refuse_another(Place(tmp_path), replace(search, sweep=smaller))
-    for other in (
-        replace(search, sweep=replace(search.sweep, trials=5)),
-        replace(search, space={"train.lr": Domain("uniform", (1e-4, 1e-2))}),
+    longer = replace(search.config.train, steps=search.config.train.steps + 1)
+    for what, other in (
+        ("sweep", replace(search, sweep=replace(search.sweep, trials=5))),
+        ("sweep", replace(search, sweep=replace(search.sweep, concurrent=1))),
+        ("space", replace(search, space={"train.lr": Domain("uniform", (1e-4, 1e-2))})),
+        # what the space does not vary, and all trials have in common
+        ("train", replace(search, config=replace(search.config, train=longer))),
     ):
-        with pytest.raises(ConfigError, match=r"another space: choose another sweep\.name"):
+        with pytest.raises(ConfigError, match=rf"another {what}: choose another sweep\.name"):
             tune.refuse_another(Place(tmp_path), other)
     file.write_text("sweep: [")
     with pytest.raises(ConfigError, match="is not readable YAML"):
         tune.refuse_another(Place(tmp_path), search)
+
+
+def test_a_sweep_fails_with_its_trials_but_not_for_one_that_diverged():
+    """That comes again at every start: nothing is left to be done."""
+    diverged, full = (
+        RayTaskError("run_trial", "its traceback", cause).as_instanceof_cause()
+        for cause in (NonFiniteError("the loss is nan"), OSError(28, "No space left on device"))
+    )
+    assert tune.failures({"a": None, "b": diverged, "c": full, "d": full}) == [full, full]
+    assert tune.failures({"a": None, "b": diverged}) == []
 
 
 SNAPSHOT = ("experiment_state-{}.json", "search_gen_state-{}.json", "searcher-state-{}.pkl")

@@ -329,7 +329,7 @@ class ClusterConfig:
         zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients, 3 and weights.
         offload: Keep the optimiser's state in CPU memory (stages 1 to 3).
         activation_checkpointing: Compute activations again in the backward pass, storing none.
-        max_failures: Times that training goes on after losing a rank, and that an actor restarts.
+        max_failures: Times that training goes on after a rank's end or error; restarts of an actor.
         wait_s: Seconds to wait for the cluster to grow to what a job needs.
     """
 

@@ -150,7 +150,7 @@ class Run:
             where = below(self.place.location, file.name)
             print(f"precision auto: see {where}; bf16 in hardware here: {has_bf16()}")
         loose = {"evaluation", "cluster", "storage", "tracking"}
-        if "start" not in self.place.names():
+        if not self.place.holds("start"):
             loose |= {"denoiser", "diffusion", "train"}
         if found and (odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]):
             raise ConfigError(

@@ -16,7 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -38,8 +38,9 @@ KEYS: dict[str, Any] = {
 """Every key that may vary, and its type."""
 
 RANGES: dict[str, type] = {"uniform": float, "loguniform": float, "randint": int}
-ENUMERATED = 32
-"""Whole numbers of a range, at most, that are all checked; of a longer one the ends are."""
+ENUMERATED, ENUMERATED_ALONE = 32, 10_000
+"""Whole numbers of a range, at most, that are all checked, with other keys' and by themselves; of
+a longer one the ends are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class SweepConfig:
         workers: Ranks of each trial's training; each takes a GPU where there is one.
         cpus: CPUs of each rank.
         concurrent: Most trials at once; default, and never more: as many as the nodes hold that
-            are up when the sweep begins.
+            are up when the sweep begins. It stays so when the sweep goes on.
         grace: Share of a training's steps before it can be stopped.
         reduction_factor: At each rung of steps (this times the one before) a trial goes on if it is
             among the best 1 / this of those that came so far.
@@ -112,9 +113,9 @@ class Domain:
             return value in self.values
         return bool(self.values[0] <= value <= self.values[1])
 
-    def corners(self) -> Iterable[Any]:
-        """Values to check beforehand: all, or the ends of what is too long."""
-        if self.kind == "randint" and self.values[1] - self.values[0] < ENUMERATED:
+    def corners(self, most: int = ENUMERATED) -> Iterable[Any]:
+        """Values to check beforehand: all, or the ends of what holds more whole numbers."""
+        if self.kind == "randint" and self.values[1] - self.values[0] < most:
             return range(self.values[0], self.values[1] + 1)
         return self.values
 
@@ -190,14 +191,18 @@ def read_search(file: Path, config: JobConfig) -> Search:
     if not isinstance(given, dict) or not given:
         raise ConfigError(f"{file}: space is empty; valid keys: {', '.join(KEYS)}")
     space = {key: _domain(key, value, config) for key, value in given.items()}
+    alone = ({key: x} for key in space for x in space[key].corners(ENUMERATED_ALONE))
     # no check of the configuration involves more than three keys
-    for keys in combinations(space, min(3, len(space))):
-        for corner in product(*(space[key].corners() for key in keys)):
-            point = dict(zip(keys, corner, strict=True))
-            try:
-                changed(config, point)
-            except ConfigError as error:
-                raise ConfigError(f"the space holds {point}: {error}") from error
+    together = (
+        dict(zip(keys, corner, strict=True))
+        for keys in combinations(space, min(3, len(space)))
+        for corner in product(*(space[key].corners() for key in keys))
+    )
+    for point in chain(alone, together):
+        try:
+            changed(config, point)
+        except ConfigError as error:
+            raise ConfigError(f"the space holds {point}: {error}") from error
     return Search(config=config, sweep=sweep, space=space)
 
 

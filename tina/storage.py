@@ -187,6 +187,11 @@ class Place:
             return {info.base_name for info in self._store.files.get_file_info(inside)}
         return {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
 
+    def holds(self, name: str) -> bool:
+        """Whether a folder with a manifest is there, as all processes see it."""
+        last = f"{name}/{MANIFEST}"
+        return bool(self._store.listing(last)) if self.remote else (self.folder / last).is_file()
+
     def modified(self, name: str) -> int:
         """When a file was last written, as all processes see it, in nanoseconds.
 
@@ -234,4 +239,6 @@ class Place:
         except TinaError as error:
             if not self.remote:
                 raise
-            raise type(error)(str(error).replace(str(self.folder), self.location)) from error
+            cause = getattr(error, "cause", error)  # a Ray worker's error holds its own
+            message = str(cause).replace(str(self.folder), self.location)
+            raise type(cause)(message) from error
