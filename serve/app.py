@@ -10,6 +10,7 @@ Two deployments: a light ingress that speaks HTTP, and the generator, which alon
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3  # on another replica each, where one dies; every call may be repeated
 LOOKS = 8  # for a replica of an id's checkpoint: in a rolling update some have another
+LATELY_S = 60  # for which it counts that a checkpoint was found, or that it was not
 INGRESS_ONGOING, INGRESS_QUEUED = 256, 64
 
 
@@ -96,20 +98,35 @@ class Remote:
         self._handle = handle
         # one may stand in a long queue for the denoising pass, the other in none
         self._making, self._predicting = (Gate(in_time_s, least=at_once) for _ in range(2))
+        self._found: dict[str, float] = {}  # when a replica of a checkpoint was, by time.monotonic
+        self._missed: dict[str, float] = {}  # when none was
 
     def full(self, path: str) -> bool:
         """Whether a request to that path would be turned away."""
         return (self._predicting if path.endswith("/predict") else self._making).full()
 
-    async def _call(self, method: str, *args: object) -> Any:
+    def _lately(self, when: dict[str, float], checkpoint: str) -> bool:
+        return time.monotonic() - when.get(checkpoint, -math.inf) < LATELY_S
+
+    def _is_here(self, checkpoint: str) -> None:
+        self._found[checkpoint] = time.monotonic()
+        self._missed.pop(checkpoint, None)
+
+    async def _call(self, method: str, *args: object, checkpoint: str = "") -> Any:
+        """What a replica answers.
+
+        Args:
+            checkpoint: That it must have. A rolling update may leave few such, and a look that
+                finds none is no proof: what was found lately is said to be busy, not gone.
+        """
         handle = self._handle.options(
             method_name=method,
             # all that travels is of importable classes: no need of the slower cloudpickle
             request_serialization="pickle",
             response_serialization="pickle",
         )
-        died = 0
-        for look in range(1, LOOKS + 1):
+        died, looks = 0, 1 if self._lately(self._missed, checkpoint) else LOOKS
+        for look in range(1, looks + 1):
             try:
                 found = await handle.remote(*args)
             except BackPressureError:
@@ -121,13 +138,17 @@ class Remote:
                 continue
             if not isinstance(found, Problem):
                 return found
-            if found.kind != "checkpoint-gone" or look == LOOKS:
+            if found.kind != "checkpoint-gone":
+                raise found
+            if look == looks and not self._lately(self._found, checkpoint):
+                self._missed[checkpoint] = time.monotonic()
                 raise found
         raise overloaded()
 
-    async def _make(self, method: str, *args: object) -> Made:
+    async def _make(self, method: str, *args: object, checkpoint: str = "") -> Made:
         with self._making() as answered:
-            made: Made = await self._call(method, *args)
+            made: Made = await self._call(method, *args, checkpoint=checkpoint)
+            self._is_here(made.recipe.checkpoint)
             if made.anew:  # what was at hand stood in no queue
                 answered()
             return made
@@ -138,12 +159,15 @@ class Remote:
 
     async def fetch(self, recipe: Recipe, format: Format) -> Made:
         """See `serve.api.Backend`."""
-        return await self._make("fetch", recipe, format)
+        return await self._make("fetch", recipe, format, checkpoint=recipe.checkpoint)
 
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """See `serve.api.Backend`."""
         with self._predicting() as answered:
-            found: list[list[float]] = await self._call("predict", recipe, images)
+            found: list[list[float]] = await self._call(
+                "predict", recipe, images, checkpoint=recipe.checkpoint
+            )
+            self._is_here(recipe.checkpoint)
             answered()
             return found
 

@@ -33,7 +33,7 @@ MAX_COMMAS = 2 * MAX_CLASSES * (MAX_CHARACTERS + MAX_IMAGES)
 PIECE = 2**14  # bytes of a form that are parsed at once: thousands of small parts take long
 MAX_HEADER = 1000  # characters of one whose parameters are parsed, in quadratic time
 CHARSETS = {"utf-8", "utf8", "us-ascii"}  # another's codec may be slow, its name is kept for ever
-READ_S = 60  # as a request may take in cluster/
+READ_S = 50  # less than a request may take in cluster/, where Ray would answer
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -108,12 +108,13 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_form(
-    request: Request, files: re.Pattern[str], *, most: int
-) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
-    """A multipart body: its text parts by name, and its files in their order.
+    request: Request, files: re.Pattern[str], *, known: str, most: int
+) -> tuple[dict[str, bytes], list[tuple[str, bytes]]]:
+    """A multipart body: its prompt and text parts by name, and its other files in their order.
 
     Args:
         files: What the names of file parts look like.
+        known: The same in words.
         most: File parts; the rest is not read.
 
     Raises:
@@ -142,9 +143,11 @@ async def read_form(
         async with Request(request.scope, receive).form(**limits) as form:
             for name, value in form.multi_items():
                 if isinstance(value, str):
-                    texts[name] = value
+                    texts[name] = value.encode()
+                elif name == "prompt":  # to browsers whatever has a content type is a file
+                    texts[name] = await value.read()
                 elif not files.fullmatch(name):
-                    raise Problem.of_field(name, f"is a file part; known are {files.pattern}")
+                    raise Problem.of_field(name, f"is a file part; known are {known}")
                 else:
                     content = await value.read()
                     check_image(name, content)
@@ -184,12 +187,13 @@ async def read_prompt(request: Request) -> ModelRequest:
                 check_image(f"images[{i}][{j}]", content)
         return prompt
     most = MAX_CLASSES * MAX_IMAGES
-    texts, files = await read_form(request, re.compile(r"images\[(\d{1,3})\]"), most=most)
+    names, known = re.compile(r"images\[(\d{1,3})\]"), "prompt, images[0], images[1], ..."
+    texts, files = await read_form(request, names, known=known, most=most)
     if "prompt" not in texts:
         raise Problem.of_field("prompt", "is missing: a part with the request's JSON")
     if odd := texts.keys() - {"prompt"}:
         raise Problem.of_field(min(odd), "is no part: what goes with the prompt is in its JSON")
-    prompt = parse(ModelRequest, texts["prompt"].encode())
+    prompt = parse(ModelRequest, texts["prompt"])
     if prompt.images is not None:
         raise Problem.of_field("prompt.images", "come as file parts in multipart")
     shots: dict[int, list[bytes]] = {i: [] for i in range(len(prompt.classes))}
@@ -218,7 +222,8 @@ async def read_pictures(request: Request) -> list[bytes]:
         for i, image in enumerate(images):
             check_image(f"images[{i}]", image)
         return list(images)
-    _, files = await read_form(request, re.compile("images"), most=MAX_IMAGES)
+    names = re.compile("images")
+    _, files = await read_form(request, names, known="images", most=MAX_IMAGES)
     if not files:
         raise Problem.of_field("images", "are missing: a file part for each")
     return [content for _, content in files]

@@ -416,6 +416,10 @@ UNTRUSTED |= {
     f"shape {shape}": partial(rewrite, input_shape=shape)
     for shape in ("[1, 0, 0]", "[1, -3, 0]", "[1, 2.5, 0]", '[1, "8", 8]', "[true, 8, 8]", '"188"')
 }
+UNTRUSTED |= {  # images are resized to it, to gigabytes
+    f"shape {shape}": partial(rewrite, input_shape=shape)
+    for shape in ("[1, 8, 16]", "[1, 20000, 20000]")
+}
 WHOLE = "is not a whole classifier"
 MODELS |= {key: (damage, CheckpointError, WHOLE) for key, damage in UNTRUSTED.items()}
 

@@ -135,6 +135,22 @@ def test_an_overloaded_service_is_asked_again_when_it_says(kind, waits):
 
 
 @kinds
+def test_a_body_that_came_too_slowly_is_not_sent_again(kind, waits):
+    problem = {"type": "urn:tina:problem:too-slow", "title": "t", "status": 408, "instance": "i"}
+    sent = []
+
+    def service(request):
+        sent.append(request)
+        return httpx.Response(408, json=problem)
+
+    with pytest.raises(ServiceError) as found:
+        ask(kind, service, "predict", "an-id", [b"x"])
+    assert found.value.status == 408
+    assert len(sent) == 1
+    assert waits == []
+
+
+@kinds
 @pytest.mark.parametrize(
     ("date", "seconds"),
     [
@@ -318,3 +334,11 @@ def test_both_clients_have_the_same_calls():
         }
 
     assert public(Client) == public(AsyncClient)
+
+
+def test_a_client_may_be_closed_without_a_block():
+    one, other = Client("http://tina"), AsyncClient("http://tina")
+    one.close()
+    asyncio.run(other.close())
+    assert one._http.is_closed
+    assert other._http.is_closed

@@ -15,6 +15,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from serve.app import Remote
 from serve.gate import Gate
+from serve.ids import Recipe
 from serve.problems import Problem
 
 
@@ -141,7 +142,7 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
 
         async def remote(self, *args):
             await self.answer.wait()
-            return SimpleNamespace(anew=True)
+            return MADE
 
     async def ask():
         remote = Remote(Handle(), in_time_s=1, at_once=2)
@@ -165,49 +166,93 @@ def test_a_full_gate_refuses_what_asks_a_generator_and_nothing_else():
     asyncio.run(ask())
 
 
-def fetched(found):
-    """What a model is where the replicas that are asked answer so, one after the other."""
+class Replicas:
+    """A handle whose replicas answer so, one after the other."""
 
-    class Handle:
-        def options(self, **options):
-            return self
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), 0
 
-        async def remote(self, *args):
-            answer = found.pop(0)
-            # a problem is a replica's answer, and crosses as a value
-            if isinstance(answer, RayError):
-                raise answer
-            return answer
+    def options(self, **options):
+        return self
 
-    async def ask():
-        return await Remote(Handle(), in_time_s=1, at_once=2).fetch(None, "json")
+    async def remote(self, *args):
+        self.asked += 1
+        answer = self.answers.pop(0)
+        # a problem is a replica's answer, and crosses as a value
+        if isinstance(answer, RayError):
+            raise answer
+        return answer
 
-    return asyncio.run(ask())
+
+RECIPE = Recipe(checkpoint="0" * 64, classes=("a", "b"), seed=0, steps=1, guidance=1.0)
+MADE = SimpleNamespace(anew=True, recipe=RECIPE)
+GONE = Problem("checkpoint-gone", "another is served")
+
+
+def fetched(*answers, remote=None):
+    """What a model is where the replicas that are asked answer so."""
+    remote = remote or Remote(Replicas(), in_time_s=1, at_once=2)
+    remote._handle = Replicas(*answers)
+    return asyncio.run(remote.fetch(RECIPE, "json"))
 
 
 @pytest.mark.parametrize("gone", [0, 1, 7, 8])
 def test_a_replica_of_another_checkpoint_is_not_the_only_one(gone):
     """In a rolling update ids of either are asked of both."""
-    found = [Problem("checkpoint-gone", "another is served")] * gone + [SimpleNamespace(anew=True)]
+    answers = [*[GONE] * gone, MADE]
 
     if gone < 8:
-        assert fetched(found).anew
+        assert fetched(*answers).anew
     else:
         with pytest.raises(Problem, match="checkpoint-gone"):
-            fetched(found)
+            fetched(*answers)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_checkpoint_that_was_here_lately_is_not_gone(monkeypatch, last):
+    """Of many replicas few may still have it, and looks may miss them all."""
+    remote, now = Remote(Replicas(), in_time_s=1, at_once=2), [0.0]
+    monkeypatch.setattr("serve.app.time.monotonic", lambda: now[0])
+    if last:
+        fetched(MADE, remote=remote)
+    else:
+        remote._handle = Replicas([[0.5, 0.5]])
+        asyncio.run(remote.predict(RECIPE, []))
+    with pytest.raises(Problem, match="overloaded"):
+        fetched(*[GONE] * 8, remote=remote)
+    now[0] += 61
+    with pytest.raises(Problem, match="checkpoint-gone"):
+        fetched(*[GONE] * 8, remote=remote)
+
+
+def test_a_checkpoint_that_is_gone_is_not_looked_for_by_every_request(monkeypatch):
+    """Each look takes all pictures of the request with it."""
+    remote, now = Remote(Replicas(), in_time_s=1, at_once=2), [0.0]
+    monkeypatch.setattr("serve.app.time.monotonic", lambda: now[0])
+
+    def looks(*answers):
+        with pytest.raises(Problem, match="checkpoint-gone"):
+            fetched(*answers, remote=remote)
+        return remote._handle.asked
+
+    assert [looks(*[GONE] * 8) for _ in range(3)] == [8, 1, 1]
+    now[0] += 61
+    assert [looks(*[GONE] * 8) for _ in range(2)] == [8, 1]
+    assert fetched(MADE, remote=remote).anew  # it is back, by an update to it
+    assert fetched(*[GONE] * 7, MADE, remote=remote).anew
 
 
 @pytest.mark.parametrize("error", [RayActorError(), OutOfMemoryError("killed")], ids=repr)
 @pytest.mark.parametrize("deaths", [1, 2, 3])
 def test_another_replica_answers_for_one_that_dies(error, deaths):
     """By itself, or killed for want of memory."""
-    found = [error] * deaths + [SimpleNamespace(anew=True)]
+    answers = [*[error] * deaths, MADE]
 
     if deaths < 3:
-        assert fetched(found).anew
+        assert fetched(*answers).anew
     else:
         with pytest.raises(Problem, match="overloaded"):
-            fetched(found)
+            fetched(*answers)
 
 
 @pytest.mark.parametrize("anew", [True, False])
@@ -219,7 +264,7 @@ def test_only_what_was_generated_or_predicted_tells_of_a_queue(anew):
             return self
 
         async def remote(self, *args):
-            return SimpleNamespace(anew=anew)
+            return SimpleNamespace(anew=anew, recipe=RECIPE)
 
     async def ask():
         for call in CALLS:
@@ -234,6 +279,6 @@ def test_only_what_was_generated_or_predicted_tells_of_a_queue(anew):
 
 CALLS = [
     lambda remote: remote.create(None, "json"),
-    lambda remote: remote.fetch(None, "json"),
-    lambda remote: remote.predict(None, []),
+    lambda remote: remote.fetch(RECIPE, "json"),
+    lambda remote: remote.predict(RECIPE, []),
 ]

@@ -5,9 +5,9 @@
         Path("mine.safetensors").write_bytes(tina.weights(model.id))
         print(tina.predict(model.id, [Path("photo.png")]).predictions[0].label)
 
-Every call may be repeated: an answer of 408, 429, 502, 503 or 504, a time-out and a broken
-connection are retried, when `Retry-After` says, or after a delay that doubles. Where it says more
-than 30 s the error is raised at once.
+Every call may be repeated: an answer of 408 (but for a body that came too slowly), 429, 502, 503
+or 504, a time-out and a broken connection are retried, when `Retry-After` says, or after a delay
+that doubles. Where it says more than 30 s the error is raised at once.
 """
 
 from __future__ import annotations
@@ -152,7 +152,10 @@ class _Calls:
                 if answer.is_success:
                     return answer
                 failure = _error(answer)
-                passing = answer.status_code in RETRIED
+                problem = failure.problem
+                # over a line that is too slow for it, a body would only be sent again
+                slow = problem is not None and problem.type.endswith(":too-slow")
+                passing = answer.status_code in RETRIED and not slow
                 named = _retry_after(answer)
             else:
                 reason = str(answer) or type(answer).__name__
@@ -230,6 +233,10 @@ class Client(_Calls):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its connections; of a client that is used without `with`."""
         self._http.close()
 
     def _run(self, flow: Flow[T]) -> T:
@@ -286,6 +293,10 @@ class AsyncClient(_Calls):
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """See `Client.close`."""
         await self._http.aclose()
 
     async def _run(self, flow: Flow[T]) -> T:

@@ -19,6 +19,10 @@ from tina.export import OnnxGraph, export_graph
 from tina.files import write_bytes
 from tina.tensors import pack_tensors
 
+LARGEST = 2048
+"""Side in pixels, at most, that a classifier's file asks images to be resized to: it may be
+anyone's."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GeneratedModel:
@@ -120,6 +124,8 @@ def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier
         raise ValueError(f"class_names are a list of text, got {names!r}")
     if len(shape) != 3 or not all(type(number) is int and number > 0 for number in shape):
         raise ValueError(f"input_shape is three whole numbers above 0, got {shape!r}")
+    if shape[1] != shape[2] or shape[1] > LARGEST:
+        raise ValueError(f"images are square, of {LARGEST} pixels at most, got {shape!r}")
     family = build_family(metadata["family"], channels=shape[0], image_size=shape[1])
     trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
     if isinstance(family, ResNet20Head):

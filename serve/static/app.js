@@ -154,7 +154,7 @@ class Panel {
     const form = new FormData();
     form.append("images", picture);
     try {
-      const response = await call(this.model.links.predict, { method: "POST", body: form });
+      const response = await call(`v1/models/${this.model.id}/predict`, { method: "POST", body: form });
       const reply = await response.json();
       if (late()) return;
       const { label, probabilities } = reply.predictions[0];
@@ -183,7 +183,7 @@ class Panel {
     const turn = this.latest;
     this.say("Preparing…"); // the first ONNX file takes seconds
     try {
-      const response = await call(this.model.links[format]);
+      const response = await call(`v1/models/${this.model.id}?format=${format}`);
       const [, name] = /filename="([^"]+)"/.exec(response.headers.get("Content-Disposition"));
       const link = document.createElement("a");
       link.href = URL.createObjectURL(await response.blob());
