@@ -42,8 +42,8 @@ def table(name: str, axis: str | None = None) -> str:
         f"{timing['ms_per_model_batch1']:.0f} ms per model alone, "
         f"{timing['ms_per_model_batch64']:.1f} ms in a batch of 64; direct fine-tuning "
         f"{_seconds(timing['finetune_s_per_model'])} s (timed over a twentieth of its steps). "
-        f"Evaluated on {report['hardware']}, at commit `{report['commit']}`; the same is made by "
-        f"{_commands(name, report)}."
+        f"Made by {_commands(name, report)}, evaluated on {report['hardware']}, at commit "
+        f"`{report['commit']}`."
     )
     return f"{facts}\n\n{markdown(report, axis)}"
 

@@ -301,10 +301,11 @@ def _parser() -> argparse.ArgumentParser:
     arg("--onnx", **onnx)
     arg("--checkpoint", **folder)
     unknown = "encode words that the checkpoint does not know with open_clip, downloaded once"
-    arg("--open-clip", action="store_true", help=f"{unknown} (default: as it says itself)")
+    arg("--open-clip", action="store_true", help=f"{unknown} (default: they are refused)")
     arg("--seed", type=_number(0), default=0, help="of the initial noise (default: 0)")
     arg("--steps", type=_number(1), help="denoising steps (default: the checkpoint's)")
-    arg("--guidance", type=float, help="factor; 1 is none (default: the checkpoint's)")
+    trained = "factor, of a generator trained for it; 1 is none"
+    arg("--guidance", type=float, help=f"{trained} (default: the checkpoint's)")
     arg("--force", **force)
     arg = command.add_mutually_exclusive_group().add_argument
     arg("--image", **pair, metavar="NAME=FILE", help="show class NAME; repeat for more pictures")
