@@ -155,7 +155,7 @@ def test_plots_show_no_trend_in_noise_and_no_line_in_a_frame(
     plt.close("all")
     panels, (gap,), (steps,) = (figure.axes for figure in figures)
     labels = [panel.get_yticklabels()[-1].get_text() for panel in panels]
-    assert labels == ["direct finetuning", *["direct finetuning (20 tasks)"] * 2]
+    assert labels == [f"direct finetuning ({tasks} tasks)" for tasks in (20, 4, 4)]
     assert gap.get_ylim()[0] <= -0.05
     low, high = steps.get_ylim()
     assert high - low == pytest.approx(0.02)
@@ -221,6 +221,32 @@ def test_calibration_errors_are_those_of_the_reports() -> None:
     assert f"With two new classes of ten it is {new[0]} to {new[-1]};" in README
     known, other = calibration("caltech101_cnn5k"), calibration("caltech101_cnn5k", "unseen_class")
     assert f"is taught each as often, {known[0]} and {other[0]}." in README
+    every = {}
+    for name in (*named, "caltech101_cnn5k"):
+        report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text())
+        every[name] = f"{report['by_unseen_classes'][-1]['methods']['tina']['ece']:.2f}"
+    there = every.pop("caltech101_cnn5k")
+    low, high = min(every.values()), max(every.values())
+    assert f"With all ten new it is {low} to {high}, there {there}:" in README
+
+
+def test_its_first_screen_says_what_the_report_says() -> None:
+    report = json.loads((ROOT / "docs" / "results" / "cifar100_cnn5k" / "report.json").read_text())
+    groups = [report["axes"]["unseen_combination"], report["axes"]["unseen_class"]]
+    groups.append(report["by_unseen_classes"][-1])
+    assert groups[-1]["unseen"] == 10
+    tina, untrained, selection = (
+        [f"{100 * group['methods'][method]['accuracy']:.1f}" for group in groups]
+        for method in ("tina", "untrained", "classifier_selection")
+    )
+    first = " ".join(README.split("```")[0].split())
+    for words in (
+        f"right in {tina[0]} % of the cases",
+        f"one generic model are in {selection[0]} %",
+        f"With two of the ten classes new to it {tina[1]} %, with all ten {tina[2]} %",
+        f"gives {untrained[1]} and {untrained[2]} %",
+    ):
+        assert words in first, words
 
 
 def test_published_reports_name_their_commit() -> None:
