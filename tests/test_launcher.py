@@ -303,7 +303,7 @@ def test_sizes_are_what_the_sources_say():
     assert f"| {step:.1f} ms on one core |" in table
     report = json.loads((ROOT / "docs/results/cifar100_cnn5k/report.json").read_text())
     alone = report["timing"]["finetune_s_per_model"]
-    assert f"| {alone:.0f} s a model, alone on both cores | D |" in table
+    assert f"| {alone:.0f} s a model, alone on both cores | E |" in table
     assert f"| {2106 * 2 / 122:.0f} s a model (122 in 2,106 s on two workers) | C |" in table
     size = report["generator"]["parameters"]
     assert f"generator of {size:,} parameters" in table
