@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor
 
-from tina.classifiers import Family, ResNet20Head, build_family
+from tina.classifiers import Family, ResNet20Head
 from tina.errors import CheckpointError
 from tina.generic import GenericModel, as_tensors, of_tensors
-
-FAMILY = "resnet20_head"
-"""Of a tower of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +44,7 @@ class Tower:
 
 def tower_family(like: Family) -> ResNet20Head:
     """A tower's family for the same images as another's; its trunk is to be trained or loaded."""
-    family = build_family(FAMILY, channels=like.channels, image_size=like.image_size)
-    return cast(ResNet20Head, family)
+    return ResNet20Head("tower", channels=like.channels, image_size=like.image_size)
 
 
 def tower_of(tensors: Mapping[str, Tensor], generic: GenericModel, like: Family) -> Tower:
