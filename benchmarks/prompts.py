@@ -12,6 +12,7 @@ picture     one picture of the class in place of its name, from `select` images 
 pictures    five of them
 wording     the same name out of another vocabulary, with another template (table encoders): the
             table's last
+synonym     another everyday word for it, or for a kind of it, that the generator knows
 typo        two neighbouring letters exchanged
 chatter     the name in a sentence about something else
 hypernym    what the class is a kind of
@@ -67,6 +68,46 @@ HYPERNYMS = dict(
         strict=True,
     )
 )
+SYNONYMS = {
+    "bear": "brown bear",
+    "beetle": "ground beetle",
+    "bicycle": "mountain bike",
+    "bottle": "water bottle",
+    "bowl": "mixing bowl",
+    "bridge": "suspension bridge",
+    "bus": "school bus",
+    "butterfly": "cabbage butterfly",
+    "camel": "arabian camel",
+    "couch": "sofa",
+    "crab": "rock crab",
+    "crocodile": "african crocodile",
+    "cup": "coffee mug",
+    "elephant": "indian elephant",
+    "fox": "red fox",
+    "keyboard": "computer keyboard",
+    "lamp": "table lamp",
+    "lizard": "green lizard",
+    "maple tree": "maple",
+    "motorcycle": "moped",
+    "mushroom": "agaric",
+    "orange": "clementine",
+    "pickup truck": "truck",
+    "plate": "dish",
+    "rabbit": "hare",
+    "rocket": "missile",
+    "shark": "great white shark",
+    "snake": "water snake",
+    "spider": "garden spider",
+    "squirrel": "fox squirrel",
+    "table": "dining table",
+    "tank": "army tank",
+    "telephone": "dial telephone",
+    "television": "tv",
+    "wardrobe": "armoire",
+    "whale": "grey whale",
+    "willow tree": "willow",
+    "worm": "flatworm",
+}
 GERMAN = (
     "Biber Delfin Otter Seehund Wal Zierfisch Scholle Rochen Hai Forelle Orchidee Mohn Rose "
     "Sonnenblume Tulpe Flasche Schüssel Dose Tasse Teller Apfel Pilz Orange Birne Paprika Uhr "
@@ -96,6 +137,7 @@ class Speaker:
         return {
             **{kind: partial(self.shown, count=count) for kind, count in PICTURES.items()},
             "wording": self.wording,
+            "synonym": lambda name, rng: self.vocabulary.lookup(SYNONYMS.get(name, "")),
             "typo": lambda name, rng: self.text(typo(name, rng)),
             "chatter": lambda name, rng: self.text(f"my neighbour once had a {name} in the garden"),
             "hypernym": lambda name, rng: self.text(hypernym(name)),

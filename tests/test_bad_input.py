@@ -603,6 +603,7 @@ def _no_work(run):
             "diffusion.guidance other than 1 needs train.condition_dropout and train.weight_loss",
         ),
         (["--train.condition_dropout", "-0.1"], "train.condition_dropout is a share"),
+        (["--prompt.shrinkage", "1.5"], "prompt.shrinkage is a share"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--data.root", "images"], "data.root must be an absolute path"),
         (

@@ -327,6 +327,13 @@ def test_every_class_has_a_german_word_and_a_hypernym():
     assert not set(prompts.FOREIGN) & set(prompts.CLASSES)
 
 
+def test_synonyms_are_further_words_of_the_packaged_generator():
+    pipeline = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
+    words = pipeline.generator.vocabulary.names
+    assert prompts.SYNONYMS.keys() <= set(prompts.CLASSES)
+    assert set(prompts.SYNONYMS.values()) <= set(words) - set(prompts.CLASSES)
+
+
 @pytest.mark.parametrize("name", ["ox", "otter", "maple tree"])
 def test_a_typo_exchanges_two_neighbouring_letters(name):
     for seed in range(20):

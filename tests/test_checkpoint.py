@@ -21,6 +21,7 @@ from tina.files import hash_file
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.run import Run
 from tina.storage import MANIFEST
 from tina.tensors import DTYPES, pack_tensors, write_tensors
 
@@ -140,6 +141,17 @@ def test_round_trip_with_a_trunk(tmp_path):
     inputs = again.family.embed(images)
     assert torch.equal(inputs, generator.family.embed(images))
     assert torch.equal(again.embed_shots(images), generator.embed_shots(images))
+
+
+def test_the_shrinkage_of_a_run_reaches_its_checkpoint(tiny_run, tmp_path):
+    prompt = replace(tiny_run.config.prompt, shrinkage=0.5)
+    generator = Run(replace(tiny_run.config, prompt=prompt)).new_generator()
+    save_generator(generator, tmp_path / "drawn", card="card")
+    again = load_generator(tmp_path / "drawn").vocabulary
+    blends = torch.nn.functional.normalize(again.embeddings + again.embeddings.roll(1, 0), dim=1)
+    assert torch.equal(again.condition(blends), generator.vocabulary.condition(blends))
+    plain = tiny_run.new_generator().vocabulary
+    assert not torch.isclose(again.condition(blends), plain.condition(blends)).all(1).any()
 
 
 def test_saving_again_gives_the_same_bytes(tiny_checkpoint, tmp_path):

@@ -336,6 +336,39 @@ def test_conditions_have_values_of_about_one(vocabulary):
     torch.testing.assert_close(sizes, torch.ones(len(conditions)))
 
 
+@pytest.mark.parametrize("shrinkage", [0.3, 0.5, 1.0])
+def test_shrinkage_leaves_the_conditions_of_trained_names(vocabulary, shrinkage):
+    names = vocabulary.embeddings[vocabulary.trained]
+    drawn = dataclasses.replace(vocabulary, shrinkage=shrinkage).condition(names)
+    torch.testing.assert_close(drawn, vocabulary.condition(names))
+
+
+def test_shrinkage_draws_the_condition_of_a_synonym_to_its_name(vocabulary):
+    """One half halves the angle, one leaves none, and the length stays."""
+    trained = vocabulary.embeddings[vocabulary.trained]
+    first = vocabulary.condition(trained[0]).double()
+    words = trained[0] + torch.tensor([0.1, 0.2, 0.3])[:, None] * trained[1]
+    words = torch.nn.functional.normalize(words, dim=1)
+    assert vocabulary.attention(words)[:, 0].tolist() == [1, 1, 1]
+
+    def angles(shrinkage):
+        drawn = dataclasses.replace(vocabulary, shrinkage=shrinkage).condition(words).double()
+        torch.testing.assert_close(drawn.norm(dim=1), first.norm().expand(3))
+        return (drawn @ first / first.norm() ** 2).clamp(max=1).arccos()
+
+    assert angles(0).min() > 0.05
+    torch.testing.assert_close(angles(0.5), angles(0) / 2, atol=1e-3, rtol=0)
+    torch.testing.assert_close(angles(1), torch.zeros(3).double(), atol=1e-3, rtol=0)
+
+
+def test_shrinkage_keeps_names_apart_that_inherit_the_same(vocabulary):
+    first = vocabulary.embeddings[vocabulary.trained][0]
+    word = torch.nn.functional.normalize(first + 0.2 * torch.randn(len(first)).sign() / 22, dim=0)
+    drawn = dataclasses.replace(vocabulary, shrinkage=0.5)
+    one, other = drawn.condition(torch.stack([first, word]))
+    assert (one - other).abs().max() > 0.05
+
+
 def test_conditions_tell_names_apart_that_their_embeddings_crowd(vocabulary):
     width = vocabulary.embeddings.shape[1]
     crowd = vocabulary.embeddings @ vocabulary.embeddings.T

@@ -181,6 +181,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         names=tuple(header["class_names"]),
         embeddings=prompts["embeddings"].float(),
         trained=prompts["trained"],
+        shrinkage=config.prompt.shrinkage,
     )
     shapes = {
         "generic_body": (layout.body_size,),

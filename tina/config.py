@@ -53,8 +53,7 @@ class TaskConfig:
         train: Number of training tasks, one p-model each.
         val: Number of validation tasks, one p-model each.
         held_out: Number of held-out tasks per axis.
-        excluded_fraction: Share of the classes kept out of generic model and training for the
-            unseen-class axis; 0 leaves the axis out.
+        excluded_fraction: Share of the classes kept out of all training; 0: no axis of such.
         unseen_per_task: Classes of an unseen-class task that come from the excluded ones.
         unseen_counts: Other such numbers, each with as many tasks, that the report compares.
         seed: Seed of all task draws.
@@ -112,12 +111,12 @@ class PromptConfig:
     """What turns words or pictures into conditions.
 
     Args:
-        encoder: hash (character n-grams, no semantics), sentence (MiniLM), table (precomputed
-            vectors in a parquet file) or open_clip.
+        encoder: hash (spelling, no meaning), sentence (MiniLM), table (of vectors) or open_clip.
         model: Model name: for open_clip such as ViT-B-32, for a table the set of vectors to use.
         weights: open_clip: pretrained tag or path of a weights file; table: path of the parquet.
         template: Sentence that a bare class name is put into, with {} for the name.
         tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.
+        shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
     """
 
     encoder: Literal["hash", "sentence", "table", "open_clip"] = "hash"
@@ -125,8 +124,10 @@ class PromptConfig:
     weights: str = ""
     template: str = "{}"
     tower: RecipeConfig | None = None
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
+        shares(self, "shrinkage")
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
         if self.tower and self.encoder == "open_clip":
@@ -321,8 +322,7 @@ class ClusterConfig:
     """How a job spreads over a cluster.
 
     Args:
-        zoo_workers: Most actors that fine-tune p-models (each on a GPU, or a CPU where none is) or
-            evaluate (each on a CPU); the pool grows up to it.
+        zoo_workers: Most actors of a pool; on a GPU each to fine-tune where one is, else on a CPU.
         zoo_block: Most tasks that an actor fine-tunes at once and that are then written together.
         train_workers: Ranks of the generator's training.
         train_cpus: CPUs of each rank; without a GPU also its threads.

@@ -134,15 +134,24 @@ class Vocabulary:
         names: V names, as `normalise_name` writes them: the data set's classes, then further words.
         embeddings: (V, E), unit norm.
         trained: bool (V,), false for classes kept out of all training and for further words.
+        shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
     """
 
     space: EmbeddingSpace
     names: tuple[str, ...]
     embeddings: Tensor
     trained: Tensor
+    shrinkage: float = 0.0
 
     @classmethod
-    def by(cls, encoder: PromptEncoder, names: Sequence[str], trained: Sequence[int]) -> Vocabulary:
+    def by(
+        cls,
+        encoder: PromptEncoder,
+        names: Sequence[str],
+        trained: Sequence[int],
+        *,
+        shrinkage: float = 0.0,
+    ) -> Vocabulary:
         """The names of a data set's classes as an encoder has them.
 
         With all words of a table: where a checkpoint is used, the table need not be at hand.
@@ -157,6 +166,7 @@ class Vocabulary:
             names=tuple(normalise_name(name) for name in names),
             embeddings=encoder.encode_text(names),
             trained=mask,
+            shrinkage=shrinkage,
         )
         if isinstance(encoder, TableEncoder):
             vocabulary = vocabulary.with_words(*encoder.words())
@@ -220,8 +230,16 @@ class Vocabulary:
         return pad([self.embeddings[list(class_ids)] for class_ids in tasks], length)
 
     def condition(self, embeddings: Tensor) -> Tensor:
-        """What the denoiser sees of embeddings (..., E): centred, values of about 1."""
-        return self._centred(embeddings) * embeddings.shape[-1] ** 0.5
+        """What the denoiser sees of embeddings (..., E): centred, values of about 1.
+
+        It was trained on those of the trained names alone, and a synonym's lies between them.
+        `shrinkage` draws each to what its row is mixed of; a trained name's stays where it is.
+        """
+        units = self._centred(embeddings)
+        if self.shrinkage:
+            mixture = self.attention(embeddings) @ self._keys
+            units = F.normalize(units.lerp(mixture, self.shrinkage), dim=-1)
+        return units * embeddings.shape[-1] ** 0.5
 
     def attention(self, embeddings: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Weights (..., V) over the V trained classes, a function of the embedding alone.

@@ -281,7 +281,7 @@ class Run:
         """The untrained generator, its codec fitted to the generic model's curvature."""
         config, encoder = self.config.generator, build_encoder(self.config.prompt)
         names, trained = self.dataset.class_names, self.generic.class_ids
-        vocabulary = Vocabulary.by(encoder, names, trained)
+        vocabulary = Vocabulary.by(encoder, names, trained, shrinkage=config.prompt.shrinkage)
         layout = self.family.layout(self.config.tasks.max_classes)
         seed = self.config.train.seed
         curvature = measure_curvature(
