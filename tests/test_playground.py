@@ -205,6 +205,8 @@ def test_a_seed_that_would_be_rounded_is_not_sent(page):
 
 
 def test_a_picture_is_chosen_by_keyboard_and_by_mouse(page):
+    # Playwright does not wait until Chromium hands choosers over: that begins here, not at the key
+    page.on("filechooser", lambda chooser: None)
     page.get_by_label(page.locator("#hint").inner_text()).focus()
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
