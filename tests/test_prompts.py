@@ -362,10 +362,11 @@ def test_shrinkage_draws_the_condition_of_a_synonym_to_its_name(vocabulary):
 
 
 def test_shrinkage_keeps_names_apart_that_inherit_the_same(vocabulary):
-    first = vocabulary.embeddings[vocabulary.trained][0]
-    word = torch.nn.functional.normalize(first + 0.2 * torch.randn(len(first)).sign() / 22, dim=0)
-    drawn = dataclasses.replace(vocabulary, shrinkage=0.5)
-    one, other = drawn.condition(torch.stack([first, word]))
+    first, second = vocabulary.embeddings[vocabulary.trained][:2]
+    word = torch.nn.functional.normalize(first + 0.2 * second, dim=0)
+    pair = torch.stack([first, word])
+    assert torch.equal(*vocabulary.attention(pair))
+    one, other = dataclasses.replace(vocabulary, shrinkage=0.5).condition(pair)
     assert (one - other).abs().max() > 0.05
 
 

@@ -142,10 +142,14 @@ def test_publish_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None
     assert "--release" in capsys.readouterr().out
 
 
+def published(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / "results" / name / "report.json").read_text())
+
+
 def test_plots_show_no_trend_in_noise_and_no_line_in_a_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = json.loads((ROOT / "docs" / "results" / "cifar100_cnn5k" / "report.json").read_text())
+    report = published("cifar100_cnn5k")
     figures: list[Figure] = []
     monkeypatch.setattr(plt, "close", figures.append)
     for point in report["accuracy_by_steps"]:
@@ -198,8 +202,22 @@ def test_figures_are_those_of_the_rows() -> None:
         assert f" {figure} " in README, figure
 
 
+def test_what_prompts_cost_is_what_the_row_says() -> None:
+    row = row_of("prompts", "18b8bf989ba0")
+    points = {
+        kind: row["kinds"][kind][share]["tina_points"]["accuracy_points"]
+        for kind, share in (("pictures", "100%"), ("picture", "100%"), ("synonym", "50%"))
+    }
+    names, (five, one, synonym) = row["true_names"], points.values()
+    for words in (
+        f"{names:.0f} % by their names, {names + five:.0f} by five pictures",
+        f"{names + one:.0f} by one, and {names + synonym:.0f} with another everyday word",
+    ):
+        assert words in README, words
+
+
 def calibration(name: str, axis: str = "unseen_combination") -> list[str]:
-    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text())
+    report = published(name)
     methods = report["axes"][axis]["methods"]
     rows = ("tina", "classifier_selection", "direct_finetuning")
     return [f"{methods[row]['ece']:.2f}" for row in rows]
@@ -223,7 +241,7 @@ def test_calibration_errors_are_those_of_the_reports() -> None:
     assert f"is taught each as often, {known[0]} and {other[0]}." in README
     every = {}
     for name in (*named, "caltech101_cnn5k"):
-        report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text())
+        report = published(name)
         every[name] = f"{report['by_unseen_classes'][-1]['methods']['tina']['ece']:.2f}"
     there = every.pop("caltech101_cnn5k")
     low, high = min(every.values()), max(every.values())
@@ -231,7 +249,7 @@ def test_calibration_errors_are_those_of_the_reports() -> None:
 
 
 def test_its_first_screen_says_what_the_report_says() -> None:
-    report = json.loads((ROOT / "docs" / "results" / "cifar100_cnn5k" / "report.json").read_text())
+    report = published("cifar100_cnn5k")
     groups = [report["axes"]["unseen_combination"], report["axes"]["unseen_class"]]
     groups.append(report["by_unseen_classes"][-1])
     assert groups[-1]["unseen"] == 10
