@@ -18,7 +18,7 @@ class DataConfig:
 
     Args:
         name: digits, cifar100, caltech101, mini_imagenet, parquet (any Hugging Face image parquet
-            folder) or folder (one sub-folder per class).
+            folder) or folder (one sub-folder per class); some joined by "+" are one data set.
         root: Folder (path or URI) of the data set; default: TINA_DATA, then the user cache.
         image_size: Side in pixels that images are resized to once; default: the data set's own.
         report_fraction: Share of images kept for the report where a data set has no test split.
@@ -112,7 +112,7 @@ class PromptConfig:
 
     Args:
         encoder: hash (spelling, no meaning), sentence (MiniLM), table (of vectors) or open_clip.
-        model: Model name: for open_clip such as ViT-B-32, for a table the set of vectors to use.
+        model: For open_clip such as ViT-B-32; for a table a set of its vectors, or "a+b" for two.
         weights: open_clip: pretrained tag or path of a weights file; table: path of the parquet.
         template: Sentence that a bare class name is put into, with {} for the name.
         tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.

@@ -137,7 +137,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         DataError: it is missing, corrupt, or a class has too few images for three partitions.
     """
     source = find_source(config)
-    size = config.image_size or IMAGE_SIZES.get(config.name)
+    sizes = [IMAGE_SIZES[part] for part in config.name.split("+") if part in IMAGE_SIZES]
+    size = config.image_size or min(sizes, default=None)
     decoded = _decode_cached(source, size)
     labels = decoded.labels.numpy()
     partitions = {

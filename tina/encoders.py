@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ from tina.stores import below
 NAME_WORDS = 4
 CACHED_TEXTS = 4096
 IMAGE_BATCH = 256
+COMMON_NAMES = 10  # fewer say little about how two sets of vectors differ
 TABLE_FILE = "clip_vitb32_text_vectors.parquet"
 
 
@@ -133,28 +134,46 @@ class HashEncoder(PromptEncoder):
 
 
 class TableEncoder(PromptEncoder):
-    """Precomputed text vectors of one `vocabulary`, a set of a Parquet file; no model needed.
+    """Precomputed text vectors of a Parquet file; no model needed.
 
     The file has the columns set, name, prompt and vector (a fixed-size list of floats), and says in
-    its schema metadata `about` which model made them. The first row of a name counts. Raises
-    ConfigError where the file has no such set, DataError where it is no such table.
+    its schema metadata `about` which model made them. `vocabulary` names one of its sets, or some
+    joined by "+"; the first row of a name counts. The sets put names into different sentences,
+    which moves all vectors of a set alike: others than the first set's are moved back.
+
+    Raises ConfigError where the file has no such set, DataError where it is no such table.
     """
 
     def __init__(self, path: str | Path, *, vocabulary: str) -> None:
-        model, rows, self._vectors = _read_table(Path(path).expanduser())
+        model, rows, self._raw = _read_table(Path(path).expanduser())
         self._rows: dict[str, dict[str, int]] = {}
         for index, (group, name, _) in enumerate(rows):
             self._rows.setdefault(group, {}).setdefault(normalise_name(name), index)
-        if vocabulary not in self._rows:
+        first, *_ = parts = vocabulary.split("+")
+        if unknown := [part for part in parts if part not in self._rows]:
             sets = ", ".join(self._rows)
-            raise ConfigError(f"prompt.model {vocabulary!r} is no set of {path}: {sets}")
+            raise ConfigError(f"prompt.model {unknown[0]!r} is no set of {path}: {sets}")
         self._vocabulary = vocabulary
-        template = _table_template([row for row in rows if row[0] == vocabulary])
-        self.space = EmbeddingSpace(model=model, dim=self._vectors.shape[1], template=template)
+        self._names = _first_of(self._rows[part] for part in parts)
+        self._vectors = self._raw.clone()
+        for part, group in self._rows.items():
+            if part != first:
+                moved = self._raw[places := list(group.values())] + self._offset(part, first)
+                self._vectors[places] = F.normalize(moved, dim=-1)
+        template = _table_template([row for row in rows if row[0] == first])
+        self.space = EmbeddingSpace(model=model, dim=self._raw.shape[1], template=template)
+
+    def _offset(self, part: str, first: str) -> Tensor:
+        """What leads from one set's vectors to another's: the mean over common names, (E,)."""
+        here, there = self._rows[part], self._rows[first]
+        if len(common := [name for name in here if name in there]) < COMMON_NAMES:
+            return torch.zeros(self._raw.shape[1])
+        ends = (self._raw[[rows[name] for name in common]] for rows in (there, here))
+        return torch.sub(*ends).mean(0)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Names -> (B, E), see `PromptEncoder.encode_text`; case is ignored, too."""
-        rows, names = self._rows[self._vocabulary], [t.lower() for t in _normalise(texts)]
+        rows, names = self._names, [t.lower() for t in _normalise(texts)]
         if unknown := [name for name in names if name not in rows]:
             close = ", ".join(difflib.get_close_matches(unknown[0], rows, cutoff=0))
             raise PromptError(
@@ -164,17 +183,24 @@ class TableEncoder(PromptEncoder):
         return self._vectors[[rows[name] for name in names]]
 
     def words(self) -> tuple[list[str], Tensor]:
-        """All W names of the file, its own set's first, each with its first vector: (W, E)."""
-        found = dict(self._rows[self._vocabulary])
-        for rows in self._rows.values():
-            found |= {name: row for name, row in rows.items() if name not in found}
+        """All W names of the file, its own sets' first, each with its first vector: (W, E)."""
+        found = _first_of([self._names, *self._rows.values()])
         return list(found), self._vectors[list(found.values())]
 
     def wordings(self, name: str) -> Tensor:
-        """The name's vectors in the file's other sets, with other templates: (V, E), V may be 0."""
-        key, own = normalise_name(name), self._rows[self._vocabulary]
-        found = [rows[key] for rows in self._rows.values() if rows is not own and key in rows]
-        return self._vectors[torch.tensor(found, dtype=torch.int64)]
+        """The name's other vectors, as other sentences gave them: (V, E), V may be 0."""
+        key = normalise_name(name)
+        found = [rows[key] for rows in self._rows.values() if key in rows]
+        others = [row for row in found if row != self._names.get(key)]
+        return self._raw[torch.tensor(others, dtype=torch.int64)]
+
+
+def _first_of(sets: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """All names, in order, each with its first row."""
+    found: dict[str, int] = {}
+    for rows in sets:
+        found |= {name: row for name, row in rows.items() if name not in found}
+    return found
 
 
 class SentenceEncoder(PromptEncoder):

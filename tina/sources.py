@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from tina.config import DataConfig
 from tina.errors import ConfigError, DataError, one_line
+from tina.names import normalise_name
 from tina.storage import at_hand, user_cache
 
 __all__ = ["Item", "Listing", "Source", "find_source"]
@@ -74,12 +75,15 @@ class Source:
 def find_source(config: DataConfig) -> Source:
     """Find a data set below `config.root`, else the variable TINA_DATA, else the user cache.
 
+    Several are one where "+" joins their names: classes of one name are one class, too.
     cifar100 and caltech101 are downloaded by torchvision into the user cache, and only there.
 
     Raises:
         ConfigError: there is no data set of that name.
         DataError: it is not there; the message names each place and says how to get it.
     """
+    if "+" in config.name:
+        return _join(config)
     if config.name not in _FINDERS:
         raise ConfigError(f"unknown data set {config.name!r}; valid: {', '.join(_FINDERS)}")
     given = config.root or os.environ.get("TINA_DATA")
@@ -93,6 +97,47 @@ def find_source(config: DataConfig) -> Source:
         return _FINDERS[config.name](config.name, root, False)
     except DataError as error:
         raise DataError(str(error).replace(str(root), given)) from error
+
+
+def _join(config: DataConfig) -> Source:
+    """Several data sets as one, their images in turn."""
+    parts = config.name.split("+")
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        # an image that is there twice could be both in fit and in report
+        raise ConfigError(f"data.name {config.name!r} has {twice[0]} twice")
+    sources = [find_source(replace(config, name=part)) for part in parts]
+
+    def read() -> Listing:
+        listings = [source.read() for source in sources]
+        names: list[str] = []
+        ids = [_ids(listing.class_names, names) for listing in listings]
+        items = (
+            replace(item, label=ours[item.label])
+            for listing, ours in zip(listings, ids, strict=True)
+            for item in listing.items
+        )
+        count = sum(listing.count for listing in listings)
+        return Listing(class_names=names, count=count, items=items)
+
+    return Source(
+        kind="+".join(source.kind for source in sources),
+        folder=Path(os.path.commonpath([source.folder for source in sources])),
+        files=[file for source in sources for file in source.files],
+        read=read,
+    )
+
+
+def _ids(class_names: Sequence[str], names: list[str]) -> list[int]:
+    """Class ids of a data set among those of several; `names` grows by those that it lacks."""
+    known = {normalise_name(name): i for i, name in enumerate(names)}
+    found = []
+    for name in class_names:
+        # not looked for among its own: two of one name are a fault, which decoding reports
+        if (own := known.get(normalise_name(name))) is None:
+            own = len(names)
+            names.append(name)
+        found.append(own)
+    return found
 
 
 # --- digits ---------------------------------------------------------------------------------------
