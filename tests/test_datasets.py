@@ -705,6 +705,70 @@ def test_cifar100_as_torchvision_keeps_it(tmp_path, monkeypatch):
     assert data.partitions["report"].tolist() == [9, 10, 11]
 
 
+# --- several as one -------------------------------------------------------------------------------
+
+
+def two_sets(root, *, second=("Sea", "ant", "bee")):
+    """Parquet sets of three classes each, "sea" in both; returns the pixels of each."""
+    first = small_set(root / "mini_imagenet")
+    return first, small_set(root / "caltech101", train=33, names=second)
+
+
+def test_joined_data_sets_are_one_with_the_classes_of_both(tmp_path):
+    first, second = two_sets(tmp_path)
+    data = load(tmp_path, "mini_imagenet+caltech101", image_size=8)
+    assert data.name == "mini_imagenet+caltech101"
+    assert data.class_names == ("maple tree", "bus", "sea", "ant", "bee")
+    assert data.groups is None
+    np.testing.assert_array_equal(as_pixels(data), np.concatenate([first, second]))
+    own = [i % 3 for count in (30, 9) for i in range(count)]
+    theirs = [2 + i % 3 for count in (33, 9) for i in range(count)]
+    assert data.labels.tolist() == own + theirs
+    tests = [*range(30, 39), *range(39 + 33, 39 + 33 + 9)]
+    assert data.partitions["report"].tolist() == tests
+
+
+def test_joined_data_sets_are_as_small_as_the_smaller(tmp_path):
+    two_sets(tmp_path)
+    for name in ("mini_imagenet+caltech101", "caltech101+mini_imagenet"):
+        assert load(tmp_path, name).images.shape[-1] == 32
+
+
+def test_joined_data_sets_have_a_cache_of_their_own_that_follows_both(tmp_path, cache):
+    two_sets(tmp_path)
+    name = "mini_imagenet+caltech101"
+    data = load(tmp_path, name, image_size=8)
+    assert torch.equal(load(tmp_path, name, image_size=8).images, data.images)
+    assert len(list(cache.iterdir())) == 1
+    small_set(tmp_path / "caltech101", train=36, names=("Sea", "ant", "bee"))
+    assert len(load(tmp_path, name, image_size=8).images) == len(data.images) + 3
+
+
+def test_an_image_cannot_be_there_twice(tmp_path):
+    two_sets(tmp_path)
+    with pytest.raises(ConfigError, match="has caltech101 twice"):
+        load(tmp_path, "caltech101+mini_imagenet+caltech101")
+
+
+def test_two_classes_of_one_name_within_a_joined_set_are_refused(tmp_path):
+    two_sets(tmp_path, second=("ant", "Ant", "bee"))
+    assert "two classes have one name" in refusal(tmp_path, "mini_imagenet+caltech101")
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    two_sets(tmp_path)
+    with pytest.raises(ConfigError, match="unknown data set 'imagenet'; valid: digits, "):
+        load(tmp_path, "mini_imagenet+imagenet")
+    assert "no train-*.parquet" in refusal(tmp_path, "mini_imagenet+parquet+cifar100")
+
+
+def test_a_part_without_test_images_is_refused_beside_one_that_has_them(tmp_path):
+    small_set(tmp_path / "mini_imagenet", names=("owl", "bat", "cow"), test=0)
+    small_set(tmp_path / "caltech101")
+    message = refusal(tmp_path, "mini_imagenet+caltech101")
+    assert "class 'owl' has 10 images and 0 of them in report" in message
+
+
 # --- real CIFAR-100 -------------------------------------------------------------------------------
 
 

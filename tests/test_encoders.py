@@ -165,6 +165,64 @@ def test_table_tells_all_its_words_its_own_first(tmp_path):
     assert TableEncoder(path, vocabulary="plain").words()[0] == ["apple", *names[2:], "otter"]
 
 
+def two_sentences(tmp_path, *, common=12):
+    """Sets "here" (w0 to w29) and "there" (from w{30 - common} on), apart by one vector.
+
+    Returns the table's path and the unit vectors of "here" as if it had all of the names.
+    """
+    rng = np.random.default_rng(0)
+    words = rng.normal(size=(60 - common, 6))
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    moved = words[30 - common :] + np.array([0.4, 0, 0, -0.2, 0, 0])
+    here = [("here", f"w{i}", f"a w{i}") for i in range(30)]
+    there = [("there", f"w{i}", f"the w{i}") for i in range(30 - common, 60 - common)]
+    vectors = np.concatenate([words[:30], moved])
+    path, _ = write_table(tmp_path / "t.parquet", rows=here + there, vectors=vectors)
+    return path, torch.tensor(words, dtype=torch.float32)
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a, b).mean().item()
+
+
+def test_words_of_other_sentences_are_moved_to_the_tables_own(tmp_path):
+    path, words = two_sentences(tmp_path)
+    names, vectors = TableEncoder(path, vocabulary="here").words()
+    assert names == [f"w{i}" for i in range(48)]
+    assert_unit(vectors)
+    assert_close(vectors[:30], words[:30], tolerance=1e-3)
+    unmoved = TableEncoder(path, vocabulary="there").encode_text(names[30:])
+    assert cosine(unmoved, words[30:]) < 0.92
+    # not all the way: a table's vectors have lost their length
+    assert cosine(vectors[30:], words[30:]) > 0.97
+
+
+def test_sets_with_few_common_names_stay_where_they_are(tmp_path):
+    path, _ = two_sentences(tmp_path, common=9)
+    vectors = TableEncoder(path, vocabulary="here").words()[1]
+    unmoved = TableEncoder(path, vocabulary="there").encode_text([f"w{i}" for i in range(30, 51)])
+    assert_close(vectors[30:], unmoved)
+
+
+def test_a_table_takes_names_from_joined_sets_in_their_order(tmp_path):
+    path, _ = two_sentences(tmp_path)
+    encoder = TableEncoder(path, vocabulary="here+there")
+    names, vectors = TableEncoder(path, vocabulary="here").words()
+    assert_close(encoder.encode_text(names), vectors)
+    assert encoder.space.template == "a {}"
+    assert encoder.space == TableEncoder(path, vocabulary="here").space
+    other = TableEncoder(path, vocabulary="there+here")
+    assert other.space.template == "the {}"
+    assert_close(
+        other.encode_text(["w20"]), TableEncoder(path, vocabulary="there").encode_text(["w20"])
+    )
+    # as they were written, whatever was moved
+    assert_close(encoder.wordings("w20"), other.encode_text(["w20"]))
+    assert len(encoder.wordings("w40")) == 0
+    with pytest.raises(ConfigError, match="'nowhere' is no set"):
+        TableEncoder(path, vocabulary="here+nowhere")
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "template"), [("photo", "a photo of a {}"), ("bare", "a {}"), ("plain", "{}")]
 )
