@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
-from tina.classifiers import predict
+from tina.classifiers import InputStore, predict
 from tina.config import DiffusionConfig, TrainConfig
 from tina.engine import LocalEngine
 from tina.errors import ConfigError
@@ -80,13 +80,13 @@ def selected(generator: Generator, sets: Sequence[Sequence[int]]) -> list[Tensor
 
 
 def measure(
-    generator: Generator, run: Run, lessons: Sequence[Lesson], thetas: Sequence[Tensor]
+    generator: Generator, store: InputStore, lessons: Sequence[Lesson], thetas: Sequence[Tensor]
 ) -> list[Array]:
     """What classifiers answer on their lessons: (2, N) each, 100 where right, and cross-entropy."""
     found = []
     for theta, lesson in zip(thetas, lessons, strict=True):
         k = len(lesson.class_ids)
-        logits = predict(generator.family, theta, run.store, lesson.index, num_classes=k)
+        logits = predict(generator.family, theta, store, lesson.index, num_classes=k)
         hits = 100.0 * (logits.argmax(1) == lesson.labels)
         loss = torch.nn.functional.cross_entropy(logits, lesson.labels, reduction="none")
         found.append(torch.stack([hits, loss]).double().numpy())
@@ -168,9 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             generator = replace(generator, config=replace(generator.config, diffusion=NOISELESS))
         learn(run, generator, name, steps=args.steps)
         spent = time.perf_counter() - begin
-        base = measure(generator, run, lessons, selected(generator, sets))
+        store = run.store
+        base = measure(generator, store, lessons, selected(generator, sets))
         seeds = generated(generator, sets, seeds=1 if name == REGRESSOR else SEEDS)
-        scores = [measure(generator, run, lessons, thetas) for thetas in seeds]
+        scores = [measure(generator, store, lessons, thetas) for thetas in seeds]
         figures: dict[str, object] = {
             "objective": name,
             "dataset": run.dataset.name,
@@ -185,11 +186,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             (one_step,) = generated(generator, sets, seeds=1, steps=1)
             figures |= {
                 "best_of_seeds": round(float(best[:, 0].mean()), 4),
-                "mean_of_weights": against(measure(generator, run, lessons, mixed), base, lessons),
+                "mean_of_weights": against(
+                    measure(generator, store, lessons, mixed), base, lessons
+                ),
                 "theta_spread": mean(
                     float((a - b).norm() / a.norm()) for a, b in zip(*seeds[:2], strict=True)
                 ),
-                "one_step": against(measure(generator, run, lessons, one_step), base, lessons),
+                "one_step": against(measure(generator, store, lessons, one_step), base, lessons),
             }
         append("objectives", figures, load_before=before)
 

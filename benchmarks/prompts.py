@@ -269,7 +269,7 @@ def main() -> None:
             denoise=nothing if untrained else None,
         )
         thetas = [generator.theta(b, r[: len(s)]) for b, r, s in zip(body, rows, sets, strict=True)]
-        return measure(generator, run, lessons, thetas)
+        return measure(generator, run.store, lessons, thetas)
 
     base = score(true)
     found: dict[str, dict[str, object]] = {}

@@ -78,7 +78,7 @@ def measure_point(folder: Path, point: Point, steps: int) -> dict[str, Any]:
     learn(run, generator, objective, steps=steps, zoo=zoo)
     seconds = time.perf_counter() - begin
     sets, lessons = select_lessons(run, SETS)
-    base = measure(generator, run, lessons, selected(generator, sets))
+    base = measure(generator, run.store, lessons, selected(generator, sets))
     (thetas,) = generated(generator, sets, seeds=1)
     return {
         "curve": curve,
@@ -88,7 +88,7 @@ def measure_point(folder: Path, point: Point, steps: int) -> dict[str, Any]:
         "seconds": round(seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "selection": [round(float(v), 4) for v in by_set(base).mean(0)],
-        "over_selection": against(measure(generator, run, lessons, thetas), base, lessons),
+        "over_selection": against(measure(generator, run.store, lessons, thetas), base, lessons),
     }
 
 

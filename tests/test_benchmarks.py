@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from aiohttp import web
+from PIL import Image
 from safetensors.torch import load
 
 from benchmarks import (
+    elsewhere,
     generation,
     objectives,
     plain_server,
@@ -32,7 +34,10 @@ from benchmarks import (
 )
 from tina import TinaPipeline
 from tina.checkpoint import save_generator
+from tina.config import DataConfig
+from tina.datasets import load_dataset
 from tina.encoders import HashEncoder
+from tina.errors import ConfigError, DataError
 from tina.finetune import Lesson
 from tina.run import Run
 
@@ -314,6 +319,71 @@ def test_the_plain_server_makes_the_pipelines_models(tiny_checkpoint):
     model = TinaPipeline.from_pretrained(tiny_checkpoint)(words, seed=4)
     for name, value in load(answer.content).items():
         torch.testing.assert_close(value, model.tensors[name], atol=1e-5, rtol=0)
+
+
+# --- elsewhere ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn_digits(tmp_path):
+    """The digits as a data set of their own, one folder a class, and a class of another word."""
+    data = load_dataset(DataConfig())
+    for label, name in enumerate((*data.class_names, "owl")):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        for i in data.indices("report", [label % 10])[:12].tolist():
+            Image.fromarray(data.images[i, 0].numpy()).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def few_and_small(monkeypatch, tmp_path):
+    """Sets of three classes; returns the file of rows."""
+    for name, value in (("SETS", 8), ("CLASSES", 3), ("IMAGES", 6)):
+        monkeypatch.setattr(elsewhere, name, value)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    return tmp_path / "elsewhere.jsonl"
+
+
+def test_a_generator_is_judged_on_another_data_set(
+    tiny_checkpoint, drawn_digits, few_and_small, capsys
+):
+    elsewhere.main([str(tiny_checkpoint), "--data", "folder", "--root", str(drawn_digits)])
+    (row,) = map(json.loads, few_and_small.read_text().splitlines())
+    assert row["dataset"] == "folder"
+    assert sorted(row["classes"]) == sorted(load_dataset(DataConfig()).class_names)
+    (found,) = row["generators"].values()
+    assert found["made_from"] == "digits"
+    assert found["accuracy"]["untrained"] > 80  # the same pictures, after all
+    assert found["accuracy"]["tina"] > 80
+    assert found["accuracy"]["tina_shuffled_prompt"] < 20
+    assert found["familiarity"]["trained_names"] == 10
+
+
+def test_a_set_has_as_many_images_of_each_class(drawn_digits, few_and_small):
+    data = load_dataset(DataConfig(name="folder", root=str(drawn_digits), mirror=True))
+    lesson = elsewhere.balanced(data, [4, 0, 10])
+    assert lesson.labels.bincount().tolist() == [6, 6, 6]
+    classes = torch.tensor([4, 0, 10])[lesson.labels]
+    assert torch.equal(data.labels[lesson.index], classes)
+    allowed = torch.cat([data.partitions["fit"], data.partitions["select"]])
+    assert torch.isin(lesson.index, allowed).all()
+    assert lesson.index.max() < len(data.images)  # as they are, not their mirror images
+
+
+def test_what_cannot_be_judged_elsewhere_is_refused(
+    tiny_checkpoint, drawn_digits, few_and_small, monkeypatch
+):
+    here = [str(tiny_checkpoint), "--data", "folder", "--root", str(drawn_digits)]
+    with pytest.raises(ConfigError, match="was made from digits"):
+        elsewhere.main([str(tiny_checkpoint), "--data", "caltech101+digits"])
+    monkeypatch.setattr(elsewhere, "IMAGES", 10)
+    with pytest.raises(DataError, match="has 8 images in fit and select, not 10"):
+        elsewhere.main(here)
+    monkeypatch.setattr(elsewhere, "CLASSES", 11)
+    with pytest.raises(DataError, match="know 10 classes of folder, not 11"):
+        elsewhere.main(here)
+    assert not few_and_small.exists()
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""How good are generated classifiers on a data set that their generator was not made from?
+
+    python -m benchmarks.elsewhere tina-cifar100-cnn5k tina-mini-imagenet-cnn5k --data caltech101
+
+Checkpoints (packaged names or folders) are given the same prompts: sets of ten classes of the data
+set, drawn among those whose names all of them know. Their classifiers are judged on as many images
+of each class, out of `fit` and `select`: none of them has trained anything here, and `report` ones
+are not read. Beside each stand what its prompts inherit without the denoiser, and the same names in
+another order, which must fall to chance. Differences to the first checkpoint are paired, and their
+standard errors draw sets and images anew. A row is appended to results/elsewhere.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.objectives import against, by_set, measure
+from benchmarks.record import append, as_command, checkpoint_folder, load
+from tina.checkpoint import load_generator
+from tina.classifiers import InputStore
+from tina.config import DataConfig
+from tina.controls import nothing
+from tina.datasets import Dataset, load_dataset
+from tina.errors import ConfigError, DataError
+from tina.finetune import Lesson
+from tina.generator import Generator
+from tina.metrics import Array
+
+SETS, CLASSES, IMAGES = 200, 10, 20
+SAME = 0.999  # familiarity of a trained name, which may be held in half precision
+
+
+def common_classes(dataset: Dataset, generators: Sequence[Generator]) -> list[int]:
+    """Ids of the classes whose names all generators know.
+
+    Raises:
+        DataError: They are fewer than a set has.
+    """
+    known = [
+        class_id
+        for class_id, name in enumerate(dataset.class_names)
+        if all(g.vocabulary.lookup(name) is not None for g in generators)
+    ]
+    if len(known) < CLASSES:
+        raise DataError(f"all of them know {len(known)} classes of {dataset.name}, not {CLASSES}")
+    return known
+
+
+def balanced(dataset: Dataset, class_ids: Sequence[int]) -> Lesson:
+    """As many images of each class of a set, so that accuracy is over classes.
+
+    Raises:
+        DataError: A class has fewer.
+    """
+    images = dataset.unmoved()
+    index, labels = [], []
+    for k, class_id in enumerate(class_ids):
+        both = [images.indices(partition, [class_id]) for partition in ("select", "fit")]
+        found = torch.cat(both)[:IMAGES]
+        if len(found) < IMAGES:
+            name = dataset.class_names[class_id]
+            raise DataError(f"{name!r} has {len(found)} images in fit and select, not {IMAGES}")
+        index.append(found)
+        labels.append(torch.full((IMAGES,), k))
+    return Lesson(
+        class_ids=tuple(class_ids), index=torch.cat(index), labels=torch.cat(labels), seed=0
+    )
+
+
+def answers(
+    generator: Generator, dataset: Dataset, lessons: Sequence[Lesson]
+) -> dict[str, list[Array]]:
+    """What `measure` returns of each row of the table, over the sets."""
+    store = InputStore(generator.family, dataset.unmoved().views)
+    sets = [[dataset.class_names[c] for c in lesson.class_ids] for lesson in lessons]
+    embeddings = torch.stack([known(generator, names) for names in sets])
+    shuffled = embeddings.roll(1, dims=1)  # none keeps its place
+    found = {}
+    for row, prompts, denoise in (
+        ("tina", embeddings, None),
+        ("untrained", embeddings, nothing),
+        ("tina_shuffled_prompt", shuffled, None),
+    ):
+        body, rows = generator.generate(
+            prompts,
+            torch.ones(prompts.shape[:2], dtype=torch.bool),
+            seeds=[0] * len(prompts),
+            denoise=denoise,
+        )
+        thetas = [generator.theta(b, r) for b, r in zip(body, rows, strict=True)]
+        found[row] = measure(generator, store, lessons, thetas)
+    return found
+
+
+def known(generator: Generator, names: Sequence[str]) -> Tensor:
+    """Embeddings (K, E) of names that the generator knows."""
+    vectors = [generator.vocabulary.lookup(name) for name in names]
+    return torch.stack([vector for vector in vectors if vector is not None])
+
+
+def familiarity(generator: Generator, names: Sequence[str]) -> dict[str, float]:
+    """How near names are to what a generator was trained on, and how many are among that."""
+    values = generator.vocabulary.familiarity(known(generator, names))
+    return {
+        "mean": round(float(values.mean()), 3),
+        "trained_names": int((values > SAME).sum()),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+", help="packaged names or folders")
+    parser.add_argument("--data", required=True, help="data set, as in data.name")
+    parser.add_argument("--root", help="its folder or URI; default: TINA_DATA")
+    args = parser.parse_args(argv)
+    before = load()
+    generators = {name: load_generator(checkpoint_folder(name)) for name in args.checkpoints}
+    for name, generator in generators.items():
+        if set(args.data.split("+")) & set(generator.dataset.split("+")):
+            raise ConfigError(f"{name} was made from {generator.dataset}")
+    data = DataConfig(name=args.data, root=args.root)
+    datasets = {
+        name: load_dataset(replace(data, image_size=generator.family.image_size))
+        for name, generator in generators.items()
+    }
+    dataset = datasets[args.checkpoints[0]]
+    classes = common_classes(dataset, list(generators.values()))
+    rng = np.random.default_rng(0)
+    sets = [rng.choice(classes, CLASSES, replace=False).tolist() for _ in range(SETS)]
+    lessons = [balanced(dataset, chosen) for chosen in sets]
+    found = {name: answers(g, datasets[name], lessons) for name, g in generators.items()}
+    base = found[args.checkpoints[0]]["tina"]
+    figures: dict[str, object] = {
+        "dataset": args.data,
+        "sets": SETS,
+        "classes": [dataset.class_names[c] for c in classes],
+        "images_per_class": IMAGES,
+        "generators": {
+            name: {
+                "made_from": generator.dataset,
+                "familiarity": familiarity(generator, [dataset.class_names[c] for c in classes]),
+                "accuracy": {
+                    row: round(float(by_set(scores)[:, 0].mean()), 2)
+                    for row, scores in found[name].items()
+                },
+                "over_untrained": against(found[name]["tina"], found[name]["untrained"], lessons),
+                "over_the_first": against(found[name]["tina"], base, lessons),
+            }
+            for name, generator in generators.items()
+        },
+    }
+    append("elsewhere", figures, load_before=before)
+
+
+if __name__ == "__main__":
+    as_command(main)
