@@ -160,8 +160,8 @@ class Speaker:
     def foreign(self) -> Tensor:
         """Embeddings (V, E) of the foreign names."""
         if isinstance(self.encoder, TableEncoder):
-            found = [self.encoder.wordings(name) for name in FOREIGN]
-            return torch.cat([vectors[:1] for vectors in found])
+            found = [self.vocabulary.lookup(name) for name in FOREIGN]
+            return torch.stack([vector for vector in found if vector is not None])
         return self.encoder.encode_text(FOREIGN)
 
     def text(self, text: str) -> Tensor | None:

@@ -130,6 +130,16 @@ def test_permuting_the_heads_rows_permutes_the_logits(family):
     torch.testing.assert_close(permuted, logits[:, order])
 
 
+def test_scaling_the_heads_rows_scales_the_logits(family):
+    """What `Generator.temperature` relies on."""
+    theta, inputs = theta_of(family), family.embed(pictures(6, 1, 8, 8))
+    layout = family.layout(CLASSES)
+    body, rows = layout.split(theta)
+    logits = family.logits(theta, inputs, num_classes=CLASSES)
+    scaled = family.logits(layout.join(body, rows / 3), inputs, num_classes=CLASSES)
+    torch.testing.assert_close(3 * scaled, logits)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from(CNNS), st.data())
 def test_permuting_hidden_units_leaves_the_logits_unchanged(name, data):

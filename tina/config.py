@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from tina.checks import absolute, distinct, inside, not_negative, plain_name, positive, shares
@@ -117,6 +117,7 @@ class PromptConfig:
         template: Sentence that a bare class name is put into, with {} for the name.
         tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.
         shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
+        doubt: Logits are divided by 1 + doubt (1 - mean familiarity of the task's classes).
     """
 
     encoder: Literal["hash", "sentence", "table", "open_clip"] = "hash"
@@ -125,9 +126,11 @@ class PromptConfig:
     template: str = "{}"
     tower: RecipeConfig | None = None
     shrinkage: float = 0.0
+    doubt: float = 0.0
 
     def __post_init__(self) -> None:
         shares(self, "shrinkage")
+        not_negative(self, "doubt")
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
         if self.tower and self.encoder == "open_clip":
@@ -392,9 +395,5 @@ class JobConfig:
     @property
     def generator(self) -> GeneratorConfig:
         """The part that a checkpoint keeps."""
-        return GeneratorConfig(
-            classifier=self.classifier,
-            prompt=self.prompt,
-            denoiser=self.denoiser,
-            diffusion=self.diffusion,
-        )
+        parts = {part.name: getattr(self, part.name) for part in fields(GeneratorConfig)}
+        return GeneratorConfig(**parts)

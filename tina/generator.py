@@ -143,10 +143,20 @@ class Generator:
         """
         body, rows = self.codec.decode(tokens.cpu())
         inherited_body, inherited_rows = self.inherit(embeddings)
-        body, rows = inherited_body + body, (inherited_rows + rows) * mask.unsqueeze(-1)
+        scale = mask / self.temperature(embeddings, mask)[:, None]
+        body, rows = inherited_body + body, (inherited_rows + rows) * scale.unsqueeze(-1)
         if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):
             raise NonFiniteError("the generator made NaN or infinite weights; nothing is returned")
         return body, rows
+
+    def temperature(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """What the logits of B tasks are divided by (B,): 1 where all classes are trained ones.
+
+        Training never shows a class that is new, so nothing else teaches the network to be less
+        sure of one. What it divides by is a temperature (Guo et al. 2017, eq. 9).
+        """
+        familiarity = self.vocabulary.familiarity(embeddings) * mask
+        return 1 + self.config.prompt.doubt * (1 - familiarity.sum(-1) / mask.sum(-1))
 
     @torch.no_grad()
     def generate(
