@@ -156,10 +156,11 @@ class TableEncoder(PromptEncoder):
         self._vocabulary = vocabulary
         self._names = _first_of(self._rows[part] for part in parts)
         self._vectors = self._raw.clone()
-        for part, group in self._rows.items():
+        for part, places in self._rows.items():
             if part != first:
-                moved = self._raw[places := list(group.values())] + self._offset(part, first)
-                self._vectors[places] = F.normalize(moved, dim=-1)
+                found = list(places.values())
+                moved = self._raw[found] + self._offset(part, first)
+                self._vectors[found] = F.normalize(moved, dim=-1)
         template = _table_template([row for row in rows if row[0] == first])
         self.space = EmbeddingSpace(model=model, dim=self._raw.shape[1], template=template)
 
