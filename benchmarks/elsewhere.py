@@ -1,12 +1,13 @@
 """How good are generated classifiers on a data set that their generator was not made from?
 
-    python -m benchmarks.elsewhere tina-cifar100-cnn5k tina-mini-imagenet-cnn5k --data caltech101
+    python -m benchmarks.elsewhere tina-cifar100-cnn5k --data caltech101
 
-Checkpoints (packaged names or folders) are given the same prompts: sets of ten classes of the data
-set, drawn among those whose names all of them know. Their classifiers are judged on as many images
-of each class, out of `fit` and `select`: none of them has trained anything here, and `report` ones
-are not read. Beside each stand what its prompts inherit without the denoiser, and the same names in
-another order, which must fall to chance. Differences to the first checkpoint are paired, and their
+Checkpoints (packaged names or folders) are given the same names, each as its vocabulary has them:
+sets of ten classes of the data set, drawn among those that all of them know. Their classifiers are
+judged on as many images of each class, out of `fit` and `select`, which have trained none of them
+(whether that holds of what is called `folder` or `parquet`, the caller knows); `report` ones are
+not read. Beside each stand what its prompts inherit without the denoiser, and the same names in a
+random order, which must fall to chance. Differences to the first checkpoint are paired, and their
 standard errors draw sets and images anew. A row is appended to results/elsewhere.jsonl.
 """
 
@@ -80,7 +81,8 @@ def answers(
     store = InputStore(generator.family, dataset.unmoved().views)
     sets = [[dataset.class_names[c] for c in lesson.class_ids] for lesson in lessons]
     embeddings = torch.stack([known(generator, names) for names in sets])
-    shuffled = embeddings.roll(1, dims=1)  # none keeps its place
+    rng = np.random.default_rng(1)
+    shuffled = torch.stack([one[rng.permutation(len(one))] for one in embeddings])
     found = {}
     for row, prompts, denoise in (
         ("tina", embeddings, None),
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = load()
     generators = {name: load_generator(checkpoint_folder(name)) for name in args.checkpoints}
     for name, generator in generators.items():
-        if set(args.data.split("+")) & set(generator.dataset.split("+")):
+        if {*args.data.split("+")} & {*generator.dataset.split("+")} - {"folder", "parquet"}:
             raise ConfigError(f"{name} was made from {generator.dataset}")
     data = DataConfig(name=args.data, root=args.root)
     datasets = {

@@ -604,7 +604,6 @@ def _no_work(run):
         ),
         (["--train.condition_dropout", "-0.1"], "train.condition_dropout is a share"),
         (["--prompt.shrinkage", "1.5"], "prompt.shrinkage is a share"),
-        (["--prompt.temperature", "0"], "prompt.temperature must be positive"),
         (["--prompt.doubt", "-1"], "prompt.doubt must not be negative"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--data.root", "images"], "data.root must be an absolute path"),

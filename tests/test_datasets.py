@@ -750,9 +750,29 @@ def test_an_image_cannot_be_there_twice(tmp_path):
         load(tmp_path, "caltech101+mini_imagenet+caltech101")
 
 
-def test_two_classes_of_one_name_within_a_joined_set_are_refused(tmp_path):
-    two_sets(tmp_path, second=("ant", "Ant", "bee"))
+@pytest.mark.parametrize("name", ["ant", "sea"])  # the first set has the latter
+def test_two_classes_of_one_name_within_a_joined_set_are_refused(tmp_path, name):
+    two_sets(tmp_path, second=(name, name.title(), "bee"))
     assert "two classes have one name" in refusal(tmp_path, "mini_imagenet+caltech101")
+
+
+@pytest.mark.parametrize("name", ["mini_imagenet+folder", "folder+mini_imagenet"])
+def test_joined_data_sets_come_from_a_store_whole(tmp_path, name):
+    small_set(tmp_path / "data" / "mini_imagenet", test=0)
+    write_tree(tmp_path / "data" / "folder")
+    found = load(tmp_path / "data", name, image_size=8)
+    for _ in range(2):
+        again = load((tmp_path / "data").as_uri(), name, image_size=8)
+        assert again.fingerprint == found.fingerprint
+
+
+def test_the_bundled_digits_join_a_set_under_a_relative_root(tmp_path, monkeypatch):
+    small_set(tmp_path / "mini_imagenet", test=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINA_DATA", ".")
+    data = load_dataset(DataConfig(name="digits+mini_imagenet"))
+    assert data.images.shape == (1797 + 30, 3, 8, 8)
+    assert data.num_classes == 13
 
 
 def test_an_unknown_part_is_named(tmp_path):

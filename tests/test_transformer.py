@@ -264,22 +264,22 @@ def test_generation_computes_what_the_whole_denoiser_does(
     assert (found[0] - inherited).abs().max() > 1e-2  # there was something to compare
 
 
-def test_logits_are_divided_by_a_temperature_and_by_what_is_unfamiliar(tiny_generator):
+def test_logits_are_divided_by_what_is_unfamiliar(tiny_generator):
     known = tiny_generator.vocabulary.embeddings
     new = torch.nn.functional.normalize(known + known.roll(1, 0), dim=1)
     embeddings = torch.stack([known[[0, 1, 2]], known[[3, 4, 5]], new[[0, 4, 8]]])
     embeddings[1, 2] = new[6]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    prompt = dataclasses.replace(tiny_generator.config.prompt, temperature=2.0, doubt=1.5)
+    prompt = dataclasses.replace(tiny_generator.config.prompt, doubt=1.5)
     config = dataclasses.replace(tiny_generator.config, prompt=prompt)
     milder = dataclasses.replace(tiny_generator, config=config)
     plain, found = (g.generate(embeddings, mask, seeds=[0, 1, 2]) for g in (tiny_generator, milder))
     assert torch.equal(found[0], plain[0])
     # what is padding is unfamiliar, too, and does not count
-    assert_close(2 * found[1][:2], plain[1][:2], tolerance=1e-5)
+    assert_close(found[1][:2], plain[1][:2], tolerance=1e-6)
     share = tiny_generator.vocabulary.familiarity(embeddings[2]).mean()
     assert 0.1 < share < 0.9
-    assert_close(2 * (1 + 1.5 * (1 - share)) * found[1][2], plain[1][2], tolerance=1e-5)
+    assert_close((1 + 1.5 * (1 - share)) * found[1][2], plain[1][2], tolerance=1e-5)
 
 
 def test_a_timestep_that_was_not_named_is_refused(tiny_generator):

@@ -117,8 +117,7 @@ class PromptConfig:
         template: Sentence that a bare class name is put into, with {} for the name.
         tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.
         shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
-        temperature: What logits are divided by, so that they are as sure as they are right.
-        doubt: For new classes times 1 + doubt (1 - mean familiarity of the task's classes).
+        doubt: Logits are divided by 1 + doubt (1 - mean familiarity of the task's classes).
     """
 
     encoder: Literal["hash", "sentence", "table", "open_clip"] = "hash"
@@ -127,12 +126,10 @@ class PromptConfig:
     template: str = "{}"
     tower: RecipeConfig | None = None
     shrinkage: float = 0.0
-    temperature: float = 1.0
     doubt: float = 0.0
 
     def __post_init__(self) -> None:
         shares(self, "shrinkage")
-        positive(self, "temperature")
         not_negative(self, "doubt")
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
@@ -181,7 +178,8 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "heads", "chunk")
         if self.width % (2 * self.heads):
-            raise ConfigError(f"denoiser.width must be a multiple of 2 * heads, not {self.width}")
+            found = f"{self.width} and {self.heads}"
+            raise ConfigError(f"denoiser.width must be a multiple of 2 * heads, got {found}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +360,8 @@ class JobConfig:
     Args:
         name: The run's name, a folder under `storage`. The same name goes on with the same run.
         storage: Folder of all runs: an absolute path, or a URI (s3://bucket/runs).
-        tracking: Where training's curves go; mlflow and wandb need their packages and credentials.
+        tracking: Where training's curves go: tensorboard (files in the run's folder), none, or
+            mlflow or wandb, with their packages and each node's own credentials.
     """
 
     name: str

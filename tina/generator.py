@@ -150,14 +150,12 @@ class Generator:
         return body, rows
 
     def temperature(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """What the logits of B tasks are divided by (B,); see Guo et al. 2017, eq. 9.
+        """What the logits of B tasks are divided by (B,), 1 where all classes are trained ones.
 
-        Training never shows a class that is new, so nothing else teaches the network to be less
-        sure of one.
+        A network is as sure of what it guesses as of what it knows; see Guo et al. 2017, eq. 9.
         """
-        prompt = self.config.prompt
         familiarity = (self.vocabulary.familiarity(embeddings) * mask).sum(-1) / mask.sum(-1)
-        return prompt.temperature * (1 + prompt.doubt * (1 - familiarity))
+        return 1 + self.config.prompt.doubt * (1 - familiarity)
 
     @torch.no_grad()
     def generate(

@@ -75,7 +75,8 @@ class Source:
 def find_source(config: DataConfig) -> Source:
     """Find a data set below `config.root`, else the variable TINA_DATA, else the user cache.
 
-    Several are one where "+" joins their names: classes of one name are one class, too.
+    Several are one where "+" joins their names: classes of one name are one class, too. All of
+    them have test images, or none.
     cifar100 and caltech101 are downloaded by torchvision into the user cache, and only there.
 
     Raises:
@@ -121,8 +122,8 @@ def _join(config: DataConfig) -> Source:
 
     return Source(
         kind="+".join(source.kind for source in sources),
-        folder=Path(os.path.commonpath([source.folder for source in sources])),
-        files=[file for source in sources for file in source.files],
+        folder=Path(os.path.commonpath([source.folder.absolute() for source in sources])),
+        files=[file.absolute() for source in sources for file in source.files],
         read=read,
     )
 
@@ -132,8 +133,8 @@ def _ids(class_names: Sequence[str], names: list[str]) -> list[int]:
     known = {normalise_name(name): i for i, name in enumerate(names)}
     found = []
     for name in class_names:
-        # not looked for among its own: two of one name are a fault, which decoding reports
-        if (own := known.get(normalise_name(name))) is None:
+        # taken out: two of one name within a data set stay two, which decoding refuses
+        if (own := known.pop(normalise_name(name), None)) is None:
             own = len(names)
             names.append(name)
         found.append(own)

@@ -50,15 +50,16 @@ def at_hand(location: str, *names: str) -> Path:
     folder = user_cache() / "copies" / hash_bytes(location.encode())[:16]
     folder.mkdir(parents=True, exist_ok=True)
     copy, part, files = folder / name, "", dict[str, Any]()
+    names = names or ("",)
     with FileLock(folder.with_suffix(".lock")):
-        for part in names or ("",):
+        for part in names:
             if files := store.listing(part):
                 break
         if set(files) == {""}:  # the location is that of a file
             store.bring({name: files[""]}, folder)
             return copy
         store.bring(files, copy)
-        for gone in names or ("",):
+        for gone in names[: names.index(part) + 1]:  # the others were not looked at
             _forget(copy / gone, {copy / name for name in files})
     return copy
 
