@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tina.pipeline import TinaPipeline
 
 DEMO = Path("runs/quickstart/checkpoint")
-PACKAGED = ("tina-cifar100-cnn5k", "tina-mini-imagenet-cnn5k")
+PACKAGED = ("tina-cifar100-cnn5k", "tina-cifar100-mini-imagenet-cnn5k")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
