@@ -115,6 +115,7 @@ def release(run: Path) -> None:
     generator = load_generator(run / "checkpoint")
     words = generator.vocabulary
     kept = words.familiarity(words.embeddings) > STRANGE
+    kept[: int(words.trained.nonzero().max())] = True  # ids of classes are places
     known = replace(
         words,
         names=tuple(name for name, near in zip(words.names, kept.tolist(), strict=True) if near),

@@ -428,8 +428,9 @@ def test_foreign_names_are_said_as_a_user_of_the_generator_says_them(tiny_run, t
     path, _ = write_table(tmp_path / "t.parquet")
     table = TableEncoder(path, vocabulary="photo")
     speaker = prompts.Speaker(generator=generator, encoder=table, run=tiny_run)
-    assert len(speaker.foreign) == len(prompts.FOREIGN)
-    assert torch.equal(speaker.foreign[1], generator.vocabulary.lookup("pizza"))
+    said = [generator.vocabulary.lookup(name) for name in prompts.FOREIGN]
+    assert len(speaker.foreign) == sum(vector is not None for vector in said) > 1
+    assert torch.equal(speaker.foreign[0], generator.vocabulary.lookup("pizza"))
 
 
 @pytest.mark.parametrize("name", ["ox", "otter", "maple tree"])
