@@ -69,6 +69,7 @@ reproduce: install ## All that is published on real data, with DATA= or TINA_DAT
 		--evaluation.direct_tasks 100 --evaluation.direct_tasks_elsewhere 20 --evaluation.regressor cifar100_cnn5k_regressor
 	$(BIN)/python -m benchmarks.objectives runs/cifar100_cnn5k --steps 600
 	$(BIN)/python -m benchmarks.prompts runs/cifar100_cnn5k
+	$(BIN)/python -m benchmarks.elsewhere tina-cifar100-cnn5k tina-cifar100-mini-imagenet-cnn5k --data caltech101
 	$(BIN)/python -m benchmarks.sizes runs/cifar100_cnn5k --steps 600
 
 .PHONY: test

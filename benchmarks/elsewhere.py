@@ -1,6 +1,7 @@
 """How good are generated classifiers on a data set that their generator was not made from?
 
-    python -m benchmarks.elsewhere tina-cifar100-cnn5k --data caltech101
+    python -m benchmarks.elsewhere tina-cifar100-cnn5k tina-cifar100-mini-imagenet-cnn5k \
+        --data caltech101
 
 Checkpoints (packaged names or folders) are given the same names, each as its vocabulary has them:
 sets of ten classes of the data set, drawn among those that all of them know. Their classifiers are

@@ -209,7 +209,7 @@ def test_figures_are_those_of_the_rows() -> None:
 
 
 def test_what_prompts_cost_is_what_the_row_says() -> None:
-    row = row_of("prompts", "18b8bf989ba0")
+    row = row_of("prompts", "3391b112160f")
     points = {
         kind: row["kinds"][kind][share]["tina_points"]["accuracy_points"]
         for kind, share in (("pictures", "100%"), ("picture", "100%"), ("synonym", "50%"))
@@ -218,6 +218,20 @@ def test_what_prompts_cost_is_what_the_row_says() -> None:
     for words in (
         f"{names:.0f} % by their names, {names + five:.0f} by five pictures",
         f"{names + one:.0f} by one, and {names + synonym:.0f} with another everyday word",
+    ):
+        assert words in README, words
+
+
+def test_what_it_does_elsewhere_is_what_the_row_says() -> None:
+    row = row_of("elsewhere", "3391b112160f")
+    one, both = (row["generators"][f"tina-cifar100-{x}cnn5k"] for x in ("", "mini-imagenet-"))
+    assert one["familiarity"]["trained_names"] == 10
+    tina, bar = ([g["accuracy"][row] for g in (one, both)] for row in ("tina", "untrained"))
+    for words in (
+        f"ten at a time of {len(row['classes'])} classes, the packaged",
+        f"is right in {tina[0]:.0f} % of the cases, and that of both data sets, trained on "
+        f"{both['familiarity']['trained_names']}, in {tina[1]:.0f} "
+        f"(what is inherited: {bar[0]:.0f} and {bar[1]:.0f};",
     ):
         assert words in README, words
 
