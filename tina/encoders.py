@@ -139,7 +139,8 @@ class TableEncoder(PromptEncoder):
     The file has the columns set, name, prompt and vector (a fixed-size list of floats), and says in
     its schema metadata `about` which model made them. `vocabulary` names one of its sets, or some
     joined by "+"; the first row of a name counts. The sets put names into different sentences,
-    which moves all vectors of a set alike: others than the first set's are moved back.
+    which moves all vectors of a set alike: others than the first set's are moved back, where they
+    have enough names in common to tell.
 
     Raises ConfigError where the file has no such set, DataError where it is no such table.
     """
