@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.objectives import against, by_set, measure
+from benchmarks.objectives import against, by_set, measure, prompted
 from benchmarks.record import append, as_command, checkpoint_folder, load
 from tina.checkpoint import load_generator
 from tina.classifiers import InputStore
@@ -33,9 +33,9 @@ from tina.errors import ConfigError, DataError
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Array
+from tina.prompts import SAME
 
 SETS, CLASSES, IMAGES = 200, 10, 20
-SAME = 0.999  # familiarity of a trained name, which may be held in half precision
 
 
 def common_classes(dataset: Dataset, generators: Sequence[Generator]) -> list[int]:
@@ -60,10 +60,9 @@ def balanced(dataset: Dataset, class_ids: Sequence[int]) -> Lesson:
     Raises:
         DataError: A class has fewer.
     """
-    images = dataset.unmoved()
     index, labels = [], []
     for k, class_id in enumerate(class_ids):
-        both = [images.indices(partition, [class_id]) for partition in ("select", "fit")]
+        both = [dataset.indices(partition, [class_id]) for partition in ("select", "fit")]
         found = torch.cat(both)[:IMAGES]
         if len(found) < IMAGES:
             name = dataset.class_names[class_id]
@@ -79,9 +78,10 @@ def answers(
     generator: Generator, dataset: Dataset, lessons: Sequence[Lesson]
 ) -> dict[str, list[Array]]:
     """What `measure` returns of each row of the table, over the sets."""
-    store = InputStore(generator.family, dataset.unmoved().views)
+    store = InputStore(generator.family, dataset.views)
     sets = [[dataset.class_names[c] for c in lesson.class_ids] for lesson in lessons]
     embeddings = torch.stack([known(generator, names) for names in sets])
+    mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
     rng = np.random.default_rng(1)
     shuffled = torch.stack([one[rng.permutation(len(one))] for one in embeddings])
     found = {}
@@ -90,13 +90,7 @@ def answers(
         ("untrained", embeddings, nothing),
         ("tina_shuffled_prompt", shuffled, None),
     ):
-        body, rows = generator.generate(
-            prompts,
-            torch.ones(prompts.shape[:2], dtype=torch.bool),
-            seeds=[0] * len(prompts),
-            denoise=denoise,
-        )
-        thetas = [generator.theta(b, r) for b, r in zip(body, rows, strict=True)]
+        thetas = prompted(generator, prompts, mask, denoise=denoise)
         found[row] = measure(generator, store, lessons, thetas)
     return found
 

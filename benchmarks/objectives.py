@@ -113,17 +113,22 @@ def against(
     return values
 
 
-@torch.no_grad()
 def generated(
     generator: Generator, sets: Sequence[Sequence[int]], *, seeds: int, **options: Any
 ) -> list[list[Tensor]]:
     """Per seed a theta for each set."""
-    embeddings, mask = generator.vocabulary.of(sets)
-    found = []
-    for seed in range(seeds):
-        body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(sets), **options)
-        found.append([generator.theta(body[i], rows[i, : len(s)]) for i, s in enumerate(sets)])
-    return found
+    prompts = generator.vocabulary.of(sets)
+    return [prompted(generator, *prompts, seed=seed, **options) for seed in range(seeds)]
+
+
+@torch.no_grad()
+def prompted(
+    generator: Generator, embeddings: Tensor, mask: Tensor, *, seed: int = 0, **options: Any
+) -> list[Tensor]:
+    """A theta for each prompt: embeddings (B, K, E), mask bool (B, K)."""
+    body, rows = generator.generate(embeddings, mask, seeds=[seed] * len(mask), **options)
+    kept = mask.sum(1).tolist()
+    return [generator.theta(b, r[:k]) for b, r, k in zip(body, rows, kept, strict=True)]
 
 
 def learn(

@@ -38,7 +38,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.objectives import against, by_set, measure, select_lessons
+from benchmarks.objectives import against, by_set, measure, prompted, select_lessons
 from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
 from tina.controls import nothing
@@ -262,13 +262,7 @@ def main() -> None:
     true, mask = generator.vocabulary.of(sets)
 
     def score(embeddings: Tensor, *, untrained: bool = False) -> list[Array]:
-        body, rows = generator.generate(
-            embeddings,
-            mask,
-            seeds=[0] * len(sets),
-            denoise=nothing if untrained else None,
-        )
-        thetas = [generator.theta(b, r[: len(s)]) for b, r, s in zip(body, rows, sets, strict=True)]
+        thetas = prompted(generator, embeddings, mask, denoise=nothing if untrained else None)
         return measure(generator, run.store, lessons, thetas)
 
     base = score(true)
