@@ -20,7 +20,7 @@ STAGES = [
     *["superclasses", "sources", "views", "datasets", "tasks", "neighbours"],
     *["layout", "classifiers", "finetune", "generic", "tower", "zoo"],
     *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],
-    *["checkpoint", "engine", "batches", "training", "export", "model", "pipeline"],
+    *["examples", "checkpoint", "engine", "batches", "training", "export", "model", "pipeline"],
     *[
         "metrics",
         "baselines",

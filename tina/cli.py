@@ -57,7 +57,8 @@ def generate(args: argparse.Namespace) -> None:
     from tina.names import normalise_name, unfamiliar
     from tina.prompts import split_sentence
 
-    extras = [(normalise_name(name), value) for name, value in args.image or args.description]
+    pairs = args.image or args.description or args.example
+    extras = [(normalise_name(name), value) for name, value in pairs]
     given, words = dict(extras), args.prompt or list(dict(extras))
     twice = [name for name, count in Counter(name for name, _ in extras).items() if count > 1]
     if args.description and twice:
@@ -66,13 +67,14 @@ def generate(args: argparse.Namespace) -> None:
     keys = [normalise_name(name) for name in names]
     if odd := given.keys() - keys:
         raise PromptError(f"no class of the prompt is called {' or '.join(sorted(odd))}")
-    if args.image and (bare := [key for key in keys if key not in given]):
-        raise PromptError(f"with --image every class needs one; none has {', '.join(bare)}")
+    shown = "image" if args.image else "example" if args.example else ""
+    if shown and (bare := [key for key in keys if key not in given]):
+        raise PromptError(f"with --{shown} every class needs one; none has {', '.join(bare)}")
     pipe = _load(args.checkpoint, open_clip=args.open_clip)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
-    if args.image:
+    if shown:
         channels = pipe.generator.family.channels
-        options["images"] = [
+        options[f"{shown}s"] = [
             [shrink(read_image(v, channels=channels)) for k, v in extras if k == key]
             for key in keys
         ]
@@ -97,7 +99,7 @@ def generate(args: argparse.Namespace) -> None:
     for warning in unfamiliar(model.class_names, model.familiarity).values():
         print(f"warning: {warning}", file=sys.stderr)
     lookup = pipe.generator.vocabulary.lookup
-    new = not args.image and (given or any(lookup(key) is None for key in keys))
+    new = not args.image and (args.description or any(lookup(key) is None for key in keys))
     if new and not pipe.is_semantic:
         print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
 
@@ -310,6 +312,8 @@ def _parser() -> argparse.ArgumentParser:
     arg = command.add_mutually_exclusive_group().add_argument
     arg("--image", **pair, metavar="NAME=FILE", help="show class NAME; repeat for more pictures")
     arg("--description", **pair, metavar="NAME=TEXT", help="a text that describes class NAME")
+    beside = "a picture beside the word, for classes it was not trained on; every class needs one"
+    arg("--example", **pair, metavar="NAME=FILE", help=beside)
     arg = add(classify, "classify mine.safetensors photo.png").add_argument
     arg("model", **model)
     arg("images", type=Path, nargs="+", metavar="IMAGE", help="picture files, any size in pixels")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -20,6 +21,7 @@ from torch import Tensor
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
 from tina.errors import ConfigError, PromptError
+from tina.examples import learn_from
 from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, square
@@ -102,6 +104,7 @@ class TinaPipeline:
         *,
         images: Sequence[Shots] | None = None,
         descriptions: Sequence[str] | None = None,
+        examples: Sequence[Shots] | None = None,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -114,6 +117,8 @@ class TinaPipeline:
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
+            examples: For one task, beside the words: per class pictures as in `images`, from which
+                the rows of classes that are no trained ones learn, see `tina.examples`.
             seed: One for all, or one per task of a batch.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance; 1 is none.
@@ -125,12 +130,17 @@ class TinaPipeline:
             NonFiniteError: What it generated holds NaN or infinity.
         """
         batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
-        if batched and (images is not None or descriptions is not None):
-            raise PromptError("images and descriptions go with one task, not with a batch")
-        if images is not None and descriptions is not None:
-            raise PromptError("a prompt is either images or descriptions, not both")
-        if isinstance(images, Mapping) or isinstance(descriptions, (str, Mapping)):
-            raise PromptError("images and descriptions are lists, in the order of the classes")
+        extras = (images, descriptions, examples)
+        if batched and any(extra is not None for extra in extras):
+            raise PromptError(
+                "images, descriptions and examples go with one task, not with a batch"
+            )
+        if images is not None and (descriptions is not None or examples is not None):
+            raise PromptError("images stand alone: descriptions and examples go with words")
+        if any(isinstance(extra, (str, Mapping)) for extra in extras):
+            raise PromptError(
+                "images, descriptions and examples are lists, in the order of the classes"
+            )
         tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
         most = self.generator.max_classes
         names = [check_task(task, max_classes=most) for task in tasks]
@@ -151,9 +161,16 @@ class TinaPipeline:
             embeddings = [self.embed_names(descriptions)]
         else:
             embeddings = [self.embed_names(task) for task in names]
+        shown = None
+        if examples is not None:
+            if len(examples) != k:
+                raise PromptError(f"{k} classes need examples of as many, got {len(examples)}")
+            shown = [self._small(shots) for shots in examples]
         models = self.generate(
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
+        if shown is not None:
+            return self.learn_from(models[0], embeddings[0], shown)
         return models if batched else models[0]
 
     @staticmethod
@@ -217,24 +234,32 @@ class TinaPipeline:
         return torch.stack([self._embed_shots(shots) for shots in images])
 
     def _embed_shots(self, shots: Shots) -> Tensor:
-        """The embedding (E,) of one class's pictures, each made small by itself."""
+        """The embedding (E,) of one class's pictures."""
+        if self.generator.config.prompt.encoder == "open_clip":
+            seen = [self.encoder.encode_images(square(part)) for part in self._pictures(shots)]
+            return F.normalize(torch.cat(seen).mean(0), dim=-1)
+        return self.generator.embed_shots(self._small(shots))
+
+    def _small(self, shots: Shots) -> Tensor:
+        """One class's pictures (N, C, H, W) of the family's size, each made small by itself."""
+        size = self.generator.family.image_size
+        return torch.cat([fit(part.float(), size) for part in self._pictures(shots)])
+
+    def _pictures(self, shots: Shots) -> list[Tensor]:
+        """One class's pictures as they were given, (N, C, H, W) each."""
         several = (
             [shots] if isinstance(shots, (Tensor, *FILES)) else list(() if shots is None else shots)
         )
         if not several:
             raise PromptError("a class has no pictures")
-        family = self.generator.family
+        channels = self.generator.family.channels
         parts = [
-            read_image(part, channels=family.channels) if isinstance(part, FILES) else part
+            read_image(part, channels=channels) if isinstance(part, FILES) else part
             for part in several
         ]
         for part in parts:
-            check_pictures(part, channels=family.channels)
-        if self.generator.config.prompt.encoder == "open_clip":
-            seen = [self.encoder.encode_images(square(part)) for part in parts]
-            return F.normalize(torch.cat(seen).mean(0), dim=-1)
-        images = torch.cat([fit(part.float(), family.image_size) for part in parts])
-        return self.generator.embed_shots(images)
+            check_pictures(part, channels=channels)
+        return parts
 
     def generate(
         self,
@@ -281,6 +306,17 @@ class TinaPipeline:
             )
             for i, task in enumerate(names)
         ]
+
+    def learn_from(
+        self, model: GeneratedModel, embeddings: Tensor, examples: Sequence[Tensor]
+    ) -> GeneratedModel:
+        """A model of this pipeline's after examples of its classes; see `tina.examples`.
+
+        Args:
+            embeddings: (K, E), by which it was generated.
+            examples: Per class (N, C, H, W) of the family's size.
+        """
+        return replace(model, theta=learn_from(self.generator, model.theta, embeddings, examples))
 
 
 def _is_batch(prompt: Sequence[object]) -> bool:

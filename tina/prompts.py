@@ -23,7 +23,7 @@ SHARPNESS = 10.0
 """Cosines are multiplied by this before the sparsemax of `Vocabulary.attention`: a prompt that is
 nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone. Names that
 are closer to each other than that sharpen it."""
-HIDDEN = -1e6  # far below any score
+HIDDEN = -1e6  # far below any cosine
 SAME = 1 - 1e-5
 """Cosine above which two names are one to the prompt encoder."""
 SEPARATOR = re.compile(
@@ -249,9 +249,16 @@ class Vocabulary:
         Args:
             hidden: bool (..., V), as if these had not been trained.
         """
-        scores = self._sharpness * self._centred(embeddings) @ self._keys.T
-        return sparsemax(scores if hidden is None else scores.masked_fill(hidden, HIDDEN))
+        return sparsemax(self._sharpness * self._cosines(embeddings, hidden))
 
-    def familiarity(self, embeddings: Tensor) -> Tensor:
-        """0..1 (...,): centred cosine to the nearest trained class, 1 for a trained name."""
-        return (self._centred(embeddings) @ self._keys.T).amax(-1).clamp(0, 1)
+    def familiarity(self, embeddings: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """0..1 (...,): centred cosine to the nearest trained class, 1 for a trained name.
+
+        Args:
+            hidden: As in `attention`.
+        """
+        return self._cosines(embeddings, hidden).amax(-1).clamp(0, 1)
+
+    def _cosines(self, embeddings: Tensor, hidden: Tensor | None) -> Tensor:
+        found = self._centred(embeddings) @ self._keys.T
+        return found if hidden is None else found.masked_fill(hidden, HIDDEN)

@@ -1,0 +1,158 @@
+"""Examples beside a prompt's words: the rows of new classes, and theirs alone, learn from them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tina.classifiers import build_family
+from tina.errors import PromptError
+from tina.examples import PRIOR, features, learn_from, settle, spread
+from tina.pipeline import TinaPipeline
+from tina.prompts import Vocabulary
+
+TASK = ["zero", "seven", "four"]
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_generator):
+    """Of which "seven", "eight" and "nine" were kept out of all training."""
+    trained = torch.arange(10) < 7
+    vocabulary = replace(tiny_generator.vocabulary, trained=trained)
+    kept = tiny_generator.generic
+    generic = replace(kept, class_ids=kept.class_ids[:7], rows=kept.rows[:7])
+    return replace(tiny_generator, vocabulary=vocabulary, generic=generic)
+
+
+@pytest.fixture(scope="module")
+def pipe(generator):
+    return TinaPipeline(generator, checkpoint="x")
+
+
+@pytest.fixture(scope="module")
+def pictures(tiny_run):
+    """Pictures of the classes of TASK, (N, 1, 8, 8) in [0, 1] each."""
+
+    def of(partition, count):
+        data = tiny_run.dataset
+        found = [data.indices(partition, (c,))[:count] for c in (0, 7, 4)]
+        return [data.images[index].float() / 255 for index in found]
+
+    return of
+
+
+def rows_of(generator, theta, count=3):
+    return generator.family.layout(count).split(theta)[1]
+
+
+@pytest.mark.parametrize("name", ["cnn5k", "cnn33k"])
+def test_features_are_what_a_row_is_multiplied_by(name):
+    family = build_family(name, channels=3, image_size=16)
+    layout = family.layout(4)
+    theta = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)) / 8
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    body, rows = layout.split(theta)
+    expected = family.logits(theta, family.embed(images), num_classes=4)
+    torch.testing.assert_close(features(family, body, images) @ rows.T, expected)
+
+
+def test_the_spread_is_what_left_out_classes_miss(generator, monkeypatch):
+    monkeypatch.setattr("tina.examples.EVEN", 1e-6)
+    vocabulary, rows = generator.vocabulary, generator.generic.rows
+    names = vocabulary.embeddings[vocabulary.trained]
+    total, missing = torch.zeros(rows.shape[1], rows.shape[1]), 0.0
+    for i in range(len(rows)):
+        rest = torch.arange(len(rows)) != i
+        hidden = ~rest
+        mixture = vocabulary.attention(names[i], hidden)
+        assert mixture[i] == 0
+        miss = rows[i] - mixture[rest] @ rows[rest]
+        total += torch.outer(miss, miss)
+        missing += 1 - float(vocabulary.familiarity(names[i], hidden))
+    factor = spread(generator)
+    torch.testing.assert_close(factor @ factor.T, total / missing, rtol=1e-3, atol=1e-4)
+
+
+def posterior(seen, labels, rows, newness, factor, found):
+    """Of the rows found, its negative logarithm but for a constant; by the prior's covariance."""
+    precision = torch.linalg.inv((factor @ factor.T).double())
+    moved = (found - rows).double()
+    penalty = ((moved @ precision) * moved).sum(1)[newness > 0] / newness[newness > 0]
+    misfit = F.cross_entropy(seen.double() @ found.double().T, labels, reduction="sum")
+    return misfit + PRIOR / 2 * penalty.sum()
+
+
+def test_rows_settle_where_the_posterior_is_highest():
+    draw = torch.Generator().manual_seed(0)
+    seen = F.pad(torch.randn(12, 4, generator=draw), (0, 1), value=1.0)
+    labels, rows = torch.arange(12) % 3, torch.randn(3, 5, generator=draw)
+    newness = torch.tensor([0.0, 0.4, 0.9])
+    factor = torch.linalg.cholesky(torch.cov(torch.randn(5, 40, generator=draw)))
+    found = settle(seen, labels, rows, newness, factor)
+    assert torch.equal(found[0], rows[0])
+    at = found.double().requires_grad_(True)
+    (slope,) = torch.autograd.grad(posterior(seen, labels, rows, newness, factor, at), at)
+    start = rows.double().requires_grad_(True)
+    (steep,) = torch.autograd.grad(posterior(seen, labels, rows, newness, factor, start), start)
+    assert slope[1:].norm() < 1e-3 * steep[1:].norm()
+
+
+def test_only_new_classes_learn_and_the_order_of_pictures_does_not_matter(pipe, pictures):
+    generator, shown = pipe.generator, pictures("fit", 4)
+    before = pipe(TASK)
+    after = pipe(TASK, examples=shown)
+    old, new = (rows_of(generator, model.theta) for model in (before, after))
+    assert torch.equal(old[[0, 2]], new[[0, 2]])
+    assert (old[1] - new[1]).norm() > 1e-2 * old[1].norm()
+    again = pipe(TASK, examples=[images.flip(0) for images in shown])
+    torch.testing.assert_close(again.theta, after.theta, rtol=0, atol=1e-3)
+    known = ["zero", "five", "four"]
+    assert torch.equal(pipe(known, examples=shown).theta, pipe(known).theta)
+
+
+def test_a_class_that_is_new_is_recognised_better(pipe, pictures):
+    held = pictures("select", 100)
+    labels = torch.arange(3).repeat_interleave(torch.tensor([len(images) for images in held]))
+    images = torch.cat(held)
+
+    def loss(model):
+        with torch.no_grad():
+            return float(F.cross_entropy(model.classifier(images), labels))
+
+    assert loss(pipe(TASK, examples=pictures("fit", 8))) < loss(pipe(TASK)) - 0.05
+
+
+def test_a_batch_of_a_word_without_class_learns_too(pipe, pictures):
+    """Whose familiarity is nothing: a further word of the vocabulary, told by pictures alone."""
+    shown = pictures("fit", 4)
+    word = F.normalize(torch.randn(1, pipe.generator.vocabulary.embeddings.shape[1]), dim=1)
+    vocabulary = Vocabulary.with_words(pipe.generator.vocabulary, ["thing"], word)
+    embeddings = torch.stack([vocabulary.lookup(n) for n in ("zero", "thing", "four")])
+    theta = pipe(TASK).theta
+    found = learn_from(replace(pipe.generator, vocabulary=vocabulary), theta, embeddings, shown)
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, theta)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"examples": [torch.rand(1, 1, 8, 8)] * 2}, "3 classes need examples of as many, got 2"),
+        ({"examples": [torch.rand(1, 1, 8, 8), [], None]}, "a class has no pictures"),
+        ({"examples": [torch.rand(1, 3, 8, 8)] * 3}, "must have C = 1"),
+        ({"examples": dict.fromkeys(TASK)}, "lists, in the order of the classes"),
+        (
+            {"examples": [torch.rand(1, 1, 8, 8)] * 3, "images": [torch.rand(1, 1, 8, 8)] * 3},
+            "images stand alone",
+        ),
+    ],
+)
+def test_examples_that_are_none(pipe, options, reason):
+    with pytest.raises(PromptError, match=reason):
+        pipe(TASK, **options)
+
+
+def test_examples_go_with_one_task(pipe):
+    with pytest.raises(PromptError, match="not with a batch"):
+        pipe([TASK, TASK], examples=[torch.rand(1, 1, 8, 8)] * 3)

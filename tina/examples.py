@@ -1,0 +1,105 @@
+"""Pictures beside a prompt's words: what a few examples tell of classes that are new.
+
+The row of a class that nothing was trained on is a guess: a mixture of its neighbours' rows, put
+right by the denoiser as well as it can. How far such guesses are off is known from the trained
+classes, each left out in turn: what they miss gives the covariance of a Gaussian prior around the
+guess, the wider the less familiar the class. The examples' cross-entropy is the likelihood, and the
+row becomes the mode of the posterior. Only the head moves, so that this is convex and takes
+milliseconds.
+
+Axes: K classes of the task, N examples, F features before the head, R = F + 1 values of a head row,
+V trained classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tina.classifiers import Family
+from tina.generator import Generator
+
+PRIOR = 0.3
+"""Weight of the prior; at 1 the examples would count as images drawn independently. Chosen on
+`select` images (docs/log.md), as is the next."""
+EVEN = 0.1
+"""Of the covariance is spread over all directions: V classes do not tell R squared values."""
+KNOWN = 1e-4  # a class that is less new than this is a trained one, but for rounding
+ITERATIONS = 100
+
+
+def spread(generator: Generator) -> Tensor:
+    """Factor L (R, R) of the prior's covariance L L^T, for a class that resembles nothing."""
+    vocabulary, rows = generator.vocabulary, generator.generic.rows
+    names = vocabulary.embeddings[vocabulary.trained]
+    left_out = torch.eye(len(names), dtype=torch.bool)
+    missed = rows - vocabulary.attention(names, left_out) @ rows
+    covariance = missed.T @ missed / (1 - vocabulary.familiarity(names, left_out)).sum()
+    even = covariance.diagonal().mean() * torch.eye(len(covariance))
+    return torch.linalg.cholesky(covariance.lerp(even, EVEN))
+
+
+def features(family: Family, body: Tensor, images: Tensor) -> Tensor:
+    """What a head row is multiplied by (N, R): the features of a body (n_body,), and a one.
+
+    Args:
+        images: (N, C, H, W) of the family's size, uint8 or float in [0, 1].
+    """
+    count = family.layout(1).row_size - 1
+    each = torch.eye(count, count + 1)  # a head whose logits are the features
+    theta = family.layout(count).join(body, each)
+    return F.pad(family.logits(theta, family.embed(images), num_classes=count), (0, 1), value=1.0)
+
+
+def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: Tensor) -> Tensor:
+    """Head rows (K, R) at the mode of the posterior.
+
+    Args:
+        seen: Of the examples, (N, R); see `features`.
+        labels: Which class each shows, int64 (N,).
+        rows: (K, R) before the examples.
+        newness: Per class, 0 for a row that must stay (K,): the prior's variance is so many times
+            `factor`'s.
+        factor: See `spread`.
+    """
+    scale = newness.where(newness > KNOWN, 0).sqrt().unsqueeze(1)
+    z = torch.zeros_like(rows, requires_grad=True)
+
+    def moved() -> Tensor:
+        return rows + scale * (z @ factor.T)
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        misfit = F.cross_entropy(seen @ moved().T, labels, reduction="sum")
+        value = misfit + PRIOR / 2 * z.square().sum()
+        value.backward()
+        return value
+
+    solver = torch.optim.LBFGS([z], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    with torch.enable_grad():
+        solver.step(loss)
+    return moved().detach()
+
+
+@torch.no_grad()
+def learn_from(
+    generator: Generator, theta: Tensor, embeddings: Tensor, examples: Sequence[Tensor]
+) -> Tensor:
+    """A generated theta (n,) after some examples of each class.
+
+    The rows of trained names stay as they are; examples of these tell what the new classes are not.
+
+    Args:
+        embeddings: (K, E), unit norm, by which it was generated.
+        examples: Per class (N_k, C, H, W) of the family's size, uint8 or float in [0, 1]; without
+            those of some classes, the others' rows would only learn to say yes.
+    """
+    family, layout = generator.family, generator.family.layout(len(embeddings))
+    body, rows = layout.split(theta)
+    newness = 1 - generator.vocabulary.familiarity(embeddings)
+    labels = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(e) for e in examples]))
+    seen = features(family, body, torch.cat(list(examples)))
+    return layout.join(body, settle(seen, labels, rows, newness, spread(generator)))
