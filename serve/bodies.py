@@ -26,6 +26,7 @@ from tina.schemas import (
 )
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
+SHOTS = ("images", "examples")  # fields of a prompt with pictures for each class
 MAX_FAULTS = 20  # of one answer
 MAX_ERRORS = 1000  # to choose those from
 # What has no more commas has hardly more values, of which each takes a hundred times its bytes.
@@ -174,41 +175,46 @@ def check_image(field: str, content: bytes) -> None:
 async def read_prompt(request: Request) -> ModelRequest:
     """The prompt of `POST /v1/models`.
 
-    As multipart: a part `prompt` with the JSON, and file parts `images[0]`, `images[1]`, ..., any
-    number for each class.
+    As multipart: a part `prompt` with the JSON, and file parts `images[0]`, `images[1]`, ..., or
+    `examples[0]`, ..., any number for each class.
 
     Raises:
         Problem: See `parse`, `read_form`.
     """
     if media_type(request) == JSON:
         prompt = parse(ModelRequest, await read_body(request))
-        for i, of_class in enumerate(prompt.images or []):
-            for j, content in enumerate(of_class):
-                check_image(f"images[{i}][{j}]", content)
+        for field in SHOTS:
+            for i, of_class in enumerate(getattr(prompt, field) or []):
+                for j, content in enumerate(of_class):
+                    check_image(f"{field}[{i}][{j}]", content)
         return prompt
     most = MAX_CLASSES * MAX_IMAGES
-    names, known = re.compile(r"images\[(\d{1,3})\]"), "prompt, images[0], images[1], ..."
+    names = re.compile(rf"({'|'.join(SHOTS)})\[(\d{{1,3}})\]")
+    known = "prompt, images[0], ..., examples[0], ..."
     texts, files = await read_form(request, names, known=known, most=most)
     if "prompt" not in texts:
         raise Problem.of_field("prompt", "is missing: a part with the request's JSON")
     if odd := texts.keys() - {"prompt"}:
         raise Problem.of_field(min(odd), "is no part: what goes with the prompt is in its JSON")
     prompt = parse(ModelRequest, texts["prompt"])
-    if prompt.images is not None:
-        raise Problem.of_field("prompt.images", "come as file parts in multipart")
-    shots: dict[int, list[bytes]] = {i: [] for i in range(len(prompt.classes))}
+    shots: dict[str, list[list[bytes]]] = {field: [[] for _ in prompt.classes] for field in SHOTS}
+    for field in SHOTS:
+        if getattr(prompt, field) is not None:
+            raise Problem.of_field(f"prompt.{field}", "come as file parts in multipart")
     for name, content in files:
-        index = int(name[7:-1])
-        if index not in shots:
+        field, index = name.rstrip("]").split("[")
+        if int(index) >= len(prompt.classes):
             raise Problem.of_field(name, f"has no class: there are {len(prompt.classes)}")
-        if len(shots[index]) == MAX_IMAGES:
+        of_class = shots[field][int(index)]
+        if len(of_class) == MAX_IMAGES:
             raise Problem.of_field(name, f"are more than {MAX_IMAGES}")
-        shots[index].append(content)
-    if not files:
-        return prompt
-    if lacking := [i for i, of_class in shots.items() if not of_class]:
-        raise Problem.of_field(f"images[{lacking[0]}]", "is missing: a picture for every class")
-    return prompt.model_copy(update={"images": [shots[i] for i in range(len(shots))]})
+        of_class.append(content)
+    given = {field: each for field, each in shots.items() if any(each)}
+    for field, each in given.items():
+        if not all(each):
+            first = each.index([])
+            raise Problem.of_field(f"{field}[{first}]", "is missing: a picture for every class")
+    return prompt.model_copy(update=given)
 
 
 async def read_pictures(request: Request) -> list[bytes]:

@@ -41,12 +41,14 @@ class Recipe:
         classes: Names.
         descriptions: A text per class in place of its name, or none.
         embeddings: base64 of float32 (K, E), from pictures in place of names, or empty.
+        shift: base64 of float32 (K, R), what examples added to the head's rows, or empty.
     """
 
     checkpoint: str
     classes: tuple[str, ...]
     descriptions: tuple[str, ...] = ()
     embeddings: str = ""
+    shift: str = ""
     seed: int
     steps: int
     guidance: float

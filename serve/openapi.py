@@ -29,7 +29,7 @@ def _body(schema: type, form: dict[str, Any]) -> dict[str, Any]:
 PROMPT = _body(
     ModelRequest,
     {
-        "description": "Pictures of class i come as file parts named images[i].",
+        "description": "Pictures of class i come as file parts named images[i] or examples[i].",
         "properties": {"prompt": {"type": "string", "contentMediaType": JSON}},
         "required": ["prompt"],
         "additionalProperties": BINARY,

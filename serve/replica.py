@@ -10,12 +10,12 @@ would wrap one, with its traceback, and log it as a failure of the replica.
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial, wraps
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -26,12 +26,14 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from serve.batcher import Batcher
+from serve.checking import check_request
 from serve.ids import Recipe
 from serve.made import Made
-from serve.making import Making
+from serve.making import Making, embedding_of
 from serve.metrics import Metrics
 from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
+from serve.shown import pack_rows, shift_by, shifted
 from tina.classifiers import VitB32Head, predict_many
 from tina.errors import DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
@@ -39,7 +41,6 @@ from tina.images import fit, read_image, shrink
 from tina.model import GeneratedModel
 from tina.names import unfamiliar
 from tina.pipeline import TinaPipeline
-from tina.prompts import check_task
 from tina.schemas import (
     MAX_CLASSES,
     MAX_PIXELS,
@@ -126,22 +127,11 @@ class Replica:
     @answering
     async def create(self, request: ModelRequest, format: Format) -> Made:
         """A model for a new prompt."""
-        most = self.pipe.generator.max_classes
-        names = _checked(request.classes, most=most, field="classes")
-        descriptions: tuple[str, ...] = ()
+        names, descriptions = check_request(request, most=self.pipe.generator.max_classes)
         embeddings = ""
-        if request.images is not None and request.descriptions is not None:
-            raise Problem.of_field("images", "and descriptions exclude each other")
-        for field in ("images", "descriptions"):
-            given = getattr(request, field)
-            if given is not None and len(given) != len(names):
-                raise Problem.of_field(field, f"must be {len(names)}, one per class")
-        if request.descriptions is not None:
-            _checked(request.descriptions, most=most, field="descriptions")
-            descriptions = tuple(request.descriptions)
         if request.images is not None:
-            embedded = await self._embed(request.images)
-            embeddings = base64.b64encode(embedded.numpy().tobytes()).decode()
+            embeddings = pack_rows(await self._embed(request.images))
+        examples = [] if request.examples is None else await self._shots(request.examples)
         diffusion = self.pipe.generator.config.diffusion
         recipe = Recipe(
             checkpoint=self.pipe.checkpoint,
@@ -157,6 +147,10 @@ class Replica:
         if recipe.steps > self.most_steps:
             raise Problem.of_field("steps", f"must be at most {self.most_steps}")
         model, anew = await self._model(recipe)
+        if examples:
+            learn = partial(self._shift, recipe, model, examples)
+            recipe = replace(recipe, shift=await _run(self._torch, learn))
+            model = shifted(model, recipe.shift)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := self._far(model)):
             faults = [
@@ -235,6 +229,9 @@ class Replica:
     def _to_onnx(self, model: GeneratedModel) -> bytes:
         return self._graph.fill(model.tensors, model.class_names)
 
+    def _shift(self, recipe: Recipe, model: GeneratedModel, examples: Sequence[Tensor]) -> str:
+        return shift_by(self.pipe, model, embedding_of(self.pipe, recipe), examples)
+
     def _predict(
         self, asked: Mapping[int, tuple[GeneratedModel, Tensor]]
     ) -> dict[int, Tensor | Exception]:
@@ -257,6 +254,9 @@ class Replica:
 
     async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
         """A recipe's model, and whether it was generated now."""
+        if recipe.shift:
+            plain, anew = await self._model(replace(recipe, shift=""))
+            return shifted(plain, recipe.shift), anew
         key = hashlib.sha256(recipe.pack()).digest()  # a recipe of pictures is larger than a model
         model = self._cache.get(key)
         anew = model is None
@@ -358,6 +358,15 @@ class Replica:
             reason = " ".join(str(error).removeprefix("cannot read the image: ").split())
             raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
 
+    async def _shots(self, examples: Sequence[Sequence[bytes]]) -> list[Tensor]:
+        """Small pictures (N, C, H, W) of each class."""
+        await self._refuse_large([file for files in examples for file in files])
+        cut = partial(fit, side=self.pipe.generator.family.image_size)
+        return [
+            torch.cat(await self._pictures(files, f"examples[{i}]", cut))
+            for i, files in enumerate(examples)
+        ]
+
     async def _embed(self, images: Sequence[Sequence[bytes]]) -> Tensor:
         """Embeddings (K, E) of pictures per class; of all requests few classes are in memory."""
 
@@ -380,15 +389,3 @@ async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
 def size_of(model: GeneratedModel) -> int:
     """Bytes of a cached model."""
     return model.theta.nbytes + 4 * sum(map(len, model.class_names)) + OVERHEAD
-
-
-def _checked(names: Sequence[str], *, most: int, field: str) -> tuple[str, ...]:
-    """Names or descriptions of a task.
-
-    Raises:
-        Problem: They are none.
-    """
-    try:
-        return check_task(names, max_classes=most)
-    except PromptError as error:
-        raise Problem.of_field(field, f"are refused: {error}") from None

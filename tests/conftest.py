@@ -161,6 +161,19 @@ def tiny_checkpoint(tiny_generator: Generator, tmp_path_factory: pytest.TempPath
     return directory
 
 
+def kept_out(generator: Generator, names: list[str]) -> Generator:
+    """As if nothing had been trained on these classes."""
+    known = [name not in names for name in generator.vocabulary.names]
+    rest = [i for i, kept in enumerate(known) if kept]
+    generic = replace(
+        generator.generic,
+        class_ids=tuple(generator.generic.class_ids[i] for i in rest),
+        rows=generator.generic.rows[rest],
+    )
+    vocabulary = replace(generator.vocabulary, trained=torch.tensor(known))
+    return replace(generator, vocabulary=vocabulary, generic=generic)
+
+
 class Local:
     """A replica of the endpoint's generator without Ray between: its problems are raised."""
 

@@ -208,6 +208,27 @@ def test_pictures_take_the_place_of_words(tina, workplace):
     assert not torch.equal(tensors("shown.safetensors"), tensors("told.safetensors"))
 
 
+def test_examples_stand_beside_words(tina, workplace):
+    """The class that nothing was trained on learns from them, the other has its row already."""
+    shots = [write_image(workplace / f"{i}.png", seed=i) for i in range(3)]
+    given = [
+        f"--example=zebra={shots[0]}",
+        f"--example=zebra={shots[1]}",
+        f"--example=one={shots[2]}",
+    ]
+    found = tina("generate", "one, zebra", *given, "--out", "shown.safetensors")
+    assert "zebra" in found.err
+    tina("generate", "one, zebra", "--out", "told.safetensors")
+    with safe_open("shown.safetensors", "pt") as shown, safe_open("told.safetensors", "pt") as told:
+        for key in told.keys():  # noqa: SIM118
+            one, other = shown.get_tensor(key), told.get_tensor(key)
+            if key.startswith("fc"):
+                assert torch.equal(one[0], other[0])
+                assert not torch.equal(one[1], other[1])
+            else:
+                assert torch.equal(one, other)
+
+
 def test_a_description_takes_the_place_of_a_name(tina):
     found = tina("generate", "zebra, two", "--description", "zebra=three", "--out", "a.safetensors")
     assert "warning" not in found.err
@@ -249,11 +270,12 @@ def test_files_are_called_what_they_are(words, suffix, capsys):
 def test_every_class_has_a_picture_or_none(tina, workplace, tiny_checkpoint, capsys):
     file = write_image(workplace / "a.png")
     words = ["generate", "--out", "m.safetensors", "--checkpoint", str(tiny_checkpoint)]
-    for prompt, given, said in (
-        ("one, two", "one", "every class needs one; none has two"),
-        ("one, two", "three", "no class of the prompt is called three"),
+    for option, prompt, given, said in (
+        ("--image", "one, two", "one", "with --image every class needs one; none has two"),
+        ("--example", "one, two", "one", "with --example every class needs one; none has two"),
+        ("--image", "one, two", "three", "no class of the prompt is called three"),
     ):
-        assert main([*words, prompt, "--image", f"{given}={file}"]) == 2
+        assert main([*words, prompt, option, f"{given}={file}"]) == 2
         assert said in capsys.readouterr().err
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import kept_out
 from tina.classifiers import build_family
 from tina.errors import PromptError
 from tina.examples import PRIOR, features, learn_from, settle, spread
 from tina.pipeline import TinaPipeline
-from tina.prompts import Vocabulary
 
 TASK = ["zero", "seven", "four"]
 
@@ -18,11 +18,7 @@ TASK = ["zero", "seven", "four"]
 @pytest.fixture(scope="module")
 def generator(tiny_generator):
     """Of which "seven", "eight" and "nine" were kept out of all training."""
-    trained = torch.arange(10) < 7
-    vocabulary = replace(tiny_generator.vocabulary, trained=trained)
-    kept = tiny_generator.generic
-    generic = replace(kept, class_ids=kept.class_ids[:7], rows=kept.rows[:7])
-    return replace(tiny_generator, vocabulary=vocabulary, generic=generic)
+    return kept_out(tiny_generator, ["seven", "eight", "nine"])
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +119,10 @@ def test_a_class_that_is_new_is_recognised_better(pipe, pictures):
     assert loss(pipe(TASK, examples=pictures("fit", 8))) < loss(pipe(TASK)) - 0.05
 
 
-def test_a_batch_of_a_word_without_class_learns_too(pipe, pictures):
-    """Whose familiarity is nothing: a further word of the vocabulary, told by pictures alone."""
+def test_a_word_that_resembles_nothing_learns_too(pipe, pictures):
     shown = pictures("fit", 4)
     word = F.normalize(torch.randn(1, pipe.generator.vocabulary.embeddings.shape[1]), dim=1)
-    vocabulary = Vocabulary.with_words(pipe.generator.vocabulary, ["thing"], word)
+    vocabulary = pipe.generator.vocabulary.with_words(["thing"], word)
     embeddings = torch.stack([vocabulary.lookup(n) for n in ("zero", "thing", "four")])
     theta = pipe(TASK).theta
     found = learn_from(replace(pipe.generator, vocabulary=vocabulary), theta, embeddings, shown)

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ recipes = st.builds(
     checkpoint=st.text("0123456789abcdef", min_size=64, max_size=64),
     classes=names,
     descriptions=st.one_of(st.just(()), names),
+    shift=st.one_of(st.just(""), st.binary(max_size=40).map(lambda data: b64encode(data).decode())),
     seed=st.integers(0, 2**63 - 1),
     steps=st.integers(1, 1000),
     guidance=st.floats(0, 20),

@@ -30,8 +30,11 @@ import serve.replica
 from serve import bodies, plumbing
 from serve.api import Access, build_api, entity_tag, negotiate
 from serve.app import ServeArgs, read_token
+from serve.batcher import Batcher
 from serve.ids import Ids, Recipe
+from serve.making import Making
 from serve.problems import KINDS, Problem
+from tests.conftest import kept_out
 from tina import TinaPipeline
 from tina.classifiers import Classifier
 from tina.errors import ConfigError, DataError, PromptError
@@ -273,6 +276,41 @@ def test_pictures_as_a_prompt_are_kept_as_embeddings(post, get, library):
     again = get(f"/v1/models/{name}?format=safetensors")
     assert again.status_code == 200
     assert len(load(again.content)) == 4
+
+
+@pytest.fixture
+def with_a_new_class(backend, monkeypatch):
+    """Of the replica's generator, as if nothing had been trained on "five"."""
+    replica = backend.replica
+    generator = kept_out(replica.pipe.generator, ["five"])
+    pipe = TinaPipeline(generator, checkpoint=replica.pipe.checkpoint)
+    making = Making(pipe, made=lambda count, seconds: None)
+    monkeypatch.setattr(replica, "pipe", pipe)
+    monkeypatch.setattr(replica, "_generations", Batcher(making, most=4, executor=replica._torch))
+    return pipe
+
+
+def test_examples_are_kept_as_what_they_add(post, get, with_a_new_class):
+    pipe = with_a_new_class
+    shots = [[picture(1), picture(2, size=(20, 20))], [picture(3)], [picture(4)]]
+    body = THREE | {"seed": 17, "examples": [[b64(s) for s in of_class] for of_class in shots]}
+    files = [(f"examples[{i}]", ("x", s)) for i, of_class in enumerate(shots) for s in of_class]
+    as_json = post("/v1/models", json=body)
+    as_form = post("/v1/models", data={"prompt": json.dumps(THREE | {"seed": 17})}, files=files)
+    assert as_json.status_code == as_form.status_code == 201, as_form.text
+    assert as_json.json() == as_form.json()
+    name = as_json.json()["id"]
+    found = load(get(f"/v1/models/{name}?format=safetensors").content)
+    pictures = [[as_images(shot) for shot in of_class] for of_class in shots]
+    expected = pipe(THREE["classes"], examples=pictures, seed=17)
+    plain = pipe(THREE["classes"], seed=17)
+    for key, tensor in expected.tensors.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)
+    assert not torch.allclose(expected.theta, plain.theta, atol=1e-3)
+    answer = post(f"/v1/models/{name}/predict", json={"images": [b64(picture())]})
+    probabilities = answer.json()["predictions"][0]["probabilities"]
+    logits = expected.classifier(as_images(picture()))[0]
+    assert probabilities == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
 
 
 def test_descriptions(post, library):
@@ -579,6 +617,12 @@ Image.new("L", (20_000, 20_000)).save(BOMB, "PNG")
         ({"descriptions": ["a lion", "A  Lion", "b"]}, "descriptions"),
         ({"descriptions": ["a", "b", "c"], "images": [["AA=="]] * 3}, "images"),
         ({"images": [["AA=="]]}, "images"),
+        ({"examples": [["AA=="]] * 3, "images": [["AA=="]] * 3}, "images"),
+        ({"examples": [["AA=="]]}, "examples"),
+        ({"examples": [["AA=="], [], ["AA=="]]}, "examples[1]"),
+        ({"examples": [[""]] * 3}, "examples[0][0]"),
+        ({"examples": [[b64(b"no picture")]] * 3}, "examples[0][0]"),
+        ({"examples": [[b64(BOMB.getvalue())]] * 3}, "examples[0][0]"),
         ({"images": [["AA=="], [], ["AA=="]]}, "images[1]"),
         ({"images": [["AA=="], ["*"], ["AA=="]]}, "images[1][0]"),
         ({"images": [[""]] * 3}, "images[0][0]"),
@@ -673,7 +717,7 @@ def test_a_prompt_may_be_a_file_part_of_its_media_type(post, library):
     assert post("/v1/models", files={"prompt": part}).status_code == 201
     refused(post("/v1/models", files={"prompt": ("blob", b"\xff{}", "application/json")}), 400)
     problem = refused(post("/v1/models", files={"prompt": part, "picture": ("a", b"x")}), 422)
-    assert "known are prompt, images[0], images[1], ..." in problem.detail
+    assert "known are prompt, images[0], ..., examples[0], ..." in problem.detail
 
 
 def test_a_body_that_does_not_come_in_time(post, monkeypatch):
@@ -1011,12 +1055,21 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, m
     [
         {"files": [("images[3]", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
         {"files": [("images[0]", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
+        {"files": [("examples[1]", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
         {"files": [("pictures", ("a", picture()))], "data": {"prompt": json.dumps(THREE)}},
         {"files": [("images[0]", ("a", picture()))]},
         {"files": [("images[0]", ("a", b""))], "data": {"prompt": json.dumps(THREE)}},
         {"files": {"prompt": (None, json.dumps(THREE)), "seed": (None, "7")}},
     ],
-    ids=["no such class", "not for all", "another name", "no prompt", "empty", "seed apart"],
+    ids=[
+        "no such class",
+        "not for all",
+        "examples not for all",
+        "another name",
+        "no prompt",
+        "empty",
+        "seed apart",
+    ],
 )
 def test_forms_that_cannot_be_served(post, parts):
     refused(post("/v1/models", **parts), 422)

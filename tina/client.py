@@ -54,6 +54,7 @@ class Prompt(TypedDict, total=False):
 
     descriptions: list[str] | None
     images: Sequence[Sequence[Picture]] | None
+    examples: Sequence[Sequence[Picture]] | None
     seed: int
     steps: int | None
     guidance: float | None
@@ -97,6 +98,25 @@ def _error(response: httpx.Response) -> ServiceError:
         )
     message = f"{problem.title}: {problem.detail}" if problem.detail else problem.title
     return ServiceError(message, status=response.status_code, problem=problem)
+
+
+def _shots(
+    field: str, given: Sequence[Sequence[Picture]] | None
+) -> list[tuple[str, tuple[str, bytes]]]:
+    """File parts of the pictures of each class.
+
+    Raises:
+        PromptError: They are not a list for each class, or one is empty.
+    """
+    if given is None:
+        return []
+    if isinstance(given, Picture) or any(isinstance(shots, Picture) for shots in given):
+        raise PromptError("pictures are a list for each class, also where there is one")
+    if not (given and all(given)):
+        raise PromptError("each class needs a picture where some are given")
+    return [
+        (f"{field}[{i}]", ("image", _file(shot))) for i, shots in enumerate(given) for shot in shots
+    ]
 
 
 def _file(picture: Picture) -> bytes:
@@ -184,14 +204,12 @@ class _Calls:
         return self._read(ModelReply, "GET", _path(id))
 
     def _create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
-        images = options.pop("images", None)
         if isinstance(classes, str):
             raise PromptError(f"classes are a list of names, got {classes!r}")
-        if images is not None:
-            if isinstance(images, Picture) or any(isinstance(shots, Picture) for shots in images):
-                raise PromptError("pictures are a list for each class, also where there is one")
-            if not (images and all(images)):
-                raise PromptError("each class needs a picture where some are given")
+        files = [
+            *_shots("images", options.pop("images", None)),
+            *_shots("examples", options.pop("examples", None)),
+        ]
         try:
             request = ModelRequest.model_validate({"classes": list(classes), **options})
         except ValidationError as error:
@@ -199,12 +217,7 @@ class _Calls:
             raise PromptError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         text = request.model_dump_json(exclude_defaults=True)
         parts: dict[str, Any] = {"content": text, "headers": {"content-type": MEDIA_TYPES["json"]}}
-        if images is not None:
-            files = [
-                (f"images[{i}]", ("image", _file(shot)))
-                for i, shots in enumerate(images)
-                for shot in shots
-            ]
+        if files:
             parts = {"data": {"prompt": text}, "files": files}
         return (yield from self._read(ModelReply, "POST", "/v1/models", **parts))
 

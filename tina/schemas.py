@@ -38,6 +38,7 @@ def _printable(text: str) -> str:
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS), AfterValidator(_printable)]
 Image = Annotated[Base64Bytes, Field(description="A PNG, JPEG or WebP file in base64.")]
+Shots = Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
 class _Schema(BaseModel):
@@ -56,7 +57,7 @@ class _Request(_Schema):
 
 
 class ModelRequest(_Request):
-    """A prompt: class names, and a text or pictures per class that take their place."""
+    """A prompt: class names; a text or pictures per class in their place, pictures beside them."""
 
     classes: Annotated[
         list[Text],
@@ -72,8 +73,16 @@ class ModelRequest(_Request):
         Field(max_length=MAX_CLASSES, description="A text per class, in place of its name."),
     ] = None
     images: Annotated[
-        list[Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]] | None,
+        list[Shots] | None,
         Field(max_length=MAX_CLASSES, description="Pictures per class, in place of its name."),
+    ] = None
+    examples: Annotated[
+        list[Shots] | None,
+        Field(
+            max_length=MAX_CLASSES,
+            description="Pictures per class, beside its name or description: the rows of classes "
+            "that nothing was trained on learn from them.",
+        ),
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the initial noise.")] = 0
     steps: Annotated[

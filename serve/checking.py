@@ -1,0 +1,41 @@
+"""What a request asks for, as far as it can be refused before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.problems import Problem
+from tina.errors import PromptError
+from tina.prompts import check_task
+from tina.schemas import ModelRequest
+
+
+def check_request(request: ModelRequest, *, most: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The class names of a request, and its descriptions, if any.
+
+    Args:
+        most: Classes of a task.
+
+    Raises:
+        Problem: They are none, or do not fit what goes with them.
+    """
+    names = _checked(request.classes, most=most, field="classes")
+    if request.images is not None:
+        for field in ("descriptions", "examples"):
+            if getattr(request, field) is not None:
+                raise Problem.of_field("images", f"and {field} exclude each other")
+    for field in ("images", "descriptions", "examples"):
+        given = getattr(request, field)
+        if given is not None and len(given) != len(names):
+            raise Problem.of_field(field, f"must be {len(names)}, one per class")
+    if request.descriptions is None:
+        return names, ()
+    _checked(request.descriptions, most=most, field="descriptions")
+    return names, tuple(request.descriptions)
+
+
+def _checked(names: Sequence[str], *, most: int, field: str) -> tuple[str, ...]:
+    try:
+        return check_task(names, max_classes=most)
+    except PromptError as error:
+        raise Problem.of_field(field, f"are refused: {error}") from None
