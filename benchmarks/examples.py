@@ -1,0 +1,132 @@
+"""What do a few pictures beside the words bring for classes that nothing was trained on?
+
+    python -m benchmarks.examples runs/cifar100_cnn5k     # appends a row to results/examples.jsonl
+
+Sets of ten classes, of which one, two, five or all were kept out of all training. With every class
+come one, five or ten pictures, `select` images that no classifier is judged on. Accuracy on the
+other `select` images, and its difference to the generator's without examples, with standard errors
+that draw sets and images anew. The prior's two settings (`tina.examples`) were chosen on such
+images of this data set, for CNN-5K. Nothing here reads `report` images.
+
+tina                  by the names alone
+tina_images           pictures in the names' place
+tina_examples         pictures beside the names
+untrained             what the names inherit, without the denoiser
+untrained_examples    the same with pictures beside the names
+centroids             nearest mean of the pictures' generic features (no names, no generator)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.objectives import against, by_set, measure, prompted
+from benchmarks.prompts import for_prompts, unseen
+from benchmarks.record import append, as_command, load
+from tina.checkpoint import load_generator
+from tina.controls import nothing
+from tina.examples import features, learn_from
+from tina.finetune import Lesson
+from tina.generator import Generator
+from tina.metrics import Array
+from tina.run import Run
+
+SETS, CLASSES, NEW, SHOTS = 100, 10, (1, 2, 5, 10), (1, 5, 10)
+
+
+def draw(generator: Generator, classes: int, new: int) -> list[list[int]]:
+    """Sets of that many classes of the data set, of which so many are new."""
+    seen = set(generator.generic.class_ids)
+    known, kept_out = (
+        [c for c in range(classes) if (c in seen) == trained] for trained in (True, False)
+    )
+    rng = np.random.default_rng(new)
+    return [
+        [
+            *rng.choice(kept_out, new, replace=False).tolist(),
+            *rng.choice(known, CLASSES - new, replace=False).tolist(),
+        ]
+        for _ in range(SETS)
+    ]
+
+
+def shown(run: Run, sets: Sequence[Sequence[int]], shots: int) -> list[list[Tensor]]:
+    """Pictures uint8 (shots, C, H, W) of each class of each set."""
+    found = []
+    for i, classes in enumerate(sets):
+        rng = np.random.default_rng(i)
+        places = [for_prompts(run, [c]) for c in classes]
+        found.append([run.dataset.views[p[rng.permutation(len(p))[:shots]]] for p in places])
+    return found
+
+
+def centroids(generator: Generator, pictures: Sequence[Tensor]) -> Tensor:
+    """The theta whose nearest class mean in generic features (F,) wins: a linear classifier."""
+    family, body = generator.family, generator.generic.body
+    means = torch.stack([features(family, body, p)[:, :-1].mean(0) for p in pictures])
+    rows = torch.cat([means, -means.square().sum(1, keepdim=True) / 2], 1)
+    return generator.theta(body, rows)
+
+
+def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
+    """Accuracies with so many new classes."""
+    sets = draw(generator, run.dataset.num_classes, new)
+    lessons = [unseen(run, Lesson.of(run.dataset, s, seed=0, partition="select")) for s in sets]
+    names, mask = generator.vocabulary.of(sets)
+    plain = {
+        "tina": prompted(generator, names, mask),
+        "untrained": prompted(generator, names, mask, denoise=nothing),
+    }
+
+    def score(thetas: Sequence[Tensor]) -> list[Array]:
+        return measure(generator, run.store, lessons, thetas)
+
+    base = score(plain["tina"])
+
+    def tell(found: list[Array]) -> dict[str, float]:
+        difference = against(found, base, lessons)
+        return {
+            "accuracy": round(float(by_set(found)[:, 0].mean()), 2),
+            "points": difference["accuracy_points"],
+            "points_se": difference["accuracy_points_se"],
+        }
+
+    rows: dict[str, object] = {row: tell(score(thetas)) for row, thetas in plain.items()}
+    for shots in SHOTS:
+        pictures = shown(run, sets, shots)
+        seen = torch.stack([torch.stack([generator.embed_shots(p) for p in s]) for s in pictures])
+        found = {"tina_images": prompted(generator, seen, mask)}
+        for row, thetas in plain.items():
+            found[f"{row}_examples"] = [
+                learn_from(generator, *each) for each in zip(thetas, names, pictures, strict=True)
+            ]
+        found["centroids"] = [centroids(generator, p) for p in pictures]
+        rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()}
+    return rows
+
+
+def main() -> None:
+    """Measure and append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run that kept classes out")
+    args = parser.parse_args()
+    before = load()
+    run = Run.open(args.run)
+    generator = load_generator(run.trained)
+    figures: dict[str, object] = {
+        "dataset": generator.dataset,
+        "family": generator.family.name,
+        "sets": SETS,
+        "new_of_ten": {str(new): compare(run, generator, new) for new in NEW},
+    }
+    append("examples", figures, load_before=before)
+
+
+if __name__ == "__main__":
+    as_command(main)
