@@ -8,7 +8,9 @@ sets of ten classes of the data set, drawn among those that all of them know. Th
 judged on as many images of each class, out of `fit` and `select`, which have trained none of them
 (whether that holds of what is called `folder` or `parquet`, the caller knows); `report` ones are
 not read. Beside each stand what its prompts inherit without the denoiser, and the same names in a
-random order, which must fall to chance. Differences to the first checkpoint are paired, and their
+random order, which must fall to chance; then five further images of each class as a prompt: in the
+names' place, and beside them (`tina.examples`, whose two settings were chosen on CIFAR-100). What
+they bring over the names, and differences to the first checkpoint are paired, and their
 standard errors draw sets and images anew. A row is appended to results/elsewhere.jsonl.
 """
 
@@ -30,12 +32,13 @@ from tina.config import DataConfig
 from tina.controls import nothing
 from tina.datasets import Dataset, load_dataset
 from tina.errors import ConfigError, DataError
+from tina.examples import learn_from
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Array
 from tina.prompts import SAME
 
-SETS, CLASSES, IMAGES = 200, 10, 20
+SETS, CLASSES, IMAGES, SHOTS = 200, 10, 20, 5
 
 
 def common_classes(dataset: Dataset, generators: Sequence[Generator]) -> list[int]:
@@ -55,23 +58,24 @@ def common_classes(dataset: Dataset, generators: Sequence[Generator]) -> list[in
 
 
 def balanced(dataset: Dataset, class_ids: Sequence[int]) -> Lesson:
-    """As many images of each class of a set, so that accuracy is over classes.
+    """As many images of each class of a set, so that accuracy is over classes."""
+    index = torch.cat([places(dataset, class_id)[:IMAGES] for class_id in class_ids])
+    labels = torch.arange(len(class_ids)).repeat_interleave(IMAGES)
+    return Lesson(class_ids=tuple(class_ids), index=index, labels=labels, seed=0)
+
+
+def places(dataset: Dataset, class_id: int) -> Tensor:
+    """Images of a class: those that are judged, then those that prompts may show.
 
     Raises:
-        DataError: A class has fewer.
+        DataError: There are fewer.
     """
-    index, labels = [], []
-    for k, class_id in enumerate(class_ids):
-        both = [dataset.indices(partition, [class_id]) for partition in ("select", "fit")]
-        found = torch.cat(both)[:IMAGES]
-        if len(found) < IMAGES:
-            name = dataset.class_names[class_id]
-            raise DataError(f"{name!r} has {len(found)} images in fit and select, not {IMAGES}")
-        index.append(found)
-        labels.append(torch.full((IMAGES,), k))
-    return Lesson(
-        class_ids=tuple(class_ids), index=torch.cat(index), labels=torch.cat(labels), seed=0
-    )
+    both = [dataset.indices(partition, [class_id]) for partition in ("select", "fit")]
+    found = torch.cat(both)[: IMAGES + SHOTS]
+    if len(found) < IMAGES + SHOTS:
+        name, most = dataset.class_names[class_id], IMAGES + SHOTS
+        raise DataError(f"{name!r} has {len(found)} images in fit and select, not {most}")
+    return found
 
 
 def answers(
@@ -84,15 +88,25 @@ def answers(
     mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
     rng = np.random.default_rng(1)
     shuffled = torch.stack([one[rng.permutation(len(one))] for one in embeddings])
-    found = {}
-    for row, prompts, denoise in (
-        ("tina", embeddings, None),
-        ("untrained", embeddings, nothing),
-        ("tina_shuffled_prompt", shuffled, None),
-    ):
-        thetas = prompted(generator, prompts, mask, denoise=denoise)
-        found[row] = measure(generator, store, lessons, thetas)
-    return found
+    shown = [
+        [dataset.views[places(dataset, c)[IMAGES:]] for c in lesson.class_ids] for lesson in lessons
+    ]
+    seen = torch.stack([torch.stack([generator.embed_shots(p) for p in few]) for few in shown])
+    thetas = {
+        row: prompted(generator, prompts, mask, denoise=denoise)
+        for row, prompts, denoise in (
+            ("tina", embeddings, None),
+            ("untrained", embeddings, nothing),
+            ("tina_shuffled_prompt", shuffled, None),
+            ("tina_five_images", seen, None),
+        )
+    }
+    for row in ("tina", "untrained"):
+        thetas[f"{row}_five_examples"] = [
+            learn_from(generator, *each)
+            for each in zip(thetas[row], embeddings, shown, strict=True)
+        ]
+    return {row: measure(generator, store, lessons, each) for row, each in thetas.items()}
 
 
 def known(generator: Generator, names: Sequence[str]) -> Tensor:
@@ -148,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for row, scores in found[name].items()
                 },
                 "over_untrained": against(found[name]["tina"], found[name]["untrained"], lessons),
+                "five_examples_over_names": against(
+                    found[name]["tina_five_examples"], found[name]["tina"], lessons
+                ),
                 "over_the_first": against(found[name]["tina"], base, lessons),
             }
             for name, generator in generators.items()

@@ -22,6 +22,7 @@ from test_encoders import write_table
 
 from benchmarks import (
     elsewhere,
+    examples,
     generation,
     objectives,
     plain_server,
@@ -33,12 +34,14 @@ from benchmarks import (
     training,
     zoo_building,
 )
+from tests.conftest import kept_out
 from tina import TinaPipeline
 from tina.checkpoint import save_generator
 from tina.config import DataConfig
 from tina.datasets import load_dataset
 from tina.encoders import HashEncoder, TableEncoder
 from tina.errors import ConfigError, DataError
+from tina.examples import features
 from tina.finetune import Lesson
 from tina.run import Run
 
@@ -340,7 +343,7 @@ def drawn_digits(tmp_path):
 @pytest.fixture
 def few_and_small(monkeypatch, tmp_path):
     """Sets of three classes; returns the file of rows."""
-    for name, value in (("SETS", 8), ("CLASSES", 3), ("IMAGES", 6)):
+    for name, value in (("SETS", 8), ("CLASSES", 3), ("IMAGES", 6), ("SHOTS", 2)):
         monkeypatch.setattr(elsewhere, name, value)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     return tmp_path / "elsewhere.jsonl"
@@ -359,6 +362,9 @@ def test_a_generator_is_judged_on_another_data_set(
     assert found["accuracy"]["tina"] > 80
     assert found["accuracy"]["tina_shuffled_prompt"] < 60
     assert found["familiarity"]["trained_names"] == 10
+    # nothing is new to it, so that no row has anything to learn
+    assert found["accuracy"]["tina_five_examples"] == found["accuracy"]["tina"]
+    assert found["five_examples_over_names"]["accuracy_points"] == 0
 
 
 def test_generators_are_compared_on_what_all_of_them_know(
@@ -388,6 +394,9 @@ def test_a_set_has_as_many_images_of_each_class(drawn_digits, few_and_small):
     allowed = torch.cat([data.partitions["fit"], data.partitions["select"]])
     assert torch.isin(lesson.index, allowed).all()
     assert lesson.index.max() < len(data.images)  # as they are, not their mirror images
+    shown = torch.cat([elsewhere.places(data, c)[6:] for c in (4, 0, 10)])
+    assert len(shown) == 6
+    assert not torch.isin(shown, lesson.index).any()
 
 
 def test_what_cannot_be_judged_elsewhere_is_refused(
@@ -397,12 +406,45 @@ def test_what_cannot_be_judged_elsewhere_is_refused(
     with pytest.raises(ConfigError, match="was made from digits"):
         elsewhere.main([str(tiny_checkpoint), "--data", "caltech101+digits"])
     monkeypatch.setattr(elsewhere, "IMAGES", 10)
-    with pytest.raises(DataError, match="has 8 images in fit and select, not 10"):
+    with pytest.raises(DataError, match="has 8 images in fit and select, not 12"):
         elsewhere.main(here)
     monkeypatch.setattr(elsewhere, "CLASSES", 11)
     with pytest.raises(DataError, match="know 10 classes of folder, not 11"):
         elsewhere.main(here)
     assert not few_and_small.exists()
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def test_examples_are_never_judged_and_centroids_are_the_nearest(
+    tiny_run, tiny_generator, monkeypatch
+):
+    for name, value in (("SETS", 6), ("CLASSES", 4), ("SHOTS", (2,))):
+        monkeypatch.setattr(examples, name, value)
+    monkeypatch.setattr(prompts, "SHOWN", 3)
+    generator = kept_out(tiny_generator, ["seven", "eight", "nine"])
+    found = examples.compare(tiny_run, generator, 2)
+    assert found["tina"]["points"] == 0
+    assert set(found["2_of_each"]) == {
+        *("tina_images", "tina_examples", "untrained_examples", "centroids"),
+    }
+    for classes in examples.draw(generator, 10, 2):
+        assert len({c for c in classes if c in (7, 8, 9)}) == 2
+        assert len(set(classes)) == 4
+    (pictures,) = examples.shown(tiny_run, [[0, 7, 3]], 2)
+    lesson = prompts.unseen(
+        tiny_run, Lesson.of(tiny_run.dataset, [0, 7, 3], seed=0, partition="select")
+    )
+    judged = tiny_run.dataset.views[lesson.index]
+    for shown in torch.cat(pictures):
+        assert not (judged == shown).flatten(1).all(1).any()
+    family, body = generator.family, generator.generic.body
+    means = torch.stack([features(family, body, p)[:, :-1].mean(0) for p in pictures])
+    nearest = torch.cdist(features(family, body, judged)[:, :-1], means).argmin(1)
+    theta = examples.centroids(generator, pictures)
+    logits = family.logits(theta, family.embed(judged), num_classes=3)
+    assert torch.equal(logits.argmax(1), nearest)
 
 
 # --- prompts --------------------------------------------------------------------------------------
