@@ -223,17 +223,35 @@ def test_what_prompts_cost_is_what_the_row_says() -> None:
 
 
 def test_what_it_does_elsewhere_is_what_the_row_says() -> None:
-    row = row_of("elsewhere", "3391b112160f")
+    row = row_of("elsewhere", "2848676a5495")
     one, both = (row["generators"][f"tina-cifar100-{x}cnn5k"] for x in ("", "mini-imagenet-"))
     assert one["familiarity"]["trained_names"] == 10
-    tina, bar = ([g["accuracy"][row] for g in (one, both)] for row in ("tina", "untrained"))
+    rows = ("tina", "untrained", "tina_five_examples", "untrained_five_examples")
+    tina, bar, shown, learnt = ([g["accuracy"][row] for g in (one, both)] for row in rows)
     for words in (
         f"ten at a time of {len(row['classes'])} classes, the packaged",
         f"is right in {tina[0]:.0f} % of the cases, and that of both data sets, trained on "
         f"{both['familiarity']['trained_names']}, in {tina[1]:.0f} "
         f"(what is inherited: {bar[0]:.0f} and {bar[1]:.0f};",
+        f"as `examples` it is {shown[0]:.0f} and {shown[1]:.0f} %",
+        f"comes to {learnt[0]:.0f} and {learnt[1]:.0f}, so that",
+        f"on Caltech-101 it is {shown[0]:.0f} instead of {tina[0]:.0f} (below)",
     ):
         assert words in README, words
+
+
+def test_what_examples_bring_is_what_the_row_says() -> None:
+    found = row_of("examples", "d5ba8586520d")["new_of_ten"]
+    five = {row: each["accuracy"] for row, each in found["10"]["5_of_each"].items()}
+    words = (
+        f"told apart in {five['tina_examples']:.0f} % of the cases, where names alone give "
+        f"{found['10']['tina']['accuracy']:.0f}, pictures in their place "
+        f"{five['tina_images']:.0f} and the nearest mean of the pictures {five['centroids']:.0f} ("
+    )
+    assert words in README, words
+    assert 0.25 < found["1"]["5_of_each"]["tina_examples"]["points"] < 0.75  # half a point
+    ones = [found[new]["1_of_each"]["tina_examples"] for new in found]
+    assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 
 
 def calibration(name: str, axis: str = "unseen_combination") -> list[str]:
