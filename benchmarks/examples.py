@@ -87,17 +87,17 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
     def score(thetas: Sequence[Tensor]) -> list[Array]:
         return measure(generator, run.store, lessons, thetas)
 
-    base = score(plain["tina"])
+    scores = {row: score(thetas) for row, thetas in plain.items()}
 
     def tell(found: list[Array]) -> dict[str, float]:
-        difference = against(found, base, lessons)
+        difference = against(found, scores["tina"], lessons)
         return {
             "accuracy": round(float(by_set(found)[:, 0].mean()), 2),
             "points": difference["accuracy_points"],
             "points_se": difference["accuracy_points_se"],
         }
 
-    rows: dict[str, object] = {row: tell(score(thetas)) for row, thetas in plain.items()}
+    rows: dict[str, object] = {row: tell(found) for row, found in scores.items()}
     for shots in SHOTS:
         pictures = shown(run, sets, shots)
         seen = torch.stack([torch.stack([generator.embed_shots(p) for p in s]) for s in pictures])

@@ -55,7 +55,8 @@ class Recipe:
 
     def pack(self) -> bytes:
         """Canonical: equal recipes give equal bytes."""
-        return json.dumps(vars(self), sort_keys=True, separators=(",", ":")).encode()
+        found = {key: value for key, value in vars(self).items() if value or key != "shift"}
+        return json.dumps(found, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def unpack(cls, packed: bytes) -> Recipe:

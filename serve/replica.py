@@ -29,7 +29,7 @@ from serve.batcher import Batcher
 from serve.checking import check_request
 from serve.ids import Recipe
 from serve.made import Made
-from serve.making import Making, embedding_of
+from serve.making import Making
 from serve.metrics import Metrics
 from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
@@ -147,10 +147,6 @@ class Replica:
         if recipe.steps > self.most_steps:
             raise Problem.of_field("steps", f"must be at most {self.most_steps}")
         model, anew = await self._model(recipe)
-        if examples:
-            learn = partial(self._shift, recipe, model, examples)
-            recipe = replace(recipe, shift=await _run(self._torch, learn))
-            model = shifted(model, recipe.shift)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := self._far(model)):
             faults = [
@@ -158,6 +154,11 @@ class Replica:
                 for i in far
             ]
             raise Problem("unfamiliar", f"the threshold is {self.threshold:g}", faults)
+        if examples:
+            await self._encode_unknown(recipe)  # it may have left the encoder's memory
+            learn = partial(shift_by, self.pipe, model, recipe, examples)
+            recipe = replace(recipe, shift=await _run(self._torch, learn))
+            model, anew = shifted(model, recipe.shift), True
         return await self._made(recipe, model, format, anew=anew)
 
     @answering
@@ -174,7 +175,7 @@ class Replica:
         side = self.pipe.generator.family.image_size
 
         async def read() -> Tensor:
-            await self._refuse_large(images)
+            await self._refuse_large(images, "images")
             return torch.cat(await self._pictures(images, "images", partial(fit, side=side)))
 
         try:
@@ -228,9 +229,6 @@ class Replica:
 
     def _to_onnx(self, model: GeneratedModel) -> bytes:
         return self._graph.fill(model.tensors, model.class_names)
-
-    def _shift(self, recipe: Recipe, model: GeneratedModel, examples: Sequence[Tensor]) -> str:
-        return shift_by(self.pipe, model, embedding_of(self.pipe, recipe), examples)
 
     def _predict(
         self, asked: Mapping[int, tuple[GeneratedModel, Tensor]]
@@ -327,14 +325,14 @@ class Replica:
         except PromptError as error:
             raise Problem.of_field(field, f"cannot be encoded: {error}") from None
 
-    async def _refuse_large(self, files: Sequence[bytes]) -> None:
+    async def _refuse_large(self, files: Sequence[bytes], field: str) -> None:
         """Refuse pictures that would be decoded for long, before the first of them is."""
         pixels = 0
         for file in files:  # one after another, as they are decoded
             pixels += await _run(self._decoders, partial(pixels_of, file))
         if pixels > MAX_REQUEST_PIXELS:
             most = f"more than {MAX_REQUEST_PIXELS}"
-            raise Problem.of_field("images", f"have {pixels} pixels together, {most}", "too-large")
+            raise Problem.of_field(field, f"have {pixels} pixels together, {most}", "too-large")
 
     async def _pictures(
         self, files: Sequence[bytes], field: str, cut: Callable[[Tensor], Tensor]
@@ -360,7 +358,7 @@ class Replica:
 
     async def _shots(self, examples: Sequence[Sequence[bytes]]) -> list[Tensor]:
         """Small pictures (N, C, H, W) of each class."""
-        await self._refuse_large([file for files in examples for file in files])
+        await self._refuse_large([file for files in examples for file in files], "examples")
         cut = partial(fit, side=self.pipe.generator.family.image_size)
         return [
             torch.cat(await self._pictures(files, f"examples[{i}]", cut))
@@ -373,7 +371,7 @@ class Replica:
         def embed(shots: Sequence[Tensor]) -> Tensor:
             return self.pipe.embed_images([shots])
 
-        await self._refuse_large([file for files in images for file in files])
+        await self._refuse_large([file for files in images for file in files], "images")
         rows = []
         for i, files in enumerate(images):
             async with self._in_hand:

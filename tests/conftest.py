@@ -162,7 +162,7 @@ def tiny_checkpoint(tiny_generator: Generator, tmp_path_factory: pytest.TempPath
 
 
 def kept_out(generator: Generator, names: list[str]) -> Generator:
-    """As if nothing had been trained on these classes."""
+    """As if nothing had been trained on these classes; on all others it was."""
     known = [name not in names for name in generator.vocabulary.names]
     rest = [i for i, kept in enumerate(known) if kept]
     generic = replace(

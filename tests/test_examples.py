@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.conftest import kept_out
 from tina.classifiers import build_family
-from tina.errors import PromptError
+from tina.errors import NonFiniteError, PromptError
 from tina.examples import PRIOR, features, learn_from, settle, spread
 from tina.pipeline import TinaPipeline
 
@@ -42,9 +42,11 @@ def rows_of(generator, theta, count=3):
     return generator.family.layout(count).split(theta)[1]
 
 
-@pytest.mark.parametrize("name", ["cnn5k", "cnn33k"])
+@pytest.mark.parametrize("name", ["cnn5k", "cnn33k", "resnet20_head"])
 def test_features_are_what_a_row_is_multiplied_by(name):
     family = build_family(name, channels=3, image_size=16)
+    if family.has_trunk:
+        family.attach_trunk(family.new_trunk())
     layout = family.layout(4)
     theta = torch.randn(layout.size, generator=torch.Generator().manual_seed(0)) / 8
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -54,7 +56,7 @@ def test_features_are_what_a_row_is_multiplied_by(name):
 
 
 def test_the_spread_is_what_left_out_classes_miss(generator, monkeypatch):
-    monkeypatch.setattr("tina.examples.EVEN", 1e-6)
+    monkeypatch.setattr("tina.examples.EVEN", 1e-4)
     vocabulary, rows = generator.vocabulary, generator.generic.rows
     names = vocabulary.embeddings[vocabulary.trained]
     total, missing = torch.zeros(rows.shape[1], rows.shape[1]), 0.0
@@ -67,7 +69,7 @@ def test_the_spread_is_what_left_out_classes_miss(generator, monkeypatch):
         total += torch.outer(miss, miss)
         missing += 1 - float(vocabulary.familiarity(names[i], hidden))
     factor = spread(generator)
-    torch.testing.assert_close(factor @ factor.T, total / missing, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(factor @ factor.T, total / missing, rtol=1e-2, atol=1e-3)
 
 
 def posterior(seen, labels, rows, newness, factor, found):
@@ -91,7 +93,7 @@ def test_rows_settle_where_the_posterior_is_highest():
     (slope,) = torch.autograd.grad(posterior(seen, labels, rows, newness, factor, at), at)
     start = rows.double().requires_grad_(True)
     (steep,) = torch.autograd.grad(posterior(seen, labels, rows, newness, factor, start), start)
-    assert slope[1:].norm() < 1e-3 * steep[1:].norm()
+    assert slope[1:].norm() < 1e-4 * steep[1:].norm()
 
 
 def test_only_new_classes_learn_and_the_order_of_pictures_does_not_matter(pipe, pictures):
@@ -120,14 +122,40 @@ def test_a_class_that_is_new_is_recognised_better(pipe, pictures):
 
 
 def test_a_word_that_resembles_nothing_learns_too(pipe, pictures):
-    shown = pictures("fit", 4)
-    word = F.normalize(torch.randn(1, pipe.generator.vocabulary.embeddings.shape[1]), dim=1)
+    draw = torch.Generator().manual_seed(0)
+    width = pipe.generator.vocabulary.embeddings.shape[1]
+    word = F.normalize(torch.randn(1, width, generator=draw), dim=1)
     vocabulary = pipe.generator.vocabulary.with_words(["thing"], word)
     embeddings = torch.stack([vocabulary.lookup(n) for n in ("zero", "thing", "four")])
     theta = pipe(TASK).theta
-    found = learn_from(replace(pipe.generator, vocabulary=vocabulary), theta, embeddings, shown)
+    generator = replace(pipe.generator, vocabulary=vocabulary)
+    found = learn_from(generator, theta, embeddings, pictures("fit", 4))
     assert torch.isfinite(found).all()
     assert not torch.equal(found, theta)
+
+
+def test_pictures_may_be_bytes_of_some_classes_and_numbers_of_others(pipe, pictures):
+    generator, shown = pipe.generator, pictures("fit", 4)
+    embeddings, theta = pipe.embed_names(TASK), pipe(TASK).theta
+    mixed = [(255 * images).round().byte() if i else images for i, images in enumerate(shown)]
+    found = learn_from(generator, theta, embeddings, mixed)
+    torch.testing.assert_close(
+        found, learn_from(generator, theta, embeddings, shown), atol=1e-4, rtol=0
+    )
+
+
+def test_examples_are_learnt_from_in_inference_mode(pipe, pictures):
+    expected = pipe(TASK, examples=pictures("fit", 4))
+    with torch.inference_mode():
+        found = pipe(TASK, examples=pictures("fit", 4))
+    torch.testing.assert_close(found.theta, expected.theta, atol=1e-4, rtol=0)
+
+
+def test_rows_that_are_no_numbers_are_not_returned(pipe, pictures):
+    body, rows = pipe.generator.family.layout(3).split(pipe(TASK).theta)
+    theta = pipe.generator.theta(body, torch.full_like(rows, torch.nan))
+    with pytest.raises(NonFiniteError, match="examples led to NaN"):
+        learn_from(pipe.generator, theta, pipe.embed_names(TASK), pictures("fit", 2))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,13 @@ def ids(tmp_path_factory):
     return Ids(b"k" * 32, storage=tmp_path_factory.mktemp("ids"), keep_s=1000)
 
 
+def test_a_recipe_without_examples_says_nothing_of_them():
+    """Its id is that of before there were any."""
+    assert b"shift" not in RECIPE.pack()
+    assert b"shift" in replace(RECIPE, shift="AA==").pack()
+    assert Recipe.unpack(RECIPE.pack()) == RECIPE
+
+
 @given(recipe=recipes)
 def test_an_id_carries_its_recipe(ids, recipe):
     name = ids.issue(recipe)

@@ -302,8 +302,8 @@ def test_examples_are_kept_as_what_they_add(post, get, with_a_new_class):
     name = as_json.json()["id"]
     found = load(get(f"/v1/models/{name}?format=safetensors").content)
     pictures = [[as_images(shot) for shot in of_class] for of_class in shots]
-    expected = pipe(THREE["classes"], examples=pictures, seed=17)
-    plain = pipe(THREE["classes"], seed=17)
+    expected = pipe(CLASSES, examples=pictures, seed=17)
+    plain = pipe(CLASSES, seed=17)
     for key, tensor in expected.tensors.items():
         torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)
     assert not torch.allclose(expected.theta, plain.theta, atol=1e-3)
@@ -903,8 +903,9 @@ def test_the_pictures_of_a_request_are_bounded_together(post, model, monkeypatch
 
     monkeypatch.setattr(serve.replica, "read_image", decoded)
     refused(post(path, json={"images": [shot] * 4}), 413, "images")
-    many = THREE | {"images": [[shot], [shot], [shot] * 2]}
-    assert "189" in refused(post("/v1/models", json=many), 413, "images").detail
+    for field in ("images", "examples"):
+        many = THREE | {field: [[shot], [shot], [shot] * 2]}
+        assert "189" in refused(post("/v1/models", json=many), 413, field).detail
 
 
 def test_nothing_goes_on_behind_a_refused_prediction(backend):

@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     arg = command.add_mutually_exclusive_group().add_argument
     arg("--image", **pair, metavar="NAME=FILE", help="show class NAME; repeat for more pictures")
     arg("--description", **pair, metavar="NAME=TEXT", help="a text that describes class NAME")
-    beside = "a picture beside the word of class NAME, for classes that are new; repeat for more"
+    beside = "a picture beside the word of class NAME, some for every class: new ones learn from it"
     arg("--example", **pair, metavar="NAME=FILE", help=beside)
     arg = add(classify, "classify mine.safetensors photo.png").add_argument
     arg("model", **model)

@@ -1,10 +1,10 @@
 """Pictures beside a prompt's words: what a few examples tell of classes that are new.
 
 The row of a class that nothing was trained on is a guess: a mixture of its neighbours' rows, put
-right by the denoiser as well as it can. How far such guesses are off is known from the trained
-classes, each left out in turn: what they miss gives the covariance of a Gaussian prior around the
-guess, the wider the less familiar the class. The examples' cross-entropy is the likelihood, and the
-row becomes the mode of the posterior. Only the head moves, so that this is convex and takes
+right by the denoiser as well as it can. How far mixtures are off is known from the trained classes,
+each left out in turn: what they miss gives the covariance of a Gaussian prior around the guess, the
+wider the less familiar the class. The examples' cross-entropy is the likelihood, and the row
+becomes the mode of the posterior. Only the head moves, so that this is convex and takes
 milliseconds.
 
 Axes: K classes of the task, N examples, F features before the head, R = F + 1 values of a head row,
@@ -15,20 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from tina.classifiers import Family
+from tina.errors import NonFiniteError
 from tina.generator import Generator
 
+Array = NDArray[np.float64]
+
 PRIOR = 0.3
-"""Weight of the prior; at 1 the examples would count as images drawn independently. Chosen on
-`select` images (docs/log.md), as is the next."""
+"""Weight of the prior, chosen on `select` images (docs/log.md), as is the next. It also stands for
+what the denoiser and `Generator.temperature` do to a mixture, which the covariance knows not."""
 EVEN = 0.1
 """Of the covariance is spread over all directions: V classes do not tell R squared values."""
 KNOWN = 1e-4  # a class that is less new than this is a trained one, but for rounding
-ITERATIONS = 100
 
 
 def spread(generator: Generator) -> Tensor:
@@ -55,7 +60,7 @@ def features(family: Family, body: Tensor, images: Tensor) -> Tensor:
 
 
 def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: Tensor) -> Tensor:
-    """Head rows (K, R) at the mode of the posterior.
+    """Head rows (K, R) at the mode of the posterior, in double precision but for what comes out.
 
     Args:
         seen: Of the examples, (N, R); see `features`.
@@ -65,23 +70,23 @@ def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: 
             `factor`'s.
         factor: See `spread`.
     """
-    scale = newness.where(newness > KNOWN, 0).sqrt().unsqueeze(1)
-    z = torch.zeros_like(rows, requires_grad=True)
+    scale = newness.where(newness > KNOWN, 0).sqrt().unsqueeze(1).double()
+    seen, before, factor = seen.double(), rows.double(), factor.double()
+    truth = F.one_hot(labels, len(rows)).double()
 
-    def moved() -> Tensor:
-        return rows + scale * (z @ factor.T)
+    def moved(z: Array) -> Tensor:
+        return before + scale * (torch.from_numpy(z).view_as(rows) @ factor.T)
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        misfit = F.cross_entropy(seen @ moved().T, labels, reduction="sum")
-        value = misfit + PRIOR / 2 * z.square().sum()
-        value.backward()
-        return value
+    def loss(z: Array) -> tuple[float, Array]:
+        """Minus the posterior's logarithm, of rows moved by standard normal z, and its gradient."""
+        logits = seen @ moved(z).T
+        misfit = F.cross_entropy(logits, labels, reduction="sum")
+        slope = (logits.softmax(1) - truth).T @ seen  # of the misfit by the rows
+        gradient = (scale * slope) @ factor
+        return float(misfit + PRIOR / 2 * (z @ z)), gradient.flatten().numpy() + PRIOR * z
 
-    solver = torch.optim.LBFGS([z], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-    with torch.enable_grad():
-        solver.step(loss)
-    return moved().detach()
+    found = minimize(loss, np.zeros(rows.numel()), jac=True, method="L-BFGS-B")
+    return moved(found.x).to(rows.dtype)
 
 
 @torch.no_grad()
@@ -96,10 +101,18 @@ def learn_from(
         embeddings: (K, E), unit norm, by which it was generated.
         examples: Per class (N_k, C, H, W) of the family's size, uint8 or float in [0, 1]; without
             those of some classes, the others' rows would only learn to say yes.
+
+    Raises:
+        NonFiniteError: A row has become NaN or infinite.
     """
     family, layout = generator.family, generator.family.layout(len(embeddings))
-    body, rows = layout.split(theta)
     newness = 1 - generator.vocabulary.familiarity(embeddings)
+    if not bool((newness > KNOWN).any()):
+        return theta
+    body, rows = layout.split(theta)
     labels = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(e) for e in examples]))
-    seen = features(family, body, torch.cat(list(examples)))
-    return layout.join(body, settle(seen, labels, rows, newness, spread(generator)))
+    seen = torch.cat([features(family, body, images) for images in examples])
+    rows = settle(seen, labels, rows, newness, spread(generator))
+    if not bool(torch.isfinite(rows).all()):
+        raise NonFiniteError("examples led to NaN or infinite weights; nothing is returned")
+    return layout.join(body, rows)

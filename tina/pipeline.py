@@ -21,7 +21,6 @@ from torch import Tensor
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
 from tina.errors import ConfigError, PromptError
-from tina.examples import learn_from
 from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, square
@@ -117,8 +116,8 @@ class TinaPipeline:
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
-            examples: For one task, beside the words: per class pictures as in `images`, from which
-                the rows of classes that are no trained ones learn, see `tina.examples`.
+            examples: For one task, beside the words: pictures of every class as in `images`, from
+                which the rows of those that are no trained ones learn, see `tina.examples`.
             seed: One for all, or one per task of a batch.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance; 1 is none.
@@ -315,7 +314,12 @@ class TinaPipeline:
         Args:
             embeddings: (K, E), by which it was generated.
             examples: Per class (N, C, H, W) of the family's size.
+
+        Raises:
+            NonFiniteError: A row has become NaN or infinite.
         """
+        from tina.examples import learn_from  # with scipy, which takes longer to import than torch
+
         return replace(model, theta=learn_from(self.generator, model.theta, embeddings, examples))
 
 

@@ -80,8 +80,8 @@ class ModelRequest(_Request):
         list[Shots] | None,
         Field(
             max_length=MAX_CLASSES,
-            description="Pictures per class, beside its name or description: the rows of classes "
-            "that nothing was trained on learn from them.",
+            description="Pictures of every class, beside its name or description: the rows of "
+            "those that nothing was trained on learn from them.",
         ),
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the initial noise.")] = 0
