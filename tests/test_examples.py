@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.conftest import kept_out
 from tina.classifiers import build_family
 from tina.errors import NonFiniteError, PromptError
-from tina.examples import PRIOR, features, learn_from, settle, spread
+from tina.examples import PRIOR, covariance_factor, features, learn_from, settle
 from tina.pipeline import TinaPipeline
 
 TASK = ["zero", "seven", "four"]
@@ -68,7 +68,7 @@ def test_the_spread_is_what_left_out_classes_miss(generator, monkeypatch):
         miss = rows[i] - mixture[rest] @ rows[rest]
         total += torch.outer(miss, miss)
         missing += 1 - float(vocabulary.familiarity(names[i], hidden))
-    factor = spread(generator)
+    factor = covariance_factor(generator)
     torch.testing.assert_close(factor @ factor.T, total / missing, rtol=1e-2, atol=1e-3)
 
 

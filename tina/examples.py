@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import log_softmax
 from torch import Tensor
 
 from tina.classifiers import Family
@@ -34,9 +35,11 @@ what the denoiser and `Generator.temperature` do to a mixture, which the covaria
 EVEN = 0.1
 """Of the covariance is spread over all directions: V classes do not tell R squared values."""
 KNOWN = 1e-4  # a class that is less new than this is a trained one, but for rounding
+CLOSE = {"ftol": 1e-13, "gtol": 1e-7}
+"""To the mode, or the rounding of a generated body would show a hundredfold in the rows."""
 
 
-def spread(generator: Generator) -> Tensor:
+def covariance_factor(generator: Generator) -> Tensor:
     """Factor L (R, R) of the prior's covariance L L^T, for a class that resembles nothing."""
     vocabulary, rows = generator.vocabulary, generator.generic.rows
     names = vocabulary.embeddings[vocabulary.trained]
@@ -68,25 +71,25 @@ def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: 
         rows: (K, R) before the examples.
         newness: Per class, 0 for a row that must stay (K,): the prior's variance is so many times
             `factor`'s.
-        factor: See `spread`.
+        factor: See `covariance_factor`.
     """
-    scale = newness.where(newness > KNOWN, 0).sqrt().unsqueeze(1).double()
-    seen, before, factor = seen.double(), rows.double(), factor.double()
-    truth = F.one_hot(labels, len(rows)).double()
+    scale = newness.where(newness > KNOWN, 0).sqrt().unsqueeze(1).double().numpy()
+    x, before, root = (values.double().numpy() for values in (seen, rows, factor))
+    truth = np.eye(len(before))[labels.numpy()]
 
-    def moved(z: Array) -> Tensor:
-        return before + scale * (torch.from_numpy(z).view_as(rows) @ factor.T)
+    def moved(z: Array) -> Array:
+        return before + scale * (z.reshape(before.shape) @ root.T)
 
     def loss(z: Array) -> tuple[float, Array]:
         """Minus the posterior's logarithm, of rows moved by standard normal z, and its gradient."""
-        logits = seen @ moved(z).T
-        misfit = F.cross_entropy(logits, labels, reduction="sum")
-        slope = (logits.softmax(1) - truth).T @ seen  # of the misfit by the rows
-        gradient = (scale * slope) @ factor
-        return float(misfit + PRIOR / 2 * (z @ z)), gradient.flatten().numpy() + PRIOR * z
+        log_p = log_softmax(x @ moved(z).T, axis=1)
+        slope = (np.exp(log_p) - truth).T @ x  # of the first part, by the rows
+        value = PRIOR / 2 * (z @ z) - (log_p * truth).sum()
+        return float(value), ((scale * slope) @ root).ravel() + PRIOR * z
 
-    found = minimize(loss, np.zeros(rows.numel()), jac=True, method="L-BFGS-B")
-    return moved(found.x).to(rows.dtype)
+    start = np.zeros(before.size)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=CLOSE)
+    return torch.from_numpy(moved(found.x)).to(rows.dtype)
 
 
 @torch.no_grad()
@@ -112,7 +115,7 @@ def learn_from(
     body, rows = layout.split(theta)
     labels = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(e) for e in examples]))
     seen = torch.cat([features(family, body, images) for images in examples])
-    rows = settle(seen, labels, rows, newness, spread(generator))
+    rows = settle(seen, labels, rows, newness, covariance_factor(generator))
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError("examples led to NaN or infinite weights; nothing is returned")
     return layout.join(body, rows)
