@@ -19,6 +19,7 @@ centroids             nearest mean of the pictures' generic features (no names, 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,11 +104,15 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
         seen = torch.stack([torch.stack([generator.embed_shots(p) for p in s]) for s in pictures])
         found = {"tina_images": prompted(generator, seen, mask)}
         for row, thetas in plain.items():
+            begin = time.perf_counter()
             found[f"{row}_examples"] = [
                 learn_from(generator, *each) for each in zip(thetas, names, pictures, strict=True)
             ]
+            took = time.perf_counter() - begin
         found["centroids"] = [centroids(generator, p) for p in pictures]
-        rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()}
+        rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()} | {
+            "ms_to_learn": round(1000 * took / SETS, 1)
+        }
     return rows
 
 
