@@ -223,7 +223,7 @@ def test_what_prompts_cost_is_what_the_row_says() -> None:
 
 
 def test_what_it_does_elsewhere_is_what_the_row_says() -> None:
-    row = row_of("elsewhere", "2848676a5495")
+    row = row_of("elsewhere", "204843b12ee0")
     one, both = (row["generators"][f"tina-cifar100-{x}cnn5k"] for x in ("", "mini-imagenet-"))
     assert one["familiarity"]["trained_names"] == 10
     rows = ("tina", "untrained", "tina_five_examples", "untrained_five_examples")
@@ -241,14 +241,17 @@ def test_what_it_does_elsewhere_is_what_the_row_says() -> None:
 
 
 def test_what_examples_bring_is_what_the_row_says() -> None:
-    found = row_of("examples", "d5ba8586520d")["new_of_ten"]
-    five = {row: each["accuracy"] for row, each in found["10"]["5_of_each"].items()}
+    found = row_of("examples", "4d53ab88d5c6")["new_of_ten"]
+    rows = ("tina_examples", "tina_images", "centroids")
+    five = {row: found["10"]["5_of_each"][row]["accuracy"] for row in rows}
     words = (
         f"told apart in {five['tina_examples']:.0f} % of the cases, where names alone give "
         f"{found['10']['tina']['accuracy']:.0f}, pictures in their place "
         f"{five['tina_images']:.0f} and the nearest mean of the pictures {five['centroids']:.0f} ("
     )
     assert words in README, words
+    took = found["10"]["5_of_each"]["ms_to_learn"]
+    assert f"in {round(took, -1):.0f} ms for ten classes and five pictures of each" in README
     assert 0.25 < found["1"]["5_of_each"]["tina_examples"]["points"] < 0.75  # half a point
     ones = [found[new]["1_of_each"]["tina_examples"] for new in found]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
