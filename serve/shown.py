@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from serve.ids import Recipe
+from tina.examples import learn_from
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
 
@@ -47,8 +48,8 @@ def shift_by(
 ) -> str:
     """What examples, small pictures (N, C, H, W) of each class, add to a model's head rows."""
     layout = model.family.layout(len(model.class_names))
-    after = pipe.learn_from(model, embedding_of(pipe, recipe), examples)
-    return pack_rows(layout.split(after.theta)[1] - layout.split(model.theta)[1])
+    theta = learn_from(pipe.generator, model.theta, embedding_of(pipe, recipe), examples)
+    return pack_rows(layout.split(theta)[1] - layout.split(model.theta)[1])
 
 
 def shifted(model: GeneratedModel, shift: str) -> GeneratedModel:

@@ -169,7 +169,10 @@ class TinaPipeline:
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
         if shown is not None:
-            return self.learn_from(models[0], embeddings[0], shown)
+            from tina.examples import learn_from  # with scipy, which other prompts need not wait for
+
+            theta = learn_from(self.generator, models[0].theta, embeddings[0], shown)
+            return replace(models[0], theta=theta)
         return models if batched else models[0]
 
     @staticmethod
@@ -305,22 +308,6 @@ class TinaPipeline:
             )
             for i, task in enumerate(names)
         ]
-
-    def learn_from(
-        self, model: GeneratedModel, embeddings: Tensor, examples: Sequence[Tensor]
-    ) -> GeneratedModel:
-        """A model of this pipeline's after examples of its classes; see `tina.examples`.
-
-        Args:
-            embeddings: (K, E), by which it was generated.
-            examples: Per class (N, C, H, W) of the family's size.
-
-        Raises:
-            NonFiniteError: A row has become NaN or infinite.
-        """
-        from tina.examples import learn_from  # with scipy, which takes longer to import than torch
-
-        return replace(model, theta=learn_from(self.generator, model.theta, embeddings, examples))
 
 
 def _is_batch(prompt: Sequence[object]) -> bool:
