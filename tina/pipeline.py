@@ -169,7 +169,7 @@ class TinaPipeline:
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
         if shown is not None:
-            from tina.examples import learn_from  # with scipy, which other prompts need not wait for
+            from tina.examples import learn_from  # with scipy, which others need not
 
             theta = learn_from(self.generator, models[0].theta, embeddings[0], shown)
             return replace(models[0], theta=theta)
