@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.examples import as_prompts, learnt
 from benchmarks.objectives import against, by_set, measure, prompted
 from benchmarks.record import append, as_command, checkpoint_folder, load
 from tina.checkpoint import load_generator
@@ -32,7 +33,6 @@ from tina.config import DataConfig
 from tina.controls import nothing
 from tina.datasets import Dataset, load_dataset
 from tina.errors import ConfigError, DataError
-from tina.examples import learn_from
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.metrics import Array
@@ -91,21 +91,17 @@ def answers(
     shown = [
         [dataset.views[places(dataset, c)[IMAGES:]] for c in lesson.class_ids] for lesson in lessons
     ]
-    seen = torch.stack([torch.stack([generator.embed_shots(p) for p in few]) for few in shown])
     thetas = {
         row: prompted(generator, prompts, mask, denoise=denoise)
         for row, prompts, denoise in (
             ("tina", embeddings, None),
             ("untrained", embeddings, nothing),
             ("tina_shuffled_prompt", shuffled, None),
-            ("tina_five_images", seen, None),
+            ("tina_five_images", as_prompts(generator, shown), None),
         )
     }
     for row in ("tina", "untrained"):
-        thetas[f"{row}_five_examples"] = [
-            learn_from(generator, *each)
-            for each in zip(thetas[row], embeddings, shown, strict=True)
-        ]
+        thetas[f"{row}_five_examples"] = learnt(generator, thetas[row], embeddings, shown)
     return {row: measure(generator, store, lessons, each) for row, each in thetas.items()}
 
 

@@ -67,6 +67,21 @@ def shown(run: Run, sets: Sequence[Sequence[int]], shots: int) -> list[list[Tens
     return found
 
 
+def as_prompts(generator: Generator, pictures: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Embeddings (B, K, E) of the pictures of each class of each set."""
+    return torch.stack([torch.stack([generator.embed_shots(p) for p in few]) for few in pictures])
+
+
+def learnt(
+    generator: Generator,
+    thetas: Sequence[Tensor],
+    names: Tensor,
+    pictures: Sequence[Sequence[Tensor]],
+) -> list[Tensor]:
+    """The thetas that names, embeddings (B, K, E), gave, after the pictures beside them."""
+    return [learn_from(generator, *each) for each in zip(thetas, names, pictures, strict=True)]
+
+
 def centroids(generator: Generator, pictures: Sequence[Tensor]) -> Tensor:
     """The theta whose nearest class mean in generic features (F,) wins: a linear classifier."""
     family, body = generator.family, generator.generic.body
@@ -101,13 +116,10 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
     rows: dict[str, object] = {row: tell(found) for row, found in scores.items()}
     for shots in SHOTS:
         pictures = shown(run, sets, shots)
-        seen = torch.stack([torch.stack([generator.embed_shots(p) for p in s]) for s in pictures])
-        found = {"tina_images": prompted(generator, seen, mask)}
+        found = {"tina_images": prompted(generator, as_prompts(generator, pictures), mask)}
         for row, thetas in plain.items():
             begin = time.perf_counter()
-            found[f"{row}_examples"] = [
-                learn_from(generator, *each) for each in zip(thetas, names, pictures, strict=True)
-            ]
+            found[f"{row}_examples"] = learnt(generator, thetas, names, pictures)
             took = time.perf_counter() - begin
         found["centroids"] = [centroids(generator, p) for p in pictures]
         rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()} | {

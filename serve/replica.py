@@ -172,11 +172,10 @@ class Replica:
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """Class probabilities (N, K) of a model on picture files."""
         self._refuse_gone(recipe)  # before a picture is looked at: other replicas are asked too
-        side = self.pipe.generator.family.image_size
 
         async def read() -> Tensor:
             await self._refuse_large(images, "images")
-            return torch.cat(await self._pictures(images, "images", partial(fit, side=side)))
+            return await self._small(images, "images")
 
         try:
             async with asyncio.TaskGroup() as group:  # what is left of a refused one is cancelled
@@ -359,11 +358,12 @@ class Replica:
     async def _shots(self, examples: Sequence[Sequence[bytes]]) -> list[Tensor]:
         """Small pictures (N, C, H, W) of each class."""
         await self._refuse_large([file for files in examples for file in files], "examples")
+        return [await self._small(f, f"examples[{i}]") for i, f in enumerate(examples)]
+
+    async def _small(self, files: Sequence[bytes], field: str) -> Tensor:
+        """Pictures (N, C, H, W) as the classifiers take them."""
         cut = partial(fit, side=self.pipe.generator.family.image_size)
-        return [
-            torch.cat(await self._pictures(files, f"examples[{i}]", cut))
-            for i, files in enumerate(examples)
-        ]
+        return torch.cat(await self._pictures(files, field, cut))
 
     async def _embed(self, images: Sequence[Sequence[bytes]]) -> Tensor:
         """Embeddings (K, E) of pictures per class; of all requests few classes are in memory."""

@@ -294,8 +294,8 @@ def test_a_flood_comes_at_its_rate_whatever_the_answers():
     assert Counter(answer.status for answer in answers) == {201: 800, 503: 800}
     assert min(answer.latency for answer in answers if answer.status == 201) > 0.09
     begins = np.sort([answer.begin for answer in answers])
-    # ahead of or behind the rate by no more than a quarter of the flood: they come in clumps
-    assert np.abs(begins - begins[0] - np.arange(1600) / 400).max() < 1
+    # never more than half a second of requests ahead of or behind the rate: they come in clumps
+    assert np.abs(begins - begins[0] - np.arange(1600) / 400).max() < 0.5
 
 
 def test_what_comes_after_the_window_of_a_flood_is_not_counted():

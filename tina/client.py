@@ -100,23 +100,18 @@ def _error(response: httpx.Response) -> ServiceError:
     return ServiceError(message, status=response.status_code, problem=problem)
 
 
-def _shots(
-    field: str, given: Sequence[Sequence[Picture]] | None
-) -> list[tuple[str, tuple[str, bytes]]]:
-    """File parts of the pictures of each class.
+def _check_shots(given: Sequence[Sequence[Picture]] | None) -> None:
+    """Make sure that pictures, where there are any, are a list for each class.
 
     Raises:
-        PromptError: They are not a list for each class, or one is empty.
+        PromptError: They are not, or one is empty.
     """
     if given is None:
-        return []
+        return
     if isinstance(given, Picture) or any(isinstance(shots, Picture) for shots in given):
         raise PromptError("pictures are a list for each class, also where there is one")
     if not (given and all(given)):
         raise PromptError("each class needs a picture where some are given")
-    return [
-        (f"{field}[{i}]", ("image", _file(shot))) for i, shots in enumerate(given) for shot in shots
-    ]
 
 
 def _file(picture: Picture) -> bytes:
@@ -206,10 +201,12 @@ class _Calls:
     def _create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         if isinstance(classes, str):
             raise PromptError(f"classes are a list of names, got {classes!r}")
-        files = [
-            *_shots("images", options.pop("images", None)),
-            *_shots("examples", options.pop("examples", None)),
-        ]
+        pictures = {
+            "images": options.pop("images", None),
+            "examples": options.pop("examples", None),
+        }
+        for given in pictures.values():
+            _check_shots(given)
         try:
             request = ModelRequest.model_validate({"classes": list(classes), **options})
         except ValidationError as error:
@@ -217,6 +214,12 @@ class _Calls:
             raise PromptError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         text = request.model_dump_json(exclude_defaults=True)
         parts: dict[str, Any] = {"content": text, "headers": {"content-type": MEDIA_TYPES["json"]}}
+        files = [
+            (f"{field}[{i}]", ("image", _file(shot)))
+            for field, given in pictures.items()
+            for i, shots in enumerate(given or ())
+            for shot in shots
+        ]
         if files:
             parts = {"data": {"prompt": text}, "files": files}
         return (yield from self._read(ModelReply, "POST", "/v1/models", **parts))
