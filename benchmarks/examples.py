@@ -11,6 +11,7 @@ images of this data set, for CNN-5K. Nothing here reads `report` images.
 tina                  by the names alone
 tina_images           pictures in the names' place
 tina_examples         pictures beside the names
+tina_examples_of_new  the same, of the new classes alone
 untrained             what the names inherit, without the denoiser
 untrained_examples    the same with pictures beside the names
 centroids             nearest mean of the pictures' generic features (no names, no generator)
@@ -76,7 +77,7 @@ def learnt(
     generator: Generator,
     thetas: Sequence[Tensor],
     names: Tensor,
-    pictures: Sequence[Sequence[Tensor]],
+    pictures: Sequence[Sequence[Tensor | None]],
 ) -> list[Tensor]:
     """The thetas that names, embeddings (B, K, E), gave, after the pictures beside them."""
     return [learn_from(generator, *each) for each in zip(thetas, names, pictures, strict=True)]
@@ -121,6 +122,9 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
             begin = time.perf_counter()
             found[f"{row}_examples"] = learnt(generator, thetas, names, pictures)
             took = time.perf_counter() - begin
+        if new > 1:  # one class alone is told from nothing
+            of_new = [p[:new] + [None] * (len(p) - new) for p in pictures]
+            found["tina_examples_of_new"] = learnt(generator, plain["tina"], names, of_new)
         found["centroids"] = [centroids(generator, p) for p in pictures]
         rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()} | {
             "ms_to_learn": round(1000 * took / SETS, 1)

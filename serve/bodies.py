@@ -176,7 +176,7 @@ async def read_prompt(request: Request) -> ModelRequest:
     """The prompt of `POST /v1/models`.
 
     As multipart: a part `prompt` with the JSON, and file parts `images[0]`, `images[1]`, ..., or
-    `examples[0]`, ..., any number for each class.
+    `examples[0]`, ..., any number for each class, of the latter also none.
 
     Raises:
         Problem: See `parse`, `read_form`.
@@ -210,10 +210,9 @@ async def read_prompt(request: Request) -> ModelRequest:
             raise Problem.of_field(name, f"are more than {MAX_IMAGES}")
         of_class.append(content)
     given = {field: each for field, each in shots.items() if any(each)}
-    for field, each in given.items():
-        if not all(each):
-            first = each.index([])
-            raise Problem.of_field(f"{field}[{first}]", "is missing: a picture for every class")
+    if [] in given.get("images", []):
+        first = shots["images"].index([])
+        raise Problem.of_field(f"images[{first}]", "is missing: a picture for every class")
     return prompt.model_copy(update=given)
 
 

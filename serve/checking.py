@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from serve.problems import Problem
 from tina.errors import PromptError
-from tina.prompts import check_task
+from tina.prompts import check_examples, check_task
 from tina.schemas import ModelRequest
 
 
@@ -28,6 +28,11 @@ def check_request(request: ModelRequest, *, most: int) -> tuple[tuple[str, ...],
         given = getattr(request, field)
         if given is not None and len(given) != len(names):
             raise Problem.of_field(field, f"must be {len(names)}, one per class")
+    if request.examples is not None:
+        try:
+            check_examples([bool(shots) for shots in request.examples], classes=len(names))
+        except PromptError as error:
+            raise Problem.of_field("examples", f"are refused: {error}") from None
     if request.descriptions is None:
         return names, ()
     _checked(request.descriptions, most=most, field="descriptions")

@@ -355,10 +355,13 @@ class Replica:
             reason = " ".join(str(error).removeprefix("cannot read the image: ").split())
             raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
 
-    async def _shots(self, examples: Sequence[Sequence[bytes]]) -> list[Tensor]:
-        """Small pictures (N, C, H, W) of each class."""
+    async def _shots(self, examples: Sequence[Sequence[bytes]]) -> list[Tensor | None]:
+        """Small pictures (N, C, H, W) of each class that has some."""
         await self._refuse_large([file for files in examples for file in files], "examples")
-        return [await self._small(f, f"examples[{i}]") for i, f in enumerate(examples)]
+        return [
+            await self._small(files, f"examples[{i}]") if files else None
+            for i, files in enumerate(examples)
+        ]
 
     async def _small(self, files: Sequence[bytes], field: str) -> Tensor:
         """Pictures (N, C, H, W) as the classifiers take them."""

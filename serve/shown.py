@@ -44,9 +44,9 @@ def embedding_of(pipe: TinaPipeline, recipe: Recipe) -> Tensor:
 
 
 def shift_by(
-    pipe: TinaPipeline, model: GeneratedModel, recipe: Recipe, examples: Sequence[Tensor]
+    pipe: TinaPipeline, model: GeneratedModel, recipe: Recipe, examples: Sequence[Tensor | None]
 ) -> str:
-    """What examples, small pictures (N, C, H, W) of each class, add to a model's head rows."""
+    """What examples, small pictures (N, C, H, W) of a class or none, add to a model's head rows."""
     layout = model.family.layout(len(model.class_names))
     theta = learn_from(pipe.generator, model.theta, embedding_of(pipe, recipe), examples)
     return pack_rows(layout.split(theta)[1] - layout.split(model.theta)[1])

@@ -272,7 +272,7 @@ def test_every_class_has_a_picture_or_none(tina, workplace, tiny_checkpoint, cap
     words = ["generate", "--out", "m.safetensors", "--checkpoint", str(tiny_checkpoint)]
     for option, prompt, given, said in (
         ("--image", "one, two", "one", "with --image every class needs one; none has two"),
-        ("--example", "one, two", "one", "with --example every class needs one; none has two"),
+        ("--example", "one, two", "one", "examples are needed of two classes at least"),
         ("--image", "one, two", "three", "no class of the prompt is called three"),
     ):
         assert main([*words, prompt, option, f"{given}={file}"]) == 2

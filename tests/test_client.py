@@ -117,8 +117,9 @@ def test_pictures_are_sent_as_files(kind, tmp_path):
         assert request.headers["content-type"].startswith("multipart/form-data")
         assert b"bytes of a picture" in request.content
     assert service.sent[0].content.count(b'name="images[1]"') == 2
-    ask(kind, service, "create", ["a", "b"], examples=[[file], [b"more", b"others"]])
-    assert service.sent[2].content.count(b'name="examples[1]"') == 2
+    ask(kind, service, "create", ["a", "b", "c"], examples=[[file], None, [b"more", b"others"]])
+    assert service.sent[2].content.count(b'name="examples[2]"') == 2
+    assert b"examples[1]" not in service.sent[2].content
 
 
 @kinds
@@ -274,7 +275,10 @@ def test_the_token_of_a_file_with_an_end_of_line(kind):
         ("create", ["ab"], {}),
         ("create", [["a", "b"]], {"images": []}),
         ("create", [["a", "b"]], {"images": [[b"x"], []]}),
+        ("create", [["a", "b"]], {"images": [[b"x"]]}),
         ("create", [["a", "b"]], {"examples": [[b"x"], []]}),
+        ("create", [["a", "b", "c"]], {"examples": [[b"x"], [b"x"]]}),
+        ("create", [["a", "b", "c"]], {"examples": [b"x", b"x", None]}),
         ("predict", ["an-id", []], {}),
         ("predict", ["an-id", "photo.png"], {}),
         ("predict", ["an-id", b"x"], {}),

@@ -109,6 +109,26 @@ def test_only_new_classes_learn_and_the_order_of_pictures_does_not_matter(pipe, 
     assert torch.equal(pipe(known, examples=shown).theta, pipe(known).theta)
 
 
+def test_a_class_without_examples_is_no_answer(pipe, pictures):
+    """What the others learn is what they learn where it is not in the task."""
+    shown = pictures("fit", 4)
+    before, after = pipe(TASK).theta, pipe(TASK, examples=[None, *shown[1:]]).theta
+    body, rows = pipe.generator.family.layout(3).split(before)
+    learnt = rows_of(pipe.generator, after)
+    assert torch.equal(learnt[0], rows[0])
+    alone = learn_from(
+        pipe.generator,
+        pipe.generator.theta(body, rows[1:]),
+        pipe.embed_names(TASK[1:]),
+        shown[1:],
+    )
+    torch.testing.assert_close(learnt[1:], rows_of(pipe.generator, alone, 2), atol=1e-5, rtol=0)
+    assert (learnt[1] - rows[1]).norm() > 1e-2 * rows[1].norm()
+    assert torch.equal(pipe(TASK, examples=[[], *shown[1:]]).theta, after)
+    of_known = [shown[0], None, shown[2]]
+    assert torch.equal(pipe(TASK, examples=of_known).theta, before)
+
+
 def test_a_class_that_is_new_is_recognised_better(pipe, pictures):
     held = pictures("select", 100)
     labels = torch.arange(3).repeat_interleave(torch.tensor([len(images) for images in held]))
@@ -162,7 +182,8 @@ def test_rows_that_are_no_numbers_are_not_returned(pipe, pictures):
     ("options", "reason"),
     [
         ({"examples": [torch.rand(1, 1, 8, 8)] * 2}, "3 classes need examples of as many, got 2"),
-        ({"examples": [torch.rand(1, 1, 8, 8), [], None]}, "a class has no pictures"),
+        ({"examples": [torch.rand(1, 1, 8, 8), [], None]}, "of two classes at least"),
+        ({"examples": [None] * 3}, "of two classes at least"),
         ({"examples": [torch.rand(1, 3, 8, 8)] * 3}, "must have C = 1"),
         ({"examples": dict.fromkeys(TASK)}, "lists, in the order of the classes"),
         (

@@ -89,6 +89,9 @@ def test_from_classes_to_bars_and_weights(page, tmp_path):
     assert load_file(tmp_path / "m.safetensors")["fc.weight"].shape[0] == 3
     if shot := os.environ.get("TINA_SCREENSHOT"):
         right = page.locator(".side").nth(1)
+        for word in ("three", "five"):
+            file = SAMPLE.with_name(f"digits-{word}.png")
+            right.get_by_label(f"Add pictures of {word}").set_input_files(file)
         right.get_by_role("button", name="Generate").click()
         right.locator(".bars li").nth(2).wait_for()
         page.screenshot(path=shot, full_page=True)
@@ -115,6 +118,51 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
     page.locator("#samples button").first.focus()
     page.keyboard.press("Enter")
     page.locator('#shown[alt="zero.png"]').wait_for()
+
+
+def test_pictures_beside_names_are_examples(page, backend, monkeypatch):
+    asked, create = [], backend.create
+
+    async def watched(request, format):
+        asked.append(request)
+        return await create(request, format)
+
+    monkeypatch.setattr(backend, "create", watched)
+    left = page.locator(".side").first
+    clear(left)
+    name = left.get_by_label("Add a class")
+    name.fill("three, five, eight")
+    name.press("Enter")
+    generate = left.get_by_role("button", name="Generate")
+    content = SAMPLE.read_bytes()
+    left.get_by_label("Add pictures of three").set_input_files([SAMPLE, SAMPLE])
+    assert left.locator(".chips img").count() == 2
+    generate.click()
+    left.locator(".status.bad", has_text="of two classes at least").wait_for()
+    page.evaluate(
+        """async () => {
+            const content = await (await fetch("static/samples/digits-five.png")).blob();
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([content], "five.png", { type: "image/png" }));
+            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
+            document.querySelectorAll(".side .chips li")[2].dispatchEvent(event);
+        }"""
+    )
+    left.get_by_label("Remove picture 1 of three").click()
+    focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert focused == "Add pictures of three"
+    generate.click()
+    left.locator(".status", has_text="parameters").wait_for()
+    assert asked[-1].classes == ["three", "five", "eight"]
+    assert asked[-1].examples == [[content], [], [content]]
+    left.get_by_label("Remove three", exact=True).click()
+    left.get_by_label("Remove eight", exact=True).click()
+    name.fill("eight")
+    name.press("Enter")
+    assert left.locator(".chips img").count() == 0
+    generate.click()
+    left.locator(".status", has_text="parameters").wait_for()
+    assert asked[-1].examples is None
 
 
 def test_the_sample_that_was_chosen_last_is_shown(page):

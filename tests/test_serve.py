@@ -292,7 +292,7 @@ def with_a_new_class(backend, monkeypatch):
 
 def test_examples_are_kept_as_what_they_add(post, get, with_a_new_class):
     pipe = with_a_new_class
-    shots = [[picture(1), picture(2, size=(20, 20))], [picture(3)], [picture(4)]]
+    shots = [[], [picture(1), picture(2, size=(20, 20))], [picture(3)]]
     body = THREE | {"seed": 17, "examples": [[b64(s) for s in of_class] for of_class in shots]}
     files = [(f"examples[{i}]", ("x", s)) for i, of_class in enumerate(shots) for s in of_class]
     as_json = post("/v1/models", json=body)
@@ -568,8 +568,9 @@ def test_the_playground_needs_nothing_from_elsewhere(get):
         assert part in policy
     assert page.headers["cache-control"] == "no-cache"
     assert get("/", headers={"if-none-match": page.headers["etag"]}).status_code == 304
-    for file in ("app.js", "style.css"):
-        assert f'"static/{file}"' in page.text
+    script = "/static/app.js"
+    for file, whose in (("app.js", "/"), ("style.css", "/"), ("chip.js", script)):
+        assert f'/{file}"' in get(whose).text
         content = get(f"/static/{file}")
         assert content.status_code == 200
         assert content.headers["cache-control"] == "no-cache"
@@ -619,7 +620,8 @@ Image.new("L", (20_000, 20_000)).save(BOMB, "PNG")
         ({"images": [["AA=="]]}, "images"),
         ({"examples": [["AA=="]] * 3, "images": [["AA=="]] * 3}, "images"),
         ({"examples": [["AA=="]]}, "examples"),
-        ({"examples": [["AA=="], [], ["AA=="]]}, "examples[1]"),
+        ({"examples": [["AA=="], [], []]}, "examples"),
+        ({"examples": [[], [], []]}, "examples"),
         ({"examples": [[""]] * 3}, "examples[0][0]"),
         ({"examples": [[b64(b"no picture")]] * 3}, "examples[0][0]"),
         ({"examples": [[b64(BOMB.getvalue())]] * 3}, "examples[0][0]"),
@@ -1065,7 +1067,7 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, m
     ids=[
         "no such class",
         "not for all",
-        "examples not for all",
+        "examples of one class",
         "another name",
         "no prompt",
         "empty",

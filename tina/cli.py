@@ -55,7 +55,7 @@ def generate(args: argparse.Namespace) -> None:
     from tina.images import read_image, shrink
     from tina.model import GeneratedModel
     from tina.names import normalise_name, unfamiliar
-    from tina.prompts import split_sentence
+    from tina.prompts import check_examples, split_sentence
 
     pairs = args.image or args.description or args.example
     extras = [(normalise_name(name), value) for name, value in pairs]
@@ -67,14 +67,15 @@ def generate(args: argparse.Namespace) -> None:
     keys = [normalise_name(name) for name in names]
     if odd := given.keys() - keys:
         raise PromptError(f"no class of the prompt is called {' or '.join(sorted(odd))}")
-    shown = "image" if args.image else "example" if args.example else ""
-    if shown and (bare := [key for key in keys if key not in given]):
-        raise PromptError(f"with --{shown} every class needs one; none has {', '.join(bare)}")
+    if args.image and (bare := [key for key in keys if key not in given]):
+        raise PromptError(f"with --image every class needs one; none has {', '.join(bare)}")
+    if args.example:
+        check_examples([key in given for key in keys], classes=len(keys))
     pipe = _load(args.checkpoint, open_clip=args.open_clip)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
-    if shown:
+    if args.image or args.example:
         channels = pipe.generator.family.channels
-        options[f"{shown}s"] = [
+        options["images" if args.image else "examples"] = [
             [shrink(read_image(v, channels=channels)) for k, v in extras if k == key]
             for key in keys
         ]
@@ -312,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     arg = command.add_mutually_exclusive_group().add_argument
     arg("--image", **pair, metavar="NAME=FILE", help="show class NAME; repeat for more pictures")
     arg("--description", **pair, metavar="NAME=TEXT", help="a text that describes class NAME")
-    beside = "a picture beside the word of class NAME, some for every class: new ones learn from it"
+    beside = "a picture beside the word of class NAME, of two classes at least: new ones learn"
     arg("--example", **pair, metavar="NAME=FILE", help=beside)
     arg = add(classify, "classify mine.safetensors photo.png").add_argument
     arg("model", **model)

@@ -54,7 +54,7 @@ class Prompt(TypedDict, total=False):
 
     descriptions: list[str] | None
     images: Sequence[Sequence[Picture]] | None
-    examples: Sequence[Sequence[Picture]] | None
+    examples: Sequence[Sequence[Picture] | None] | None
     seed: int
     steps: int | None
     guidance: float | None
@@ -100,18 +100,25 @@ def _error(response: httpx.Response) -> ServiceError:
     return ServiceError(message, status=response.status_code, problem=problem)
 
 
-def _check_shots(given: Sequence[Sequence[Picture]] | None) -> None:
+def _check_shots(
+    given: Sequence[Sequence[Picture] | None] | None, *, classes: int, least: int
+) -> None:
     """Make sure that pictures, where there are any, are a list for each class.
 
+    Args:
+        least: Classes whose list must not be empty.
+
     Raises:
-        PromptError: They are not, or one is empty.
+        PromptError: They are not, or too few classes have some.
     """
     if given is None:
         return
     if isinstance(given, Picture) or any(isinstance(shots, Picture) for shots in given):
         raise PromptError("pictures are a list for each class, also where there is one")
-    if not (given and all(given)):
-        raise PromptError("each class needs a picture where some are given")
+    if len(given) != classes:
+        raise PromptError(f"{classes} classes need as many lists of pictures, got {len(given)}")
+    if (found := sum(map(bool, given))) < least:
+        raise PromptError(f"pictures are needed of at least {least} of the classes, not of {found}")
 
 
 def _file(picture: Picture) -> bytes:
@@ -205,8 +212,9 @@ class _Calls:
             "images": options.pop("images", None),
             "examples": options.pop("examples", None),
         }
-        for given in pictures.values():
-            _check_shots(given)
+        for field, given in pictures.items():
+            least = len(classes) if field == "images" else 2
+            _check_shots(given, classes=len(classes), least=least)
         try:
             request = ModelRequest.model_validate({"classes": list(classes), **options})
         except ValidationError as error:
@@ -218,7 +226,7 @@ class _Calls:
             (f"{field}[{i}]", ("image", _file(shot)))
             for field, given in pictures.items()
             for i, shots in enumerate(given or ())
-            for shot in shots
+            for shot in shots or ()
         ]
         if files:
             parts = {"data": {"prompt": text}, "files": files}

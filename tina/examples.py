@@ -5,7 +5,8 @@ right by the denoiser as well as it can. How far mixtures are off is known from 
 each left out in turn: what they miss gives the covariance of a Gaussian prior around the guess, the
 wider the less familiar the class. The examples' cross-entropy is the likelihood, and the row
 becomes the mode of the posterior. Only the head moves, so that this is convex and takes
-milliseconds.
+milliseconds. A class without examples is no answer in it: nothing shows what it is not, and the
+others' rows would learn to say yes to all that is its.
 
 Axes: K classes of the task, N examples, F features before the head, R = F + 1 values of a head row,
 V trained classes.
@@ -94,28 +95,34 @@ def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: 
 
 @torch.no_grad()
 def learn_from(
-    generator: Generator, theta: Tensor, embeddings: Tensor, examples: Sequence[Tensor]
+    generator: Generator, theta: Tensor, embeddings: Tensor, examples: Sequence[Tensor | None]
 ) -> Tensor:
-    """A generated theta (n,) after some examples of each class.
+    """A generated theta (n,) after examples of some classes.
 
     The rows of trained names stay as they are; examples of these tell what the new classes are not.
+    So do those of classes that have none.
 
     Args:
         embeddings: (K, E), unit norm, by which it was generated.
-        examples: Per class (N_k, C, H, W) of the family's size, uint8 or float in [0, 1]; without
-            those of some classes, the others' rows would only learn to say yes.
+        examples: Per class (N_k, C, H, W) of the family's size, uint8 or float in [0, 1], or none;
+            see `tina.prompts.check_examples`.
 
     Raises:
         NonFiniteError: A row has become NaN or infinite.
     """
     family, layout = generator.family, generator.family.layout(len(embeddings))
-    newness = 1 - generator.vocabulary.familiarity(embeddings)
+    shown = {i: images for i, images in enumerate(examples) if images is not None}
+    newness = 1 - generator.vocabulary.familiarity(embeddings[list(shown)])
     if not bool((newness > KNOWN).any()):
         return theta
     body, rows = layout.split(theta)
-    labels = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(e) for e in examples]))
-    seen = torch.cat([features(family, body, images) for images in examples])
-    rows = settle(seen, labels, rows, newness, covariance_factor(generator))
+    counts = torch.tensor([len(images) for images in shown.values()])
+    labels = torch.arange(len(shown)).repeat_interleave(counts)
+    seen = torch.cat([features(family, body, images) for images in shown.values()])
+    rows = rows.clone()
+    rows[list(shown)] = settle(
+        seen, labels, rows[list(shown)], newness, covariance_factor(generator)
+    )
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError("examples led to NaN or infinite weights; nothing is returned")
     return layout.join(body, rows)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,14 @@ from tina.generator import Generator
 from tina.images import fit, read_image, square
 from tina.model import GeneratedModel
 from tina.names import normalise_name
-from tina.prompts import check_distinct, check_pictures, check_task, pad, split_sentence
+from tina.prompts import (
+    check_distinct,
+    check_examples,
+    check_pictures,
+    check_task,
+    pad,
+    split_sentence,
+)
 from tina.storage import MANIFEST
 
 Picture = Tensor | str | Path | Image.Image
@@ -103,7 +111,7 @@ class TinaPipeline:
         *,
         images: Sequence[Shots] | None = None,
         descriptions: Sequence[str] | None = None,
-        examples: Sequence[Shots] | None = None,
+        examples: Sequence[Shots | None] | None = None,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -116,8 +124,9 @@ class TinaPipeline:
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
-            examples: For one task, beside the words: pictures of every class as in `images`, from
-                which the rows of those that are no trained ones learn, see `tina.examples`.
+            examples: For one task, beside the words: per class pictures as in `images`, or None or
+                an empty list. Of those that have some the rows of new ones learn, see
+                `tina.examples`.
             seed: One for all, or one per task of a batch.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance; 1 is none.
@@ -162,9 +171,8 @@ class TinaPipeline:
             embeddings = [self.embed_names(task) for task in names]
         shown = None
         if examples is not None:
-            if len(examples) != k:
-                raise PromptError(f"{k} classes need examples of as many, got {len(examples)}")
-            shown = [self._small(shots) for shots in examples]
+            shown = [self._small(shots) if _some(shots) else None for shots in examples]
+            check_examples([shots is not None for shots in shown], classes=k)
         models = self.generate(
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
@@ -308,6 +316,10 @@ class TinaPipeline:
             )
             for i, task in enumerate(names)
         ]
+
+
+def _some(shots: Shots | None) -> TypeGuard[Shots]:
+    return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
 
 
 def _is_batch(prompt: Sequence[object]) -> bool:

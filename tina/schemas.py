@@ -77,11 +77,11 @@ class ModelRequest(_Request):
         Field(max_length=MAX_CLASSES, description="Pictures per class, in place of its name."),
     ] = None
     examples: Annotated[
-        list[Shots] | None,
+        list[Annotated[list[Image], Field(max_length=MAX_IMAGES)]] | None,
         Field(
             max_length=MAX_CLASSES,
-            description="Pictures of every class, beside its name or description: the rows of "
-            "those that nothing was trained on learn from them.",
+            description="Pictures per class, beside its name or description, or an empty list: of "
+            "those that have some, two at least, rows that nothing was trained on learn.",
         ),
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the initial noise.")] = 0

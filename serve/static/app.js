@@ -1,5 +1,7 @@
 // The playground: plain modules, no build step, nothing from elsewhere.
 
+import { makeChip } from "./chip.js";
+
 const STARTING_CLASSES = 3;
 const SAMPLES = { digits: ["zero", "three", "five", "eight"] };
 
@@ -29,6 +31,7 @@ class Panel {
     this.most = info.limits.classes;
     this.known = new Set(info.classes);
     this.classes = [];
+    this.shots = new Map(); // by class, the pictures beside its name
     this.model = null;
     this.latest = 0; // answers to older questions are dropped
     this.made = { text: "", bad: false }; // what there is to say of the model
@@ -86,27 +89,44 @@ class Panel {
   }
 
   remove(index) {
-    this.classes.splice(index, 1);
+    for (const name of this.classes.splice(index, 1)) this.shots.delete(name);
     this.showChips();
     this.part(".name").focus();
   }
 
+  take(index, shots) {
+    this.shots.set(this.classes[index], shots);
+    this.showChips();
+    $("input", this.part(".chips").children[index]).focus();
+  }
+
   showChips() {
     this.part(".chips").replaceChildren(
-      ...this.classes.map((name, index) => {
-        const chip = document.createElement("li");
-        const button = document.createElement("button");
-        button.type = "button";
-        button.textContent = "×";
-        button.setAttribute("aria-label", `Remove ${name}`);
-        button.addEventListener("click", () => this.remove(index));
-        chip.append(name, button);
-        return chip;
-      }),
+      ...this.classes.map((name, index) =>
+        makeChip(name, this.shots.get(name) ?? [], {
+          take: (shots) => this.take(index, shots),
+          remove: () => this.remove(index),
+        }),
+      ),
     );
     const many = this.classes.length > this.most;
     this.part(".name").setCustomValidity(many ? `At most ${this.most} classes` : "");
     this.part(".name").reportValidity();
+  }
+
+  // The prompt as it travels: JSON, or a form where pictures go with it.
+  prompt() {
+    const prompt = JSON.stringify({
+      classes: this.classes,
+      seed: Number(this.part(".seed").value),
+      steps: Number(this.part(".steps").value),
+    });
+    const shown = this.classes.flatMap((name, i) => (this.shots.get(name) ?? []).map((file) => [i, file]));
+    if (!shown.length) return { headers: { "Content-Type": "application/json" }, body: prompt };
+    const form = new FormData();
+    form.append("prompt", prompt);
+    for (const [i, file] of shown) form.append(`examples[${i}]`, file);
+    return { body: form };
   }
 
   async generate() {
@@ -118,16 +138,7 @@ class Panel {
     this.sayMade("");
     const begin = performance.now();
     try {
-      const body = {
-        classes: this.classes,
-        seed: Number(this.part(".seed").value),
-        steps: Number(this.part(".steps").value),
-      };
-      const response = await call("v1/models", {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify(body),
-      });
+      const response = await call("v1/models", { method: "POST", ...this.prompt() });
       const model = await response.json();
       if (turn !== this.latest) return;
       this.model = model;
