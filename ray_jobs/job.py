@@ -52,7 +52,8 @@ def run_job(
         needs: Flags that the example in its help cannot do without.
 
     Returns:
-        0 when the work is done, 2 for what the user can mend, 1 for any other failure.
+        0 when the work is done, 2 for what the user can mend, 1 for any other failure, 130 when
+        interrupted.
     """
     argv = list(argv)
     dry = "--dry-run" in argv
@@ -81,6 +82,9 @@ def run_job(
         except Exception:
             run.give_up()
             raise
+    except KeyboardInterrupt:
+        _leave(f"{name}: interrupted; the same command goes on from what there is")
+        return 130
     except Exception as error:
         return _fail(error, name)
     return 0
@@ -109,11 +113,16 @@ def _fail(error: Exception, job: str) -> int:
         message = shorten(f"{type(cause).__name__}: {message}", MOST_CHARACTERS)
         if "SIGKILL" in words:  # as the kernel does, which leaves no word of it
             message += f" If memory ran out: {cure}"
+    _leave(f"error: {message}")
+    return code
+
+
+def _leave(words: str) -> None:
+    """The last line."""
     if "ray" in sys.modules:
         leave_ray()
-    sys.stdout.flush()  # into a file it would come after the last line
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
+    sys.stdout.flush()  # into a file it would come after it
+    print(words, file=sys.stderr, flush=True)
 
 
 def _who(wrapped: Sequence[BaseException]) -> tuple[str, str]:

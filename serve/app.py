@@ -218,7 +218,8 @@ def storage_of(args: ServeArgs) -> str:
     folder = Path(args.checkpoint)
     if not folder.is_absolute():
         raise ConfigError(
-            f"checkpoint must be an absolute path, or storage given: got {args.checkpoint}"
+            f"checkpoint must be an absolute path, got {args.checkpoint}; of another kind, as a "
+            "packaged name, storage must be given"
         )
     return str(folder.parent / "serve")
 

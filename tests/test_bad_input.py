@@ -399,7 +399,7 @@ MODELS = {
     "folder": (
         lambda file: (file.unlink(), file.mkdir()),
         CheckpointError,
-        "not a readable safetensors file",
+        "is a folder, not a classifier",
     ),
 }
 UNTRUSTED = {

@@ -227,6 +227,10 @@ def test_examples_stand_beside_words(tina, workplace):
                 assert not torch.equal(one[1], other[1])
             else:
                 assert torch.equal(one, other)
+    assert "change nothing" not in found.out
+    given = [f"--example={name}={shots[0]}" for name in ("one", "two")]
+    found = tina("generate", "one, two", *given, "--out", "known.safetensors")
+    assert "examples change nothing" in found.out
 
 
 def test_a_description_takes_the_place_of_a_name(tina):
@@ -273,7 +277,7 @@ def test_every_class_has_a_picture_or_none(tina, workplace, tiny_checkpoint, cap
     for option, prompt, given, said in (
         ("--image", "one, two", "one", "with --image every class needs one; none has two"),
         ("--example", "one, two", "one", "examples are needed of two classes at least"),
-        ("--image", "one, two", "three", "no class of the prompt is called three"),
+        ("--image", "one, two", "three", "no class of the prompt is called three: it has one, two"),
     ):
         assert main([*words, prompt, option, f"{given}={file}"]) == 2
         assert said in capsys.readouterr().err
@@ -298,7 +302,10 @@ def test_the_checkpoint_is_found(workplace, tiny_checkpoint, monkeypatch, capsys
     assert main(make) == 0
     monkeypatch.delenv("TINA_CHECKPOINT")
     shutil.copytree(tiny_checkpoint, workplace / "runs" / "quickstart" / "checkpoint")
+    capsys.readouterr()
     assert main(make) == 0
+    demo = "note: no checkpoint is named, taking runs/quickstart/checkpoint\n"
+    assert capsys.readouterr().err == demo
 
 
 # --- classify -------------------------------------------------------------------------------------

@@ -283,6 +283,7 @@ def test_the_token_of_a_file_with_an_end_of_line(kind):
         ("predict", ["an-id", "photo.png"], {}),
         ("predict", ["an-id", b"x"], {}),
         ("model", [""], {}),
+        ("predict", [ModelReply.model_construct(id="an-id"), [b"x"]], {}),
         ("weights", [""], {}),
         ("predict", ["", [b"x"]], {}),
     ],

@@ -182,6 +182,16 @@ def test_the_error_is_the_last_line_of_a_file_too(tmp_path):
     ]
 
 
+def test_an_interrupt_says_how_to_go_on(config_file, capsys):
+    def work(run):
+        raise KeyboardInterrupt
+
+    assert start(work, ["--config", str(config_file)]) == 130
+    printed = capsys.readouterr().err
+    assert printed.endswith(": interrupted; the same command goes on from what there is\n")
+    assert "Traceback" not in printed
+
+
 def test_an_error_of_ours_is_not_hidden(config_file, capsys):
     def work(run):
         raise ZeroDivisionError("a bug")

@@ -48,7 +48,9 @@ def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):
     pipe = TinaPipeline.from_pretrained("tina-cifar100-cnn5k")
     laptop, tiger, otter = pipe(["Laptop", "tiger cat", "otter"], seed=0).familiarity
     assert laptop < tiger < otter == pytest.approx(1)
-    with pytest.raises(PromptError, match=r"know 'lap top' \(closest: laptop\), 'zzzzzz'; for any"):
+    with pytest.raises(
+        PromptError, match=r"know 'lap top' \(closest: laptop\), 'zzzzzz'; .tina info"
+    ):
         pipe(["otter", "lap top", "zzzzzz"])
     strangers = [c * 6 for c in "qwxyzjv"]
     with pytest.raises(PromptError, match="'yyyyyy', 'zzzzzz' and 2 more; for any other text take"):
@@ -116,8 +118,10 @@ def test_open_clip_encodes_what_they_do_not_know(name, clip_at_hand):
     both = TinaPipeline.from_pretrained(name, open_clip=True)
     space = alone.generator.vocabulary.space
     assert (alone.reads_text, both.reads_text) == (False, True)
-    assert both.encoder.space == space
     first, second = alone.generator.vocabulary.trained_names[:2]
+    both([first, second])
+    assert "encoder" not in vars(both)  # no word has needed it yet
+    assert both.encoder.space == space
     # a known name keeps its own vector, and an unknown one has open_clip's in the same sentence
     found = both.embed_names([first, "zzzzzz"])
     assert torch.equal(found[0], alone.embed_names([first])[0])
@@ -136,7 +140,9 @@ def test_open_clip_stands_beside_them_on_the_command_line(clip_at_hand, tmp_path
     words = ["generate", "otter", "zzzzzz", "--checkpoint", "tina-cifar100-cnn5k"]
     words += ["--out", str(tmp_path / "m.safetensors")]
     assert main(words) == 2
-    assert "'zzzzzz'; for any other text take --open-clip" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "does not know 'zzzzzz'; `tina info --words` lists what it knows" in said
+    assert "for any other text take --open-clip" in said
     assert main([*words, "--open-clip"]) == 0
     assert "zzzzzz" in capsys.readouterr().out
 

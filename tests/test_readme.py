@@ -253,6 +253,12 @@ def test_what_examples_bring_is_what_the_row_says() -> None:
     took = found["10"]["5_of_each"]["ms_to_learn"]
     assert f"in {round(took, -1):.0f} ms for ten classes and five pictures of each" in README
     assert 0.25 < found["1"]["5_of_each"]["tina_examples"]["points"] < 0.75  # half a point
+    later = row_of("examples", "ddf8f20e8938")["new_of_ten"]
+    five = later["5"]["5_of_each"]
+    few, all_ = (five[row]["points"] for row in ("tina_examples_of_new", "tina_examples"))
+    assert f"they bring {few:.1f} points, pictures of all {all_:.1f}, and with two new n" in README
+    two = later["2"]["5_of_each"]["tina_examples_of_new"]
+    assert abs(two["points"]) < 2 * two["points_se"]
     ones = [found[new]["1_of_each"]["tina_examples"] for new in found]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 

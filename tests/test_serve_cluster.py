@@ -187,9 +187,11 @@ def test_clients_that_go_leave_nothing_hanging(url):
 def test_the_readmes_own_lines(url, tmp_path, monkeypatch):
     section = README.split("## Over HTTP")[1].split("\n## ")[0]
     (shell,) = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
-    (curl,) = [line for line in shell.splitlines() if line.startswith("curl")]
-    curl = curl.replace("localhost:8000", url.removeprefix("http://"))
-    subprocess.run(["bash", "-c", curl], cwd=tmp_path, check=True, timeout=60)
+    demo, wait, curl = shell.splitlines()
+    assert demo == "make demo"
+    for line in (wait.removeprefix("make serve & "), curl):
+        here = line.replace("localhost:8000", url.removeprefix("http://"))
+        subprocess.run(["bash", "-c", here], cwd=tmp_path, check=True, timeout=60)
     assert load_file(tmp_path / "mine.safetensors")["fc.bias"].shape == (3,)
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     monkeypatch.chdir(ROOT)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["GeneratedModel", "TinaPipeline", "load_classifier"]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     # torch is imported when it is needed, so that `tina --help` answers at once
     if name in __all__:

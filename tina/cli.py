@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> None:
     """Generate a classifier for the classes of a prompt, as safetensors and ONNX."""
     outputs = _check_outputs({".safetensors": args.out, ".onnx": args.onnx}, force=args.force)
+    import torch
+
     from tina.files import write_whole
     from tina.images import read_image, shrink
     from tina.model import GeneratedModel
@@ -66,12 +68,15 @@ def generate(args: argparse.Namespace) -> None:
     names = split_sentence(words[0]) if len(args.prompt) == 1 else words
     keys = [normalise_name(name) for name in names]
     if odd := given.keys() - keys:
-        raise PromptError(f"no class of the prompt is called {' or '.join(sorted(odd))}")
+        odd_ones, all_keys = " or ".join(sorted(odd)), ", ".join(keys)
+        raise PromptError(f"no class of the prompt is called {odd_ones}: it has {all_keys}")
     if args.image and (bare := [key for key in keys if key not in given]):
         raise PromptError(f"with --image every class needs one; none has {', '.join(bare)}")
     if args.example:
         check_examples([key in given for key in keys], classes=len(keys))
     pipe = _load(args.checkpoint, open_clip=args.open_clip)
+    # one prompt is made as fast by one thread, and a second waits where it finds no core
+    torch.set_num_threads(1)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image or args.example:
         channels = pipe.generator.family.channels
@@ -99,6 +104,8 @@ def generate(args: argparse.Namespace) -> None:
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
     for warning in unfamiliar(model.class_names, model.familiarity).values():
         print(f"warning: {warning}", file=sys.stderr)
+    if args.example and min(model.familiarity) == 1:
+        print("note: the generator was trained on all of them: examples change nothing")
     lookup = pipe.generator.vocabulary.lookup
     new = not args.image and (args.description or any(lookup(key) is None for key in keys))
     if new and not pipe.is_semantic:
@@ -190,10 +197,8 @@ def _load(name: str | Path | None, *, open_clip: bool = False) -> TinaPipeline:
     from tina.pipeline import TinaPipeline
 
     name = name or os.environ.get("TINA_CHECKPOINT")
-    if not name and DEMO.is_dir():
-        name = DEMO
-    elif not name:
-        name = PACKAGED[0]
+    if not name:
+        name = DEMO if DEMO.is_dir() else PACKAGED[0]
         print(f"note: no checkpoint is named, taking {name}", file=sys.stderr)
     return TinaPipeline.from_pretrained(name, open_clip=open_clip)
 

@@ -126,8 +126,8 @@ def _file(picture: Picture) -> bytes:
 
 
 def _path(id: str) -> str:
-    if not id:
-        raise PromptError("the id is empty")
+    if not isinstance(id, str) or not id:
+        raise PromptError(f"a model's id is text, got {id!r}")
     return f"/v1/models/{quote(id, safe='')}"
 
 

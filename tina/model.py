@@ -30,7 +30,8 @@ class GeneratedModel:
 
     Args:
         theta: (n,), laid out for K classes.
-        familiarity: Per class, 0..1: how well the prompt is covered by the training classes.
+        familiarity: Per class, 0..1: how well the prompt is covered by the training classes; of
+            pictures in a name's place, what they were taken for.
         checkpoint: sha256 of the checkpoint's manifest.
     """
 
@@ -105,6 +106,8 @@ def load_classifier(file: str | Path) -> Classifier:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no {file}") from error
     except (SafetensorError, OSError) as error:
+        if Path(file).is_dir():
+            raise CheckpointError(f"{file} is a folder, not a classifier's file") from error
         onnx = "; ONNX is written for others, not read" if str(file).endswith(".onnx") else ""
         reason = f"{file} is not a readable safetensors file: {error}{onnx}"
         raise CheckpointError(reason) from error

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,7 @@ class TinaPipeline:
     Args:
         checkpoint: sha256 of the manifest, written into every model.
         card: Its model card.
-        encoder: Of the checkpoint's space, for words that it does not know; default: the one that
-            its configuration names.
+        open_clip: See `from_pretrained`.
     """
 
     def __init__(
@@ -59,10 +58,15 @@ class TinaPipeline:
         *,
         checkpoint: str,
         card: str = "",
-        encoder: PromptEncoder | None = None,
+        open_clip: bool = False,
     ) -> None:
         self.generator, self.checkpoint, self.card = generator, checkpoint, card
-        self._given = encoder
+        self._open_clip = open_clip
+
+    def __repr__(self) -> str:
+        generator = self.generator
+        words = len(generator.vocabulary.names)
+        return f"TinaPipeline({generator.dataset}, {generator.family.name}; {words} words)"
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, open_clip: bool = False) -> TinaPipeline:
@@ -72,19 +76,16 @@ class TinaPipeline:
             name: A checkpoint's folder or URI (`s3://...`); the name of one that comes with Tina,
                 as `tina-cifar100-cnn5k`; or a repository of the Hugging Face hub, `owner/name`.
             open_clip: Encode words that the checkpoint does not know with open_clip's model of its
-                embedding space, which is downloaded once, instead of the encoder that it names.
+                embedding space, instead of the encoder that it names; the first such word downloads
+                it, once.
 
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
-            ConfigError: open_clip has no model of its embedding space.
-            DataError: open_clip's weights cannot be had.
         """
         directory = find_checkpoint(str(name))
         generator, card = load_generator(directory), (directory / "README.md").read_text()
-        encoder = OpenClipEncoder.of(generator.vocabulary.space) if open_clip else None
-        return cls(
-            generator, checkpoint=hash_file(directory / MANIFEST), card=card, encoder=encoder
-        )
+        checkpoint = hash_file(directory / MANIFEST)
+        return cls(generator, checkpoint=checkpoint, card=card, open_clip=open_clip)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory, with its card; see `tina.checkpoint`."""
@@ -95,13 +96,18 @@ class TinaPipeline:
         """The encoder of the checkpoint's space; only built when a prompt needs it.
 
         Raises:
-            ConfigError: The encoder's space is not the checkpoint's.
+            ConfigError: The encoder's space is not the checkpoint's, or open_clip has no model of
+                that.
+            DataError: Its weights cannot be had.
         """
-        encoder = self._given or build_encoder(self.generator.config.prompt)
-        if encoder.space != self.generator.vocabulary.space:
+        space = self.generator.vocabulary.space
+        if self._open_clip:
+            return OpenClipEncoder.of(space)
+        encoder = build_encoder(self.generator.config.prompt)
+        if encoder.space != space:
             raise ConfigError(
                 f"the prompt encoder's space is {encoder.space}, "
-                f"the checkpoint was trained in {self.generator.vocabulary.space}"
+                f"the checkpoint was trained in {space}"
             )
         return encoder
 
@@ -145,7 +151,8 @@ class TinaPipeline:
             )
         if images is not None and (descriptions is not None or examples is not None):
             raise PromptError("images stand alone: descriptions and examples go with words")
-        if any(isinstance(extra, (str, Mapping)) for extra in extras):
+        given = [extra for extra in extras if extra is not None]
+        if any(isinstance(extra, str) or not isinstance(extra, Sequence) for extra in given):
             raise PromptError(
                 "images, descriptions and examples are lists, in the order of the classes"
             )
@@ -217,7 +224,7 @@ class TinaPipeline:
     @property
     def reads_text(self) -> bool:
         """Whether words that the checkpoint does not know can be encoded."""
-        return self._given is not None or self.generator.config.prompt.encoder != "table"
+        return self._open_clip or self.generator.config.prompt.encoder != "table"
 
     def _unknown(self, names: Sequence[str]) -> PromptError:
         """What to say of names that nothing here can embed."""
@@ -227,8 +234,9 @@ class TinaPipeline:
             said.append(f"{shorten(name, 60)!r}" + (f" (closest: {close})" if close else ""))
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return PromptError(
-            f"the checkpoint does not know {', '.join(said)}{more}; for any other text take "
-            "--open-clip (open_clip=True), or a checkpoint trained with open_clip or sentence"
+            f"the checkpoint does not know {', '.join(said)}{more}; `tina info --words` lists what "
+            "it knows, and for any other text take --open-clip (open_clip=True), or a checkpoint "
+            "trained with open_clip or sentence"
         )
 
     def embed_images(self, images: Sequence[Shots]) -> Tensor:
@@ -257,11 +265,9 @@ class TinaPipeline:
 
     def _pictures(self, shots: Shots) -> list[Tensor]:
         """One class's pictures as they were given, (N, C, H, W) each."""
-        several = (
-            [shots] if isinstance(shots, (Tensor, *FILES)) else list(() if shots is None else shots)
-        )
-        if not several:
+        if not _some(shots):
             raise PromptError("a class has no pictures")
+        several = list(shots) if isinstance(shots, (list, tuple)) else [cast(Picture, shots)]
         channels = self.generator.family.channels
         parts = [
             read_image(part, channels=channels) if isinstance(part, FILES) else part
@@ -309,13 +315,17 @@ class TinaPipeline:
                 theta=generator.theta(body[i], rows[i, : len(task)]),
                 family=generator.family,
                 class_names=task,
-                familiarity=tuple(generator.vocabulary.familiarity(embeddings[i]).tolist()),
+                familiarity=_rounded(generator.vocabulary.familiarity(embeddings[i])),
                 seed=seeds[i],
                 steps=steps[i],
                 checkpoint=self.checkpoint,
             )
             for i, task in enumerate(names)
         ]
+
+
+def _rounded(shares: Tensor) -> tuple[float, ...]:
+    return tuple(round(share, 6) for share in shares.tolist())
 
 
 def _some(shots: Shots | None) -> TypeGuard[Shots]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
                 f"a class name has {len(name)} characters, at most {MAX_CHARACTERS} are read"
             )
     if len(names) < 2:
-        raise PromptError(f"a task needs at least 2 classes, got {len(names)}")
+        found = f", {shorten(names[0], 60)!r}: separate names by commas" if names else ""
+        raise PromptError(f"a task needs at least 2 classes, got {len(names)}{found}")
     if len(names) > max_classes:
         raise PromptError(
             f"this generator makes classifiers of at most {max_classes} classes, got {len(names)}"
@@ -109,7 +111,9 @@ def check_pictures(images: Tensor, *, channels: int) -> None:
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise PromptError(f"pictures must be (N, C, H, W), N above 0, got {got}")
+        raise PromptError(
+            f"pictures must be files, Pillow's or tensors (N, C, H, W), N above 0, got {got}"
+        )
     if images.shape[1] != channels:
         raise PromptError(f"pictures must have C = {channels}, got {tuple(images.shape)}")
     if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
