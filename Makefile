@@ -52,7 +52,7 @@ demo: install ## Zoo, training, generation and report on the embedded digits; CO
 
 .PHONY: serve
 serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= a folder or a packaged name.
-	$(BIN)/tina info '$(CHECKPOINT)' # says at once what is wrong with it
+	@$(BIN)/tina info '$(CHECKPOINT)' # what is served, or at once what is wrong with it
 	$(BIN)/serve run serve.app:build_app checkpoint='$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT))' storage=$(CURDIR)/runs/serve
 
 .PHONY: bench

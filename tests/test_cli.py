@@ -227,10 +227,10 @@ def test_examples_stand_beside_words(tina, workplace):
                 assert not torch.equal(one[1], other[1])
             else:
                 assert torch.equal(one, other)
-    assert "change nothing" not in found.out
+    assert "change nothing" not in found.err
     given = [f"--example={name}={shots[0]}" for name in ("one", "two")]
     found = tina("generate", "one, two", *given, "--out", "known.safetensors")
-    assert "examples change nothing" in found.out
+    assert "examples change nothing" in found.err
 
 
 def test_a_description_takes_the_place_of_a_name(tina):

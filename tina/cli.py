@@ -105,7 +105,8 @@ def generate(args: argparse.Namespace) -> None:
     for warning in unfamiliar(model.class_names, model.familiarity).values():
         print(f"warning: {warning}", file=sys.stderr)
     if args.example and min(model.familiarity) == 1:
-        print("note: the generator was trained on all of them: examples change nothing")
+        why = "the generator was trained on all of them"
+        print(f"note: examples change nothing: {why}", file=sys.stderr)
     lookup = pipe.generator.vocabulary.lookup
     new = not args.image and (args.description or any(lookup(key) is None for key in keys))
     if new and not pipe.is_semantic:
