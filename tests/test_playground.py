@@ -64,6 +64,20 @@ def clear(side):
         chips[0].click()
 
 
+def drop(place, digit):
+    """Drop a sample somewhere."""
+    place.evaluate(
+        """async (place, digit) => {
+            const content = await (await fetch(`static/samples/digits-${digit}.png`)).blob();
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([content], `${digit}.png`, { type: "image/png" }));
+            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
+            place.dispatchEvent(event);
+        }""",
+        digit,
+    )
+
+
 def test_from_classes_to_bars_and_weights(page, tmp_path):
     left = page.locator(".side").first
     clear(left)
@@ -102,15 +116,7 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
         side.get_by_label("Add a class").focus()
         page.keyboard.press("Enter")  # with an empty field it sends the form
         side.locator(".status", has_text="parameters").wait_for()
-    page.evaluate(
-        """async () => {
-            const content = await (await fetch("static/samples/digits-three.png")).blob();
-            const transfer = new DataTransfer();
-            transfer.items.add(new File([content], "three.png", { type: "image/png" }));
-            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
-            document.querySelector("#drop").dispatchEvent(event);
-        }"""
-    )
+    drop(page.locator("#drop"), "three")
     for side in page.locator(".side").all():
         side.locator(".bars li").nth(1).wait_for()
         for meter in side.locator(".bars meter").all():
@@ -139,15 +145,7 @@ def test_pictures_beside_names_are_examples(page, backend, monkeypatch):
     assert left.locator(".chips img").count() == 2
     generate.click()
     left.locator(".status.bad", has_text="of two classes at least").wait_for()
-    page.evaluate(
-        """async () => {
-            const content = await (await fetch("static/samples/digits-five.png")).blob();
-            const transfer = new DataTransfer();
-            transfer.items.add(new File([content], "five.png", { type: "image/png" }));
-            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
-            document.querySelectorAll(".side .chips li")[2].dispatchEvent(event);
-        }"""
-    )
+    drop(left.locator(".chips li").nth(2), "five")
     left.get_by_label("Remove picture 1 of three").click()
     focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert focused == "Add pictures of three"
