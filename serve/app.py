@@ -218,8 +218,8 @@ def storage_of(args: ServeArgs) -> str:
     folder = Path(args.checkpoint)
     if not folder.is_absolute():
         raise ConfigError(
-            f"checkpoint must be an absolute path, got {args.checkpoint}; of another kind, as a "
-            "packaged name, storage must be given"
+            f"checkpoint must be an absolute path, got {args.checkpoint}; for any other, such "
+            "as a packaged name, storage must be given"
         )
     return str(folder.parent / "serve")
 

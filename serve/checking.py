@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from serve.problems import Problem
 from tina.errors import PromptError
@@ -19,7 +20,8 @@ def check_request(request: ModelRequest, *, most: int) -> tuple[tuple[str, ...],
     Raises:
         Problem: They are none, or do not fit what goes with them.
     """
-    names = _checked(request.classes, most=most, field="classes")
+    with _refused("classes"):
+        names = check_task(request.classes, max_classes=most)
     if request.images is not None:
         for field in ("descriptions", "examples"):
             if getattr(request, field) is not None:
@@ -29,18 +31,19 @@ def check_request(request: ModelRequest, *, most: int) -> tuple[tuple[str, ...],
         if given is not None and len(given) != len(names):
             raise Problem.of_field(field, f"must be {len(names)}, one per class")
     if request.examples is not None:
-        try:
-            check_examples([bool(shots) for shots in request.examples], classes=len(names))
-        except PromptError as error:
-            raise Problem.of_field("examples", f"are refused: {error}") from None
+        with _refused("examples"):
+            check_examples([bool(shots) for shots in request.examples])
     if request.descriptions is None:
         return names, ()
-    _checked(request.descriptions, most=most, field="descriptions")
+    with _refused("descriptions"):
+        check_task(request.descriptions, max_classes=most)
     return names, tuple(request.descriptions)
 
 
-def _checked(names: Sequence[str], *, most: int, field: str) -> tuple[str, ...]:
+@contextmanager
+def _refused(field: str) -> Iterator[None]:
+    """What the library refuses names a field."""
     try:
-        return check_task(names, max_classes=most)
+        yield
     except PromptError as error:
         raise Problem.of_field(field, f"are refused: {error}") from None

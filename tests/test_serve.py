@@ -569,7 +569,12 @@ def test_the_playground_needs_nothing_from_elsewhere(get):
     assert page.headers["cache-control"] == "no-cache"
     assert get("/", headers={"if-none-match": page.headers["etag"]}).status_code == 304
     script = "/static/app.js"
-    for file, whose in (("app.js", "/"), ("style.css", "/"), ("chip.js", script)):
+    for file, whose in (
+        ("app.js", "/"),
+        ("style.css", "/"),
+        ("chip.js", script),
+        ("drop.js", script),
+    ):
         assert f'/{file}"' in get(whose).text
         content = get(f"/static/{file}")
         assert content.status_code == 200

@@ -73,7 +73,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.image and (bare := [key for key in keys if key not in given]):
         raise PromptError(f"with --image every class needs one; none has {', '.join(bare)}")
     if args.example:
-        check_examples([key in given for key in keys], classes=len(keys))
+        check_examples([key in given for key in keys])
     pipe = _load(args.checkpoint, open_clip=args.open_clip)
     # one prompt is made as fast by one thread, and a second waits where it finds no core
     torch.set_num_threads(1)

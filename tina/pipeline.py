@@ -178,8 +178,10 @@ class TinaPipeline:
             embeddings = [self.embed_names(task) for task in names]
         shown = None
         if examples is not None:
+            if len(examples) != k:
+                raise PromptError(f"{k} classes need examples of as many, got {len(examples)}")
+            check_examples([_some(shots) for shots in examples])  # before any is read
             shown = [self._small(shots) if _some(shots) else None for shots in examples]
-            check_examples([shots is not None for shots in shown], classes=k)
         models = self.generate(
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
@@ -310,22 +312,19 @@ class TinaPipeline:
     ) -> list[GeneratedModel]:
         """The classifiers of bodies (B, n_body) and rows (B, K, R); the rest per task."""
         generator = self.generator
+        familiarity = [generator.vocabulary.familiarity(each).tolist() for each in embeddings]
         return [
             GeneratedModel(
                 theta=generator.theta(body[i], rows[i, : len(task)]),
                 family=generator.family,
                 class_names=task,
-                familiarity=_rounded(generator.vocabulary.familiarity(embeddings[i])),
+                familiarity=tuple(round(share, 6) for share in familiarity[i]),
                 seed=seeds[i],
                 steps=steps[i],
                 checkpoint=self.checkpoint,
             )
             for i, task in enumerate(names)
         ]
-
-
-def _rounded(shares: Tensor) -> tuple[float, ...]:
-    return tuple(round(share, 6) for share in shares.tolist())
 
 
 def _some(shots: Shots | None) -> TypeGuard[Shots]:

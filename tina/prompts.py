@@ -75,17 +75,15 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
     return names
 
 
-def check_examples(shown: Sequence[bool], *, classes: int) -> None:
+def check_examples(shown: Sequence[bool]) -> None:
     """Make sure that examples can tell classes apart.
 
     Args:
-        shown: Whether there are some, in the order of the classes.
+        shown: Per class, whether there are some.
 
     Raises:
-        PromptError: They are not one entry per class, or there are some of fewer than two classes.
+        PromptError: There are some of fewer than two classes.
     """
-    if len(shown) != classes:
-        raise PromptError(f"{classes} classes need examples of as many, got {len(shown)}")
     if sum(shown) < 2:
         raise PromptError("examples are needed of two classes at least: they tell these apart")
 

@@ -1,6 +1,7 @@
 // The playground: plain modules, no build step, nothing from elsewhere.
 
 import { makeChip } from "./chip.js";
+import { takeDrops } from "./drop.js";
 
 const STARTING_CLASSES = 3;
 const SAMPLES = { digits: ["zero", "three", "five", "eight"] };
@@ -221,17 +222,10 @@ function show(file, panels) {
 }
 
 function takePictures(panels) {
-  const drop = $("#drop");
   const input = $("#file");
   input.addEventListener("click", () => (input.value = "")); // the same file again is a change too
   input.addEventListener("change", () => input.files.length && show(input.files[0], panels));
-  for (const kind of ["dragover", "dragleave", "drop"]) {
-    drop.addEventListener(kind, (event) => {
-      event.preventDefault();
-      drop.classList.toggle("over", kind === "dragover");
-      if (kind === "drop" && event.dataTransfer.files.length) show(event.dataTransfer.files[0], panels);
-    });
-  }
+  takeDrops($("#drop"), ([file]) => show(file, panels));
 }
 
 function offerSamples(dataset, panels) {

@@ -1,5 +1,7 @@
 // A class of a prompt: its name, the pictures beside it, and a way to be rid of either.
 
+import { takeDrops } from "./drop.js";
+
 function button(text, label, press) {
   const made = document.createElement("button");
   made.type = "button";
@@ -31,13 +33,7 @@ export function makeChip(name, shots, { take, remove }) {
   input.setAttribute("aria-label", `Add pictures of ${name}`);
   input.addEventListener("change", () => input.files.length && take([...shots, ...input.files]));
   label.append("+", input);
-  for (const kind of ["dragover", "dragleave", "drop"]) {
-    chip.addEventListener(kind, (event) => {
-      event.preventDefault();
-      chip.classList.toggle("over", kind === "dragover");
-      if (kind === "drop" && event.dataTransfer.files.length) take([...shots, ...event.dataTransfer.files]);
-    });
-  }
+  takeDrops(chip, (files) => take([...shots, ...files]));
   const pictures = shots.map((file, index) =>
     button(thumbnail(file), `Remove picture ${index + 1} of ${name}`, () => take(shots.filter((_, i) => i !== index))),
   );
