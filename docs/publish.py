@@ -107,7 +107,7 @@ def publish(run: Path) -> None:
 
 
 def release(run: Path) -> None:
-    """A run's checkpoint in half precision into the package, in place of an earlier one.
+    """A run's checkpoint, rounded, into the package, in place of an earlier one.
 
     Without the words that are strangest to it.
     """
@@ -124,10 +124,13 @@ def release(run: Path) -> None:
     )
     generator = replace(generator, vocabulary=known)
     card = model_card(run.name, generator, json.loads((run / "report.json").read_text()))
-    note = "Weights and embeddings are rounded to half precision; measured were those before it.\n"
+    note = (
+        "The denoiser's matrices are rounded to eight bits, its other weights and the embeddings "
+        "to half precision; measured were those before it.\n"
+    )
     if folder.exists():  # only now that there is another to take its place
         shutil.rmtree(folder)
-    save_generator(generator, folder, card=f"{card}\n{note}", half=True)
+    save_generator(generator, folder, card=f"{card}\n{note}", small=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from tina.files import hash_file
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.rounding import in_eight_bits, in_full
 from tina.run import Run
 from tina.storage import MANIFEST
 from tina.tensors import DTYPES, pack_tensors, write_tensors
@@ -160,22 +161,23 @@ def test_saving_again_gives_the_same_bytes(tiny_checkpoint, tmp_path):
     assert hash_file(tmp_path / "again" / MANIFEST) == hash_file(tiny_checkpoint / MANIFEST)
 
 
-def test_half_precision_is_half_the_size_and_nearly_the_same(tiny_generator, tmp_path):
-    save_generator(tiny_generator, tmp_path / "half", card="card", half=True)
-    model = load_file(tmp_path / "half" / "model.safetensors")
-    assert {value.dtype for value in model.values()} == {torch.float16}
-    prompts = load_file(tmp_path / "half" / "prompts.safetensors")
+def test_a_small_one_is_a_third_of_the_size_and_nearly_the_same(tiny_generator, tmp_path):
+    for folder, small in (("full", False), ("small", True)):
+        save_generator(tiny_generator, tmp_path / folder, card="card", small=small)
+    full, small = (tmp_path / f / "model.safetensors" for f in ("full", "small"))
+    assert small.stat().st_size < full.stat().st_size / 3
+    prompts = load_file(tmp_path / "small" / "prompts.safetensors")
     assert prompts["embeddings"].dtype == torch.float16
-    again = load_generator(tmp_path / "half")
-    for value, full in zip(
-        again.denoiser.state_dict().values(),
-        tiny_generator.denoiser.state_dict().values(),
-        strict=True,
-    ):
+    again = load_generator(tmp_path / "small")
+    rounded = in_full(in_eight_bits(tiny_generator.denoiser.state_dict()))
+    for name, value in again.denoiser.state_dict().items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, full.half().float())
+        assert torch.equal(value, rounded[name]), name
     assert again.vocabulary.embeddings.dtype == torch.float32
-    torch.testing.assert_close(theta(again), theta(tiny_generator), atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(theta(again), theta(tiny_generator), atol=1e-2, rtol=1e-2)
+    # read and written, it is the same file
+    save_generator(again, tmp_path / "again", card="card", small=True)
+    assert hash_file(tmp_path / "again" / MANIFEST) == hash_file(tmp_path / "small" / MANIFEST)
 
 
 def test_files_are_json_safetensors_and_prose_only(tiny_checkpoint):

@@ -16,7 +16,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem !
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
     *["errors", "files", "stores", "storage", "checks", "config", "configio", "precision", "space"],
-    *["tensors", "images", "names"],
+    *["tensors", "rounding", "images", "names"],
     *["superclasses", "sources", "views", "datasets", "tasks", "neighbours"],
     *["layout", "classifiers", "finetune", "generic", "tower", "zoo"],
     *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],

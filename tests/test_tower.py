@@ -74,19 +74,19 @@ def test_pictures_are_named_by_the_tower_and_without_one_by_the_generic_model(
     assert not torch.allclose(again, mean / mean.norm(), atol=1e-3)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_a_checkpoint_keeps_its_tower(with_tower, tmp_path, half):
-    save_generator(with_tower, tmp_path / "x", card="card", half=half)
+@pytest.mark.parametrize("small", [False, True])
+def test_a_checkpoint_keeps_its_tower(with_tower, tmp_path, small):
+    save_generator(with_tower, tmp_path / "x", card="card", small=small)
     again = load_generator(tmp_path / "x")
     assert again.config == with_tower.config
     for name, value in with_tower.tower.tensors().items():
-        wanted = value.half().to(value.dtype) if half and value.is_floating_point() else value
+        wanted = value.half().to(value.dtype) if small and value.is_floating_point() else value
         assert torch.equal(again.tower.tensors()[name], wanted), name
-    tolerance = 0.05 if half else 0
+    tolerance = 0.05 if small else 0
     expected, found = (g.tower.posterior(images()) for g in (with_tower, again))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     # read and written, it is the same file
-    save_generator(again, tmp_path / "y", card="card", half=half)
+    save_generator(again, tmp_path / "y", card="card", small=small)
     assert hash_file(tmp_path / "x" / "manifest.json") == hash_file(tmp_path / "y/manifest.json")
 
 

@@ -38,6 +38,7 @@ from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
 from tina.prompts import Vocabulary
+from tina.rounding import in_eight_bits, in_full, in_half
 from tina.storage import MANIFEST, at_hand
 from tina.stores import is_uri
 from tina.tensors import write_tensors
@@ -52,13 +53,16 @@ BESIDE_CODEC = {"generic_body", "generic_rows"}
 _MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
-def save_generator(generator: Generator, directory: Path, *, card: str, half: bool = False) -> None:
+def save_generator(
+    generator: Generator, directory: Path, *, card: str, small: bool = False
+) -> None:
     """Write a checkpoint directory, whole or not at all.
 
     Args:
         card: Text of the model card.
-        half: Round the denoiser's weights, the embeddings and the image tower to half precision:
-            half the size. They are read back into full precision like any others.
+        small: Round the denoiser's matrices to eight bits, and its other weights, the embeddings,
+            a trained trunk and the image tower to half precision: a third of the size. They are
+            read back into full precision like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.
@@ -68,14 +72,14 @@ def save_generator(generator: Generator, directory: Path, *, card: str, half: bo
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write(generator, temporary, card, half)
+        _write(generator, temporary, card, small)
         temporary.chmod(0o755)
         os.rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
+def _write(generator: Generator, folder: Path, card: str, small: bool) -> None:
     family, vocabulary = generator.family, generator.vocabulary
     header = {
         "format_version": FORMAT_VERSION,
@@ -91,9 +95,10 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
     (folder / "config.json").write_text(json.dumps(header, indent=1))
 
     def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.half() if half and v.is_floating_point() else v for k, v in tensors.items()}
+        return in_half(tensors) if small else dict(tensors)
 
-    write_tensors(folder / "model.safetensors", rounded(generator.denoiser.state_dict()))
+    weights = generator.denoiser.state_dict()
+    write_tensors(folder / "model.safetensors", in_eight_bits(weights) if small else weights)
     codec = generator.codec.tensors() | {
         "generic_body": generator.generic.body,
         "generic_rows": generator.generic.rows,
@@ -104,7 +109,7 @@ def _write(generator: Generator, folder: Path, card: str, half: bool) -> None:
     if generator.tower:
         write_tensors(folder / "tower.safetensors", rounded(generator.tower.tensors()))
     if isinstance(family, ResNet20Head):
-        write_tensors(folder / "trunk.safetensors", family.trunk.state_dict())
+        write_tensors(folder / "trunk.safetensors", rounded(family.trunk.state_dict()))
     (folder / "README.md").write_text(card)
     hashes = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
@@ -194,7 +199,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
             raise CheckpointError(f"{name} must have the shape {shape}, has {found}")
     generator_codec = Codec.of(layout, chunk=config.denoiser.chunk, tensors=codec)
     denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
-    denoiser.load_state_dict(load_file(directory / "model.safetensors"))
+    denoiser.load_state_dict(in_full(load_file(directory / "model.safetensors")))
     attach_trunk(family, config, directory / "trunk.safetensors", space=vocabulary.space)
     generic = GenericModel(
         class_ids=tuple(torch.nonzero(vocabulary.trained).flatten().tolist()),

@@ -13,6 +13,7 @@ from tina.files import write_bytes
 DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.bfloat16: "BF16",
