@@ -605,6 +605,7 @@ def _no_work(run):
         (["--train.condition_dropout", "-0.1"], "train.condition_dropout is a share"),
         (["--prompt.shrinkage", "1.5"], "prompt.shrinkage is a share"),
         (["--prompt.doubt", "-1"], "prompt.doubt must not be negative"),
+        (["--prompt.favour", "-1"], "prompt.favour must not be negative"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--data.root", "images"], "data.root must be an absolute path"),
         (

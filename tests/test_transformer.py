@@ -282,6 +282,34 @@ def test_logits_are_divided_by_what_is_unfamiliar(tiny_generator):
     assert_close((1 + 1.5 * (1 - share)) * found[1][2], plain[1][2], tolerance=1e-5)
 
 
+def test_a_class_that_is_new_is_favoured(tiny_generator):
+    known = tiny_generator.vocabulary.embeddings
+    new = torch.nn.functional.normalize(known + known.roll(1, 0), dim=1)
+    embeddings = torch.stack([known[0], new[2], known[5], new[6]]).unsqueeze(0)
+    mask = torch.tensor([[1, 1, 1, 0]], dtype=torch.bool)
+    familiarity = tiny_generator.vocabulary.familiarity(embeddings)
+    assert 0.1 < familiarity[0, 1] < 0.9
+
+    def with_prompt(**values):
+        prompt = dataclasses.replace(tiny_generator.config.prompt, **values)
+        config = dataclasses.replace(tiny_generator.config, prompt=prompt)
+        return dataclasses.replace(tiny_generator, config=config)
+
+    def generate(generator):
+        return generator.generate(embeddings, mask, seeds=[0])
+
+    (body, rows), (same_body, favoured) = map(generate, (tiny_generator, with_prompt(favour=3.0)))
+    assert torch.equal(same_body, body)
+    assert torch.equal(favoured[..., :-1], rows[..., :-1])
+    # the logit of a trained class is what it was, a new one's is raised, and padding stays empty
+    raised = (favoured - rows)[0, :, -1]
+    assert_close(raised, 3 * (1 - familiarity[0]) * mask[0], tolerance=1e-5)
+    # what is doubted is all of a logit
+    both, doubted = (generate(with_prompt(doubt=1.5, favour=f))[1] for f in (3.0, 0.0))
+    temperature = 1 + 1.5 * (1 - familiarity[0, :3].mean())
+    assert_close((both - doubted)[0, :, -1] * temperature, raised, tolerance=1e-5)
+
+
 def test_a_timestep_that_was_not_named_is_refused(tiny_generator):
     embeddings, mask = tiny_generator.vocabulary.of([(0, 1)])
     walk = tiny_generator.begin(embeddings, mask, seeds=[0], steps=4)

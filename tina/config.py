@@ -117,6 +117,7 @@ class PromptConfig:
         template: Sentence that a bare class name is put into, with {} for the name.
         tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.
         shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
+        favour: To the logit of a class is added favour (1 - its familiarity).
         doubt: Logits are divided by 1 + doubt (1 - mean familiarity of the task's classes).
     """
 
@@ -126,11 +127,12 @@ class PromptConfig:
     template: str = "{}"
     tower: RecipeConfig | None = None
     shrinkage: float = 0.0
+    favour: float = 0.0
     doubt: float = 0.0
 
     def __post_init__(self) -> None:
         shares(self, "shrinkage")
-        not_negative(self, "doubt")
+        not_negative(self, "favour", "doubt")
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
         if self.tower and self.encoder == "open_clip":
@@ -360,8 +362,7 @@ class JobConfig:
     Args:
         name: The run's name, a folder under `storage`. The same name goes on with the same run.
         storage: Folder of all runs: an absolute path, or a URI (s3://bucket/runs).
-        tracking: Where training's curves go: tensorboard (files in the run's folder), none, or
-            mlflow or wandb, with their packages and each node's own credentials.
+        tracking: Curves go to tensorboard (the run's folder), mlflow or wandb (nodes' credentials).
     """
 
     name: str

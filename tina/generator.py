@@ -134,6 +134,9 @@ class Generator:
     def finish(self, tokens: Tensor, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Body (B, n_body) and head rows (B, K, R) of denoised tokens (B, S + K, P).
 
+        A trunk knows the classes that it was trained on too well, so that known rows outbid new
+        ones: these are favoured, which is calibrated stacking (Chao et al. 2016, eq. 5).
+
         Args:
             embeddings: (B, K, E), unit norm: what the task inherits by.
             mask: bool (B, K), false for padding.
@@ -143,19 +146,21 @@ class Generator:
         """
         body, rows = self.codec.decode(tokens.cpu())
         inherited_body, inherited_rows = self.inherit(embeddings)
-        scale = mask / self.temperature(embeddings, mask)[:, None]
-        body, rows = inherited_body + body, (inherited_rows + rows) * scale.unsqueeze(-1)
+        body, rows = inherited_body + body, inherited_rows + rows
+        newness = 1 - self.vocabulary.familiarity(embeddings)
+        rows[..., -1] += self.config.prompt.favour * newness  # the bias
+        scale = mask / self.temperature(newness, mask)[:, None]
+        rows = rows * scale.unsqueeze(-1)
         if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):
             raise NonFiniteError("the generator made NaN or infinite weights; nothing is returned")
         return body, rows
 
-    def temperature(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """What the logits of B tasks are divided by (B,), 1 where all classes are trained ones.
+    def temperature(self, newness: Tensor, mask: Tensor) -> Tensor:
+        """What the logits of B tasks are divided by (B,), 1 where no class is new (B, K).
 
         A network is as sure of what it guesses as of what it knows; see Guo et al. 2017, eq. 9.
         """
-        familiarity = (self.vocabulary.familiarity(embeddings) * mask).sum(-1) / mask.sum(-1)
-        return 1 + self.config.prompt.doubt * (1 - familiarity)
+        return 1 + self.config.prompt.doubt * (newness * mask).sum(-1) / mask.sum(-1)
 
     @torch.no_grad()
     def generate(
