@@ -259,6 +259,15 @@ def test_what_examples_bring_is_what_the_row_says() -> None:
     assert f"they bring {few:.1f} points, pictures of all {all_:.1f}, and with two new n" in README
     two = later["2"]["5_of_each"]["tina_examples_of_new"]
     assert abs(two["points"]) < 2 * two["points_se"]
+    heads = row_of("examples", "e4f6450b6d15")["new_of_ten"]
+    names, ten = heads["10"]["tina"]["accuracy"], heads["10"]["5_of_each"]
+    brings, nearest = ten["tina_examples"]["points"], ten["centroids"]
+    assert f"apart in {names:.0f} % of the cases by names, five pictures of each bring" in README
+    assert f"bring {brings:.0f} points" in README
+    assert abs(nearest["points"] - brings) < nearest["points_se"]  # as good
+    two = heads["2"]["5_of_each"]
+    worse = two["tina_examples"]["accuracy"] - two["centroids"]["accuracy"]
+    assert f"with all ten new, and {worse:.0f} points worse with two" in README
     ones = [found[new]["1_of_each"]["tina_examples"] for new in found]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 
@@ -275,47 +284,60 @@ def test_calibration_errors_are_those_of_the_reports() -> None:
         "cifar100_cnn5k": "{} with CNN-5K on CIFAR-100 (selection {}, direct fine-tuning {})",
         "cifar100_cnn15k": "{} with CNN-15K ({}, {})",
         "cifar100_cnn33k": " with CNN-33K ({1}, {2})",
-        "cifar100_resnet20_head": "{} for the head of a ResNet-20 ({}, {})",
-        "mini_imagenet_cnn5k": " on mini-ImageNet ({1}, {2})",
+        "cifar100_resnet20_head": " for the head of a ResNet-20 ({1}, {2})",
+        "mini_imagenet_cnn5k": "{} on mini-ImageNet ({}, {})",
     }
     for name, words in named.items():
         assert words.format(*calibration(name)) in README, name
-    assert calibration("cifar100_cnn33k")[0] == calibration("cifar100_cnn15k")[0]
-    assert calibration("mini_imagenet_cnn5k")[0] == calibration("cifar100_resnet20_head")[0]
-    doubting, both = "cifar100_cnn5k", "cifar100_mini_imagenet_cnn5k"
-    others = named.keys() - {doubting}
+    for name in ("cifar100_cnn33k", "cifar100_resnet20_head"):
+        assert calibration(name)[0] == calibration("cifar100_cnn15k")[0]
+    doubting = ("cifar100_cnn5k", "cifar100_resnet20_head", "cifar100_mini_imagenet_cnn5k")
+    others = named.keys() - set(doubting)
     new = sorted(calibration(name, "unseen_class")[0] for name in others)
     assert f"With two new classes of ten it is {new[0]} to {new[-1]};" in README
     known, other = calibration("caltech101_cnn5k"), calibration("caltech101_cnn5k", "unseen_class")
     assert f"is taught each as often, {known[0]} and {other[0]}." in README
     all_new = {
         name: f"{published(name)['by_unseen_classes'][-1]['methods']['tina']['ece']:.2f}"
-        for name in (*others, doubting, both, "caltech101_cnn5k")
+        for name in (*others, *doubting, "caltech101_cnn5k")
     }
-    there, mended, mended_too = (all_new.pop(x) for x in ("caltech101_cnn5k", doubting, both))
+    there, *mended = (all_new.pop(name) for name in ("caltech101_cnn5k", *doubting))
     low, high = min(all_new.values()), max(all_new.values())
     assert f"With all ten new it is {low} to {high}, there {there}:" in README
-    two = [calibration(name, "unseen_class")[0] for name in (doubting, both)]
-    assert f"it is {two[0]} and {two[1]} with two new, {mended} and {mended_too} with ten" in README
+    two = [calibration(name, "unseen_class")[0] for name in doubting]
+    words = "it is {}, {} and {} with two new, {}, {} and {} with ten"
+    assert words.format(*two, *mended) in README
 
 
-def test_its_first_screen_says_what_the_report_says() -> None:
-    report = published("cifar100_cnn5k")
+def known_two_and_ten_new(name: str) -> tuple[list[str], ...]:
+    """Accuracies of Tina, of what is inherited and of selection."""
+    report = published(name)
     groups = [report["axes"]["unseen_combination"], report["axes"]["unseen_class"]]
     groups.append(report["by_unseen_classes"][-1])
     assert groups[-1]["unseen"] == 10
-    tina, untrained, selection = (
+    return tuple(
         [f"{100 * group['methods'][method]['accuracy']:.1f}" for group in groups]
         for method in ("tina", "untrained", "classifier_selection")
     )
+
+
+def test_its_first_screen_says_what_the_reports_say() -> None:
+    tina, untrained, selection = known_two_and_ten_new("cifar100_cnn5k")
+    head, inherited, _ = known_two_and_ten_new("cifar100_resnet20_head")
     first = " ".join(README.split("```")[0].split())
     for words in (
         f"right in {tina[0]} % of the cases",
         f"one generic model are in {selection[0]} %",
         f"With two of the ten classes new to it {tina[1]} %, with all ten {tina[2]} %",
         f"gives {untrained[1]} and {untrained[2]} %",
+        f"it is {head[0]}, {head[1]} and {head[2]} %",
+        f"inheriting gives {inherited[1]} and {inherited[2]} %",
     ):
         assert words in first, words
+    more, more_of_a_head = (
+        f"{float(a[1]) - float(b[1]):.1f}" for a, b in ((tina, untrained), (head, inherited))
+    )
+    assert f"{more} points where all weights are generated and {more_of_a_head} where" in README
 
 
 def test_published_reports_name_their_commit() -> None:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from tina.pipeline import TinaPipeline
 
 DEMO = Path("runs/quickstart/checkpoint")
-PACKAGED = ("tina-cifar100-cnn5k", "tina-cifar100-mini-imagenet-cnn5k")
+PACKAGED = (
+    "tina-cifar100-cnn5k",
+    "tina-cifar100-mini-imagenet-cnn5k",
+    "tina-cifar100-resnet20-head",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     default = f"(default: the variable TINA_CHECKPOINT, else {DEMO}, else {PACKAGED[0]})"
-    checkpoint = f"a checkpoint's folder or URI, {' or '.join(PACKAGED)}, or a hub id {default}"
+    checkpoint = f"a checkpoint's folder or URI, {', '.join(PACKAGED)}, or a hub id {default}"
     folder: Any = {"help": checkpoint}
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}
