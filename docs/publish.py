@@ -31,7 +31,7 @@ from tina.report import markdown, model_card
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-STRANGE = 0.25  # less familiar words make classifiers that know little, and 20 MB hold two released
+STRANGE = 0.25  # less familiar words make classifiers that know little, and take room
 
 
 def table(name: str, axis: str | None = None) -> str:
