@@ -174,7 +174,7 @@ def test_a_small_one_is_a_third_of_the_size_and_nearly_the_same(tiny_generator, 
         assert value.dtype == torch.float32
         assert torch.equal(value, rounded[name]), name
     assert again.vocabulary.embeddings.dtype == torch.float32
-    torch.testing.assert_close(theta(again), theta(tiny_generator), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(theta(again), theta(tiny_generator), atol=1e-3, rtol=1e-2)
     # read and written, it is the same file
     save_generator(again, tmp_path / "again", card="card", small=True)
     assert hash_file(tmp_path / "again" / MANIFEST) == hash_file(tmp_path / "small" / MANIFEST)

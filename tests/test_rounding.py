@@ -60,3 +60,9 @@ def test_a_matrix_without_its_scales_is_refused(scales):
         packed["w" + SCALE] = scales
     with pytest.raises((KeyError, RuntimeError)):
         in_full(packed)
+
+
+def test_scales_of_nothing_are_not_lost():
+    """A checkpoint that holds them is refused, as it is with any other unknown tensor."""
+    strange = {"w": torch.eye(2), "w" + SCALE: torch.ones(2)}
+    assert list(in_full(strange)) == list(strange)

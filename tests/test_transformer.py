@@ -264,15 +264,19 @@ def test_generation_computes_what_the_whole_denoiser_does(
     assert (found[0] - inherited).abs().max() > 1e-2  # there was something to compare
 
 
+def with_prompt(generator, **values):
+    prompt = dataclasses.replace(generator.config.prompt, **values)
+    config = dataclasses.replace(generator.config, prompt=prompt)
+    return dataclasses.replace(generator, config=config)
+
+
 def test_logits_are_divided_by_what_is_unfamiliar(tiny_generator):
     known = tiny_generator.vocabulary.embeddings
     new = torch.nn.functional.normalize(known + known.roll(1, 0), dim=1)
     embeddings = torch.stack([known[[0, 1, 2]], known[[3, 4, 5]], new[[0, 4, 8]]])
     embeddings[1, 2] = new[6]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    prompt = dataclasses.replace(tiny_generator.config.prompt, doubt=1.5)
-    config = dataclasses.replace(tiny_generator.config, prompt=prompt)
-    milder = dataclasses.replace(tiny_generator, config=config)
+    milder = with_prompt(tiny_generator, doubt=1.5)
     plain, found = (g.generate(embeddings, mask, seeds=[0, 1, 2]) for g in (tiny_generator, milder))
     assert torch.equal(found[0], plain[0])
     # what is padding is unfamiliar, too, and does not count
@@ -290,22 +294,17 @@ def test_a_class_that_is_new_is_favoured(tiny_generator):
     familiarity = tiny_generator.vocabulary.familiarity(embeddings)
     assert 0.1 < familiarity[0, 1] < 0.9
 
-    def with_prompt(**values):
-        prompt = dataclasses.replace(tiny_generator.config.prompt, **values)
-        config = dataclasses.replace(tiny_generator.config, prompt=prompt)
-        return dataclasses.replace(tiny_generator, config=config)
+    def generate(**values):
+        return with_prompt(tiny_generator, **values).generate(embeddings, mask, seeds=[0])
 
-    def generate(generator):
-        return generator.generate(embeddings, mask, seeds=[0])
-
-    (body, rows), (same_body, favoured) = map(generate, (tiny_generator, with_prompt(favour=3.0)))
+    (body, rows), (same_body, favoured) = generate(), generate(favour=3.0)
     assert torch.equal(same_body, body)
     assert torch.equal(favoured[..., :-1], rows[..., :-1])
     # the logit of a trained class is what it was, a new one's is raised, and padding stays empty
     raised = (favoured - rows)[0, :, -1]
     assert_close(raised, 3 * (1 - familiarity[0]) * mask[0], tolerance=1e-5)
     # what is doubted is all of a logit
-    both, doubted = (generate(with_prompt(doubt=1.5, favour=f))[1] for f in (3.0, 0.0))
+    both, doubted = (generate(doubt=1.5, favour=f)[1] for f in (3.0, 0.0))
     temperature = 1 + 1.5 * (1 - familiarity[0, :3].mean())
     assert_close((both - doubted)[0, :, -1] * temperature, raised, tolerance=1e-5)
 

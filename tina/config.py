@@ -362,7 +362,7 @@ class JobConfig:
     Args:
         name: The run's name, a folder under `storage`. The same name goes on with the same run.
         storage: Folder of all runs: an absolute path, or a URI (s3://bucket/runs).
-        tracking: Curves go to tensorboard (the run's folder), mlflow or wandb (nodes' credentials).
+        tracking: tensorboard (in the run's folder), none, or mlflow or wandb (nodes' credentials).
     """
 
     name: str

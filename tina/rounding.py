@@ -44,11 +44,10 @@ def in_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         KeyError: An eight-bit matrix has no scales.
         RuntimeError: They are not one for each row.
     """
-    found = {}
+    found = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     for name, value in tensors.items():
         if value.dtype == torch.int8:
             scale = tensors[name + SCALE].float().reshape(*value.shape[:-1], 1)
             found[name] = value.float() * scale
-        elif not name.endswith(SCALE):
-            found[name] = value.float() if value.is_floating_point() else value
+            del found[name + SCALE]
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from tina.classifiers import Family, ResNet20Head
 from tina.errors import CheckpointError
 from tina.generic import GenericModel, as_tensors, of_tensors
+from tina.rounding import in_full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def tower_of(tensors: Mapping[str, Tensor], generic: GenericModel, like: Family)
         CheckpointError: It was trained on others, or is of another shape.
     """
     family = tower_family(like)
-    found = of_tensors({name: value.float() for name, value in tensors.items()}, family)
+    found = of_tensors(in_full(tensors), family)
     layout = family.layout(len(generic.class_ids))
     shape = (layout.num_classes, layout.row_size)
     if found.class_ids != generic.class_ids or tuple(found.rows.shape) != shape:
