@@ -129,6 +129,21 @@ def test_a_class_without_examples_is_no_answer(pipe, pictures):
     assert torch.equal(pipe(TASK, examples=of_known).theta, before)
 
 
+def test_what_is_doubted_is_less_far_off(pipe, pictures, monkeypatch):
+    """Rows that were divided by a temperature can be wrong by so much less."""
+    plain = pipe.generator
+    prompt = replace(plain.config.prompt, doubt=2.0)
+    doubting = replace(plain, config=replace(plain.config, prompt=prompt))
+    embeddings = pipe.embed_names(TASK)
+    newness = 1 - plain.vocabulary.familiarity(embeddings)
+    assert newness.mean() > 0.1
+    seen = []
+    monkeypatch.setattr("tina.examples.settle", lambda *args: seen.append(args[-1]) or args[2])
+    for generator in (plain, doubting):
+        learn_from(generator, pipe(TASK).theta, embeddings, pictures("fit", 1))
+    torch.testing.assert_close(seen[1] * (1 + 2 * newness.mean()), seen[0])
+
+
 def test_a_class_that_is_new_is_recognised_better(pipe, pictures):
     held = pictures("select", 100)
     labels = torch.arange(3).repeat_interleave(torch.tensor([len(images) for images in held]))

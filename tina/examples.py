@@ -30,9 +30,9 @@ from tina.generator import Generator
 
 Array = NDArray[np.float64]
 
-PRIOR = 0.3
+PRIOR = 0.12
 """Weight of the prior, chosen on `select` images (docs/log.md), as is the next. It also stands for
-what the denoiser and `Generator.temperature` do to a mixture, which the covariance knows not."""
+what the denoiser does to a mixture, which the covariance knows not."""
 EVEN = 0.1
 """Of the covariance is spread over all directions: V classes do not tell R squared values."""
 KNOWN = 1e-4  # a class that is less new than this is a trained one, but for rounding
@@ -112,17 +112,18 @@ def learn_from(
     """
     family, layout = generator.family, generator.family.layout(len(embeddings))
     shown = {i: images for i, images in enumerate(examples) if images is not None}
-    newness = 1 - generator.vocabulary.familiarity(embeddings[list(shown)])
-    if not bool((newness > KNOWN).any()):
+    newness = 1 - generator.vocabulary.familiarity(embeddings)
+    if not bool((newness[list(shown)] > KNOWN).any()):
         return theta
+    # the rows are what was divided by it
+    temperature = generator.temperature(newness.unsqueeze(0), torch.ones(1, len(newness)))
+    factor = covariance_factor(generator) / temperature
     body, rows = layout.split(theta)
     counts = torch.tensor([len(images) for images in shown.values()])
     labels = torch.arange(len(shown)).repeat_interleave(counts)
     seen = torch.cat([features(family, body, images) for images in shown.values()])
     rows = rows.clone()
-    rows[list(shown)] = settle(
-        seen, labels, rows[list(shown)], newness, covariance_factor(generator)
-    )
+    rows[list(shown)] = settle(seen, labels, rows[list(shown)], newness[list(shown)], factor)
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError("examples led to NaN or infinite weights; nothing is returned")
     return layout.join(body, rows)
