@@ -245,6 +245,7 @@ def train_trunk(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = nn.Sequential(family.new_trunk(), family.module(len(class_ids)))
+    network.to(memory_format=torch.channels_last)  # faster on CPU by a fifth to a quarter
     parameters = list(network.parameters())
     optimiser = _AdamW(parameters, recipe)
     order = batch_order(len(lesson.index), recipe.batch_size, recipe.steps, seed=seed)
@@ -257,4 +258,4 @@ def train_trunk(
             raise NonFiniteError(f"the trunk's loss is not finite at step {step}")
         optimiser.step(step, torch.autograd.grad(loss, parameters))
         progress(1)
-    return network[0]
+    return network[0].to(memory_format=torch.contiguous_format)  # files take nothing else
