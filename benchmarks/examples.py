@@ -31,7 +31,6 @@ from torch import Tensor
 from benchmarks.objectives import against, by_set, measure, prompted
 from benchmarks.prompts import for_prompts, unseen
 from benchmarks.record import append, as_command, load
-from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.examples import features, learn_from
 from tina.finetune import Lesson
@@ -139,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     before = load()
     run = Run.open(args.run)
-    generator = load_generator(run.trained)
+    generator = run.trained_generator()
     figures: dict[str, object] = {
         "dataset": generator.dataset,
         "family": generator.family.name,

@@ -40,7 +40,6 @@ from torch import Tensor
 
 from benchmarks.objectives import against, by_set, measure, prompted, select_lessons
 from benchmarks.record import append, as_command, load
-from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.encoders import PromptEncoder, TableEncoder, build_encoder
 from tina.finetune import Lesson
@@ -255,7 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     before = load()
     run = Run.open(args.run)
-    generator = load_generator(run.trained)
+    generator = run.trained_generator()
     speaker = Speaker(generator=generator, encoder=build_encoder(run.config.prompt), run=run)
     sets, whole = select_lessons(run, SETS)
     lessons = [unseen(run, lesson) for lesson in whole]

@@ -20,7 +20,7 @@ from ray_jobs.build_zoo import build_zoo
 from ray_jobs.job import run_job, start_ray
 from ray_jobs.pool import CPU, stream
 from ray_jobs.process import settle_in
-from tina.checkpoint import check_manifest, load_generator
+from tina.checkpoint import check_manifest
 from tina.config import JobConfig
 from tina.errors import CheckpointError, ConfigError
 from tina.evaluation import Cell, Evaluation
@@ -86,7 +86,7 @@ class Examiner:
         (number,) = cells["cell"].to_pylist()
         with self.run.base.named():
             if self.evaluation is None:
-                self.evaluation = self.run.evaluation(load_generator(self.run.trained))
+                self.evaluation = self.run.evaluation(self.run.trained_generator())
             return pack(number, self.evaluation.score_cell(self.evaluation.cells[number]))
 
 
@@ -119,13 +119,14 @@ def evaluate(run: Run) -> dict[str, Any]:
         raise ConfigError(
             f"{run.place.location} holds no trained generator: run ray_jobs.train first"
         )
-    generator = load_generator(run.trained)
+    generator = run.trained_generator()
     released = run.checkpoint.exists()
     if released and _tensors_of(run.checkpoint) != _tensors_of(run.trained):
         raise ConfigError(
             f"checkpoint/ in {run.place.location} holds another generator than trained/: "
             "remove one of them"
         )
+    run.check_released()
     run.check_data()
     run.regressor()  # a wrong one must not be told of at the end
     start_ray()
@@ -139,12 +140,14 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _tensors_of(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory as far as it is of tensors.
+    """The manifest of a checkpoint directory as far as it is of trained tensors.
 
-    Cards differ, and configurations have keys that an earlier version did not know.
+    Cards differ, configurations have keys that an earlier version did not know, and an image tower
+    may have been added after training.
     """
     check_manifest(directory)
     manifest = read_table(directory / MANIFEST, CheckpointError)
+    manifest.pop("tower.safetensors", None)
     return {name: digest for name, digest in manifest.items() if name.endswith(".safetensors")}
 
 

@@ -324,7 +324,7 @@ def train_generator(run: Run) -> Generator:
             that is to go on began in another ZeRO stage.
     """
     if run.trained.exists():
-        return load_generator(run.trained)
+        return run.trained_generator()
     check_zoo(run)
     check_tracking(run)
     result = build_trainer(run).fit()

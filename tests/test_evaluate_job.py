@@ -16,6 +16,7 @@ import pytest
 import ray_jobs.evaluate
 from ray_jobs.evaluate import evaluate, pack, unpack, work
 from ray_jobs.job import run_job
+from ray_jobs.quickstart import work as quickstart
 from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.errors import ConfigError, DataError
 from tina.evaluation import CELL_TASKS
@@ -152,6 +153,23 @@ def test_a_released_checkpoint_is_left_and_the_report_written_anew(run, without_
     assert (first["seeds"], second["seeds"]) == ([0, 1], [0])
     assert json.loads(run.report_file.read_text())["seeds"] == [0]
     assert files(run.checkpoint) == released
+
+
+def test_what_training_does_not_read_may_change_after_it(run, without_ray):
+    evaluate(run)
+    released = files(run.checkpoint)
+    doubting = replace(run.config.prompt, doubt=9.0)
+    again = Run(replace(run.config, prompt=doubting))
+    again.claim()
+    for job in (evaluate, quickstart):
+        with pytest.raises(ConfigError, match="released with another prompt: remove it"):
+            job(again)
+    assert files(run.checkpoint) == released
+    shutil.rmtree(run.checkpoint)
+    evaluate(again)
+    changed = {name for name, data in files(run.checkpoint).items() if data != released[name]}
+    assert changed - {"README.md"} == {"config.json", "manifest.json"}
+    assert load_generator(run.checkpoint).config.prompt == doubting
 
 
 # --- with Ray -------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ STAGES = [
         "novelty",
         "report",
         "provenance",
+        "claim",
         "run",
         "sweep",
     ],

@@ -19,7 +19,7 @@ from ray_jobs import build_zoo
 from ray_jobs.job import run_job
 from ray_jobs.quickstart import work
 from tina.checkpoint import check_manifest, load_generator
-from tina.config import JobConfig
+from tina.config import JobConfig, RecipeConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.errors import ConfigError, DataError
 from tina.run import Run
@@ -261,13 +261,28 @@ def test_another_configuration_is_refused(claimed, section, change):
 
 @pytest.mark.parametrize(
     ("section", "change"),
-    [("evaluation", {"seeds": 5}), ("cluster", {"zoo_workers": 7}), *OF_THE_GENERATOR],
+    [
+        ("evaluation", {"seeds": 5}),
+        ("cluster", {"zoo_workers": 7}),
+        ("prompt", {"doubt": 2.0, "favour": 1.0, "shrinkage": 0.5}),
+        ("prompt", {"tower": RecipeConfig()}),
+        *OF_THE_GENERATOR,
+    ],
 )
 def test_what_the_folder_does_not_depend_on_may_change(claimed, section, change):
     part = replace(getattr(claimed.config, section), **change)
     other = Run(replace(claimed.config, **{section: part}))
     other.claim()
     assert Run.open(claimed.folder).config == other.config
+
+
+@pytest.mark.parametrize("other", [None, RecipeConfig(steps=7)])
+def test_an_image_tower_may_not_change(claimed, other):
+    """Its file would be another recipe's."""
+    prompt = claimed.config.prompt
+    Run(replace(claimed.config, prompt=replace(prompt, tower=RecipeConfig()))).claim()
+    with pytest.raises(ConfigError, match="another prompt"):
+        Run(replace(claimed.config, prompt=replace(prompt, tower=other))).claim()
 
 
 def test_a_folder_made_before_a_key_existed_goes_on_with_its_default(claimed):
@@ -298,6 +313,7 @@ def test_a_report_of_other_settings_is_said(claimed, monkeypatch, capsys, tmp_pa
     run = Run(replace(claimed.config, storage=str(tmp_path)))
     run.checkpoint.mkdir(parents=True)
     monkeypatch.setattr("ray_jobs.quickstart.print_report", lambda report: None)
+    monkeypatch.setattr(Run, "check_released", lambda self: None)
     for seeds, said in ((run.config.evaluation.seeds, False), (9, True)):
         made = replace(run.config.evaluation, seeds=seeds)
         run.report_file.write_text(json.dumps({"evaluation": config_to_dict(made)}))

@@ -1,5 +1,6 @@
 """The image tower: pictures become names, by a network that is not the generic one."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,9 @@ from tests.conftest import tiny_config
 from tina.checkpoint import load_generator, save_generator
 from tina.config import PromptConfig, RecipeConfig
 from tina.configio import config_from_dict, config_to_dict
-from tina.errors import CheckpointError, ConfigError
+from tina.errors import CheckpointError, ConfigError, DataError
 from tina.files import hash_file
-from tina.generic import GenericModel
+from tina.generic import GenericModel, save_generic
 from tina.pipeline import TinaPipeline
 from tina.precision import settle
 from tina.run import Run
@@ -144,3 +145,22 @@ def test_a_run_trains_its_tower_once(tmp_path, monkeypatch):
     monkeypatch.setattr("ray_jobs.build_zoo.train_generic", None)
     ensure_generic(Run(config))  # both are there
     assert run.tower_file.read_bytes() == before
+
+
+def test_a_trained_run_may_be_given_a_tower(tiny_run, tiny_generator, tmp_path):
+    plain = Run(replace(tiny_run.config, storage=str(tmp_path)))
+    plain.claim()
+    shutil.copy(tiny_run.generic_file, plain.generic_file)
+    save_generator(tiny_generator, plain.trained, card="Trained for a moment.\n")
+    assert plain.trained_generator().tower is None
+    prompt = replace(plain.config.prompt, tower=RECIPE, shrinkage=0.5)
+    run = Run(replace(plain.config, prompt=prompt))
+    run.claim()
+    with pytest.raises(DataError, match=r"has no image tower: run ray_jobs\.build_zoo"):
+        run.trained_generator()
+    tower = random_tower(tiny_generator)
+    save_generic(run.tower_file, tower.generic, tower.family, run.dataset)
+    found = run.trained_generator()
+    assert found.config.prompt == prompt
+    assert found.vocabulary.shrinkage == 0.5
+    torch.testing.assert_close(found.tower.posterior(images()), tower.posterior(images()))

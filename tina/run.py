@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,30 +24,28 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from tina.batches import Source
 from tina.checkpoint import attach_trunk, load_generator, save_generator
+from tina.claim import claim, give_up
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
-from tina.configio import config_from_dict, config_to_dict, read_config
+from tina.configio import config_to_dict, read_config
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
 from tina.encoders import build_encoder
-from tina.errors import ConfigError
+from tina.errors import ConfigError, DataError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
-from tina.precision import has_bf16, settle
 from tina.prompts import Vocabulary, check_distinct
 from tina.provenance import commit, hardware
 from tina.report import model_card, plot_report
-from tina.sources import find_source
 from tina.storage import Place
 from tina.stores import below, split
 from tina.tasks import Task, TaskSpace, build_task_space
@@ -126,48 +123,16 @@ class Run:
         return self.place.fetch("report.json")
 
     def claim(self) -> None:
-        """Save the configuration, or make sure that the folder was made with the same one.
-
-        Settles every `precision: auto`: as it was for the folder before, else for this machine.
+        """Make the folder this configuration's, every `precision: auto` settled; see `tina.claim`.
 
         Raises:
-            ConfigError: It was made with another. Evaluation, cluster and tracking may differ, and
-                what the zoo does not depend on as long as there is no generator.
+            ConfigError: It was made with another.
         """
-        # a typo in a name need not claim the folder at all
-        find_source(self.config.data)
-        family = build_family(self.config.classifier.family, channels=1, image_size=8)
-        if isinstance(family, VitB32Head) and self.config.data.shift:
-            raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
-        file = self.place.fetch("config.yaml")
-        found = {}
-        if file.is_file():  # with today's defaults for keys that it was made without
-            found = config_to_dict(read_config(JobConfig, file))
-        asked = config_to_dict(self.config)
-        mine = settle(asked, found)
-        if mine != asked:
-            self.config = config_from_dict(JobConfig, mine)
-            where = below(self.place.location, file.name)
-            print(f"precision auto: see {where}; bf16 in hardware here: {has_bf16()}")
-        loose = {"evaluation", "cluster", "storage", "tracking"}
-        if not self.place.holds("start"):
-            loose |= {"denoiser", "diffusion", "train"}
-        if found and (odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]):
-            raise ConfigError(
-                f"{self.place.location} holds a run with another {', '.join(odd)}: "
-                "choose another name or remove it"
-            )
-        write_text(file, yaml.safe_dump(mine, sort_keys=False))
-        self.place.keep(file.name)
-        self._claimed = None if found else self.place.modified(file.name)
+        self.config, self._claimed = claim(self.config, self.place)
 
     def give_up(self) -> None:
         """Leave the name to a mended configuration, where this one has come to nothing."""
-        file = "config.yaml"
-        with suppress(OSError):
-            mine = self.place.modified(file) == self._claimed  # and no other job's, which goes on
-            if mine and self.place.names() == {file}:
-                self.place.clear()
+        give_up(self.place, self._claimed)
 
     @cached_property
     def all_views(self) -> Dataset:
@@ -204,9 +169,15 @@ class Run:
 
     @cached_property
     def tower(self) -> Tower | None:
-        """The image tower, where prompts have one; must have been trained."""
+        """The image tower, where prompts have one.
+
+        Raises:
+            DataError: It has not been trained.
+        """
         if not self.config.prompt.tower:
             return None
+        if not self.tower_file.exists():
+            raise DataError(f"{self.base.location} has no image tower: run ray_jobs.build_zoo")
         family = tower_family(self.family)
         return Tower(family=family, generic=load_generic(self.tower_file, family))
 
@@ -304,6 +275,32 @@ class Run:
             max_classes=layout.num_classes,
             tower=self.tower,
         )
+
+    def trained_generator(self) -> Generator:
+        """The trained generator; what training does not read of it is as it is configured now.
+
+        Raises:
+            DataError: It is to have an image tower, and there is none.
+        """
+        found, config = load_generator(self.trained), self.config.generator
+        if found.config == config:
+            return found
+        vocabulary = replace(found.vocabulary, shrinkage=config.prompt.shrinkage)
+        return replace(found, config=config, vocabulary=vocabulary, tower=self.tower)
+
+    def check_released(self) -> None:
+        """Make sure that `checkpoint/`, where there is one, has the prompts of this configuration.
+
+        Raises:
+            ConfigError: It was released with others.
+        """
+        if not self.checkpoint.exists():
+            return
+        if load_generator(self.checkpoint).config.prompt != self.config.prompt:
+            raise ConfigError(
+                f"checkpoint/ in {self.place.location} was released with another prompt: "
+                "remove it to release it anew"
+            )
 
     def source(self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None) -> Source:
         """Training batches for a generator; the zoo is read here unless it is given."""

@@ -1,0 +1,81 @@
+"""Whose a run's folder is: it keeps its configuration, and refuses one it was not made with.
+
+What nothing in the folder depends on may differ: evaluation, cluster and tracking; what the zoo
+does not depend on, as long as there is no generator; and what generation alone reads, always.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import yaml
+
+from tina.classifiers import VitB32Head, build_family
+from tina.config import JobConfig
+from tina.configio import config_from_dict, config_to_dict, read_config
+from tina.errors import ConfigError
+from tina.files import write_text
+from tina.precision import has_bf16, settle
+from tina.sources import find_source
+from tina.storage import Place
+from tina.stores import below
+
+CONFIG = "config.yaml"
+GENERATION = ("shrinkage", "favour", "doubt")
+"""Keys of `prompt` that only generation reads. Also, an image tower may be added."""
+
+
+def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
+    """Save a configuration in its run's folder, or make sure that it was made with the same one.
+
+    Settles every `precision: auto`: as it was for the folder before, else for this machine.
+
+    Returns:
+        The settled configuration; if it is new there, when it was written.
+
+    Raises:
+        ConfigError: The folder was made with another.
+    """
+    # a typo in a name need not claim the folder at all
+    find_source(config.data)
+    family = build_family(config.classifier.family, channels=1, image_size=8)
+    if isinstance(family, VitB32Head) and config.data.shift:
+        raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
+    file = place.fetch(CONFIG)
+    found = {}
+    if file.is_file():  # with today's defaults for keys that it was made without
+        found = config_to_dict(read_config(JobConfig, file))
+    asked = config_to_dict(config)
+    mine = settle(asked, found)
+    if mine != asked:
+        config = config_from_dict(JobConfig, mine)
+        where = below(place.location, CONFIG)
+        print(f"precision auto: see {where}; bf16 in hardware here: {has_bf16()}")
+    loose = {"evaluation", "cluster", "storage", "tracking"}
+    if not place.holds("start"):
+        loose |= {"denoiser", "diffusion", "train"}
+    if found and (odd := _odd(mine, found, loose=loose)):
+        raise ConfigError(
+            f"{place.location} holds a run with another {', '.join(odd)}: "
+            "choose another name or remove it"
+        )
+    write_text(file, yaml.safe_dump(mine, sort_keys=False))
+    place.keep(CONFIG)
+    return config, None if found else place.modified(CONFIG)
+
+
+def _odd(mine: dict[str, Any], found: dict[str, Any], *, loose: set[str]) -> list[str]:
+    """Sections that the folder depends on and was made with otherwise."""
+    prompt = found["prompt"] | {key: mine["prompt"][key] for key in GENERATION}
+    prompt["tower"] = prompt["tower"] or mine["prompt"]["tower"]
+    found = found | {"prompt": prompt}
+    return [key for key in mine if key not in loose and found.get(key) != mine[key]]
+
+
+def give_up(place: Place, claimed: int | None) -> None:
+    """Clear a folder that holds a configuration alone, the one that was written at that time."""
+    with suppress(OSError):
+        mine = place.modified(CONFIG) == claimed  # and no other job's, which goes on
+        if mine and place.names() == {CONFIG}:
+            place.clear()
