@@ -25,13 +25,21 @@ def hash_bytes(content: bytes) -> str:
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `file`, then rename it."""
+    """Let `write` fill a temporary file beside `file`, then rename it.
+
+    Raises:
+        OSError: It cannot; the error names `file`.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     # threads, and processes of equal number on other machines, may write the same file
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         os.replace(temporary, file)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that nobody has asked for
+            raise OSError(error.errno, error.strerror, str(file)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
