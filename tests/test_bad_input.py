@@ -606,6 +606,7 @@ def _no_work(run):
         (["--prompt.shrinkage", "1.5"], "prompt.shrinkage is a share"),
         (["--prompt.doubt", "-1"], "prompt.doubt must not be negative"),
         (["--prompt.favour", "-1"], "prompt.favour must not be negative"),
+        (["--prompt.prior", "0"], "prompt.prior must be above 0"),
         (["--storage", "runs"], "storage must be an absolute path"),
         (["--data.root", "images"], "data.root must be an absolute path"),
         (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.conftest import kept_out
 from tina.classifiers import build_family
 from tina.errors import NonFiniteError, PromptError
-from tina.examples import PRIOR, covariance_factor, features, learn_from, settle
+from tina.examples import covariance_factor, features, learn_from, settle
 from tina.pipeline import TinaPipeline
 
 TASK = ["zero", "seven", "four"]
@@ -72,27 +72,29 @@ def test_the_spread_is_what_left_out_classes_miss(generator, monkeypatch):
     torch.testing.assert_close(factor @ factor.T, total / missing, rtol=1e-2, atol=1e-3)
 
 
-def posterior(seen, labels, rows, newness, factor, found):
+def posterior(seen, labels, rows, newness, factor, found, *, prior):
     """Of the rows found, its negative logarithm but for a constant; by the prior's covariance."""
     precision = torch.linalg.inv((factor @ factor.T).double())
     moved = (found - rows).double()
     penalty = ((moved @ precision) * moved).sum(1)[newness > 0] / newness[newness > 0]
     misfit = F.cross_entropy(seen.double() @ found.double().T, labels, reduction="sum")
-    return misfit + PRIOR / 2 * penalty.sum()
+    return misfit + prior / 2 * penalty.sum()
 
 
-def test_rows_settle_where_the_posterior_is_highest():
+@pytest.mark.parametrize("prior", [0.3, 2.0])
+def test_rows_settle_where_the_posterior_is_highest(prior):
     draw = torch.Generator().manual_seed(0)
     seen = F.pad(torch.randn(12, 4, generator=draw), (0, 1), value=1.0)
     labels, rows = torch.arange(12) % 3, torch.randn(3, 5, generator=draw)
     newness = torch.tensor([0.0, 0.4, 0.9])
     factor = torch.linalg.cholesky(torch.cov(torch.randn(5, 40, generator=draw)))
-    found = settle(seen, labels, rows, newness, factor)
+    known = (seen, labels, rows, newness, factor)
+    found = settle(*known, prior=prior)
     assert torch.equal(found[0], rows[0])
     at = found.double().requires_grad_(True)
-    (slope,) = torch.autograd.grad(posterior(seen, labels, rows, newness, factor, at), at)
+    (slope,) = torch.autograd.grad(posterior(*known, at, prior=prior), at)
     start = rows.double().requires_grad_(True)
-    (steep,) = torch.autograd.grad(posterior(seen, labels, rows, newness, factor, start), start)
+    (steep,) = torch.autograd.grad(posterior(*known, start, prior=prior), start)
     assert slope[1:].norm() < 1e-4 * steep[1:].norm()
 
 
@@ -107,6 +109,19 @@ def test_only_new_classes_learn_and_the_order_of_pictures_does_not_matter(pipe, 
     torch.testing.assert_close(again.theta, after.theta, rtol=0, atol=1e-3)
     known = ["zero", "five", "four"]
     assert torch.equal(pipe(known, examples=shown).theta, pipe(known).theta)
+
+
+def test_a_configured_prior_holds_what_the_names_give(pipe, pictures):
+    """The heavier it is, the less pictures move."""
+    plain, task = pipe.generator, pipe(TASK).theta
+    moved = []
+    for prior in (0.1, plain.config.prompt.prior, 10.0):
+        config = replace(plain.config, prompt=replace(plain.config.prompt, prior=prior))
+        after = learn_from(
+            replace(plain, config=config), task, pipe.embed_names(TASK), pictures("fit", 4)
+        )
+        moved.append(float((after - task).norm()))
+    assert moved[0] > 1.2 * moved[1] > 1.2**2 * moved[2] > 0
 
 
 def test_a_class_without_examples_is_no_answer(pipe, pictures):
@@ -127,21 +142,6 @@ def test_a_class_without_examples_is_no_answer(pipe, pictures):
     assert torch.equal(pipe(TASK, examples=[[], *shown[1:]]).theta, after)
     of_known = [shown[0], None, shown[2]]
     assert torch.equal(pipe(TASK, examples=of_known).theta, before)
-
-
-def test_what_is_doubted_is_less_far_off(pipe, pictures, monkeypatch):
-    """Rows that were divided by a temperature can be wrong by so much less."""
-    plain = pipe.generator
-    prompt = replace(plain.config.prompt, doubt=2.0)
-    doubting = replace(plain, config=replace(plain.config, prompt=prompt))
-    embeddings = pipe.embed_names(TASK)
-    newness = 1 - plain.vocabulary.familiarity(embeddings)
-    assert newness.mean() > 0.1
-    seen = []
-    monkeypatch.setattr("tina.examples.settle", lambda *args: seen.append(args[-1]) or args[2])
-    for generator in (plain, doubting):
-        learn_from(generator, pipe(TASK).theta, embeddings, pictures("fit", 1))
-    torch.testing.assert_close(seen[1] * (1 + 2 * newness.mean()), seen[0])
 
 
 def test_a_class_that_is_new_is_recognised_better(pipe, pictures):

@@ -264,7 +264,7 @@ def test_another_configuration_is_refused(claimed, section, change):
     [
         ("evaluation", {"seeds": 5}),
         ("cluster", {"zoo_workers": 7}),
-        ("prompt", {"doubt": 2.0, "favour": 1.0, "shrinkage": 0.5}),
+        ("prompt", {"doubt": 2.0, "favour": 1.0, "shrinkage": 0.5, "prior": 1.0}),
         ("prompt", {"tower": RecipeConfig()}),
         *OF_THE_GENERATOR,
     ],

@@ -22,7 +22,7 @@ from tina.storage import Place
 from tina.stores import below
 
 CONFIG = "config.yaml"
-GENERATION = ("shrinkage", "favour", "doubt")
+GENERATION = ("shrinkage", "favour", "doubt", "prior")
 """Keys of `prompt` that only generation reads. Also, an image tower may be added."""
 
 

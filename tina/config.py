@@ -8,8 +8,7 @@ from typing import Literal
 from tina.checks import absolute, distinct, inside, not_negative, plain_name, positive, shares
 from tina.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "auto"]
-"""Of arithmetic; auto is bf16 where the machine has it in hardware (`tina.precision`)."""
+Precision = Literal["fp32", "bf16", "auto"]  # auto: bf16 where hardware has it (`tina.precision`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +118,7 @@ class PromptConfig:
         shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
         favour: To the logit of a class is added favour (1 - its familiarity).
         doubt: Logits are divided by 1 + doubt (1 - mean familiarity of the task's classes).
+        prior: Weight of what the names give against pictures beside them (`tina.examples`).
     """
 
     encoder: Literal["hash", "sentence", "table", "open_clip"] = "hash"
@@ -129,10 +129,12 @@ class PromptConfig:
     shrinkage: float = 0.0
     favour: float = 0.0
     doubt: float = 0.0
+    prior: float = 0.3
 
     def __post_init__(self) -> None:
         shares(self, "shrinkage")
         not_negative(self, "favour", "doubt")
+        positive(self, "prior")
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
         if self.tower and self.encoder == "open_clip":
@@ -179,9 +181,8 @@ class DenoiserConfig:
 
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "heads", "chunk")
-        if self.width % (2 * self.heads):
-            found = f"{self.width} and {self.heads}"
-            raise ConfigError(f"denoiser.width must be a multiple of 2 * heads, got {found}")
+        if self.width % (n := 2 * self.heads):
+            raise ConfigError(f"denoiser.width {self.width} must be a multiple of 2 * heads, {n}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,5 +397,4 @@ class JobConfig:
     @property
     def generator(self) -> GeneratorConfig:
         """The part that a checkpoint keeps."""
-        parts = {part.name: getattr(self, part.name) for part in fields(GeneratorConfig)}
-        return GeneratorConfig(**parts)
+        return GeneratorConfig(**{f.name: getattr(self, f.name) for f in fields(GeneratorConfig)})

@@ -30,11 +30,9 @@ from tina.generator import Generator
 
 Array = NDArray[np.float64]
 
-PRIOR = 0.12
-"""Weight of the prior, chosen on `select` images (docs/log.md), as is the next. It also stands for
-what the denoiser does to a mixture, which the covariance knows not."""
 EVEN = 0.1
-"""Of the covariance is spread over all directions: V classes do not tell R squared values."""
+"""Of the covariance is spread over all directions: V classes do not tell R squared values. It was
+chosen on `select` images (docs/log.md), as is `prompt.prior`."""
 KNOWN = 1e-4  # a class that is less new than this is a trained one, but for rounding
 CLOSE = {"ftol": 1e-13, "gtol": 1e-7}
 """To the mode, or the rounding of a generated body would show a hundredfold in the rows."""
@@ -63,7 +61,9 @@ def features(family: Family, body: Tensor, images: Tensor) -> Tensor:
     return F.pad(family.logits(theta, family.embed(images), num_classes=count), (0, 1), value=1.0)
 
 
-def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: Tensor) -> Tensor:
+def settle(
+    seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: Tensor, *, prior: float
+) -> Tensor:
     """Head rows (K, R) at the mode of the posterior, in double precision but for what comes out.
 
     Args:
@@ -73,6 +73,8 @@ def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: 
         newness: Per class, 0 for a row that must stay (K,): the prior's variance is so many times
             `factor`'s.
         factor: See `covariance_factor`.
+        prior: Weight of the prior's logarithm. It also stands for what the denoiser, favour and
+            doubt do to a mixture, which the covariance knows not.
     """
     scale = newness.where(newness > KNOWN, 0).sqrt().unsqueeze(1).double().numpy()
     x, before, root = (values.double().numpy() for values in (seen, rows, factor))
@@ -85,8 +87,8 @@ def settle(seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: 
         """Minus the posterior's logarithm, of rows moved by standard normal z, and its gradient."""
         log_p = log_softmax(x @ moved(z).T, axis=1)
         slope = (np.exp(log_p) - truth).T @ x  # of the first part, by the rows
-        value = PRIOR / 2 * (z @ z) - (log_p * truth).sum()
-        return float(value), ((scale * slope) @ root).ravel() + PRIOR * z
+        value = prior / 2 * (z @ z) - (log_p * truth).sum()
+        return float(value), ((scale * slope) @ root).ravel() + prior * z
 
     start = np.zeros(before.size)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=CLOSE)
@@ -112,18 +114,16 @@ def learn_from(
     """
     family, layout = generator.family, generator.family.layout(len(embeddings))
     shown = {i: images for i, images in enumerate(examples) if images is not None}
-    newness = 1 - generator.vocabulary.familiarity(embeddings)
-    if not bool((newness[list(shown)] > KNOWN).any()):
+    newness = 1 - generator.vocabulary.familiarity(embeddings[list(shown)])
+    if not bool((newness > KNOWN).any()):
         return theta
-    # the rows are what was divided by it
-    temperature = generator.temperature(newness.unsqueeze(0), torch.ones(1, len(newness)))
-    factor = covariance_factor(generator) / temperature
     body, rows = layout.split(theta)
     counts = torch.tensor([len(images) for images in shown.values()])
     labels = torch.arange(len(shown)).repeat_interleave(counts)
     seen = torch.cat([features(family, body, images) for images in shown.values()])
     rows = rows.clone()
-    rows[list(shown)] = settle(seen, labels, rows[list(shown)], newness[list(shown)], factor)
+    factor, prior = covariance_factor(generator), generator.config.prompt.prior
+    rows[list(shown)] = settle(seen, labels, rows[list(shown)], newness, factor, prior=prior)
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError("examples led to NaN or infinite weights; nothing is returned")
     return layout.join(body, rows)
