@@ -125,7 +125,7 @@ def release(run: Path) -> None:
     generator = replace(generator, vocabulary=known)
     card = model_card(run.name, generator, json.loads((run / "report.json").read_text()))
     note = (
-        "The denoiser's matrices are rounded to eight bits, its other weights and the embeddings "
+        "The denoiser's matrices and the embeddings are rounded to eight bits, its other weights "
         "to half precision; measured were those before it.\n"
     )
     if folder.exists():  # only now that there is another to take its place

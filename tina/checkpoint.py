@@ -16,6 +16,7 @@ refused. Nothing is pickled. A directory is written under a temporary name and r
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -50,6 +51,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}
 HEADER |= {"layout", "space", "class_names"}
 BESIDE_CODEC = {"generic_body", "generic_rows"}
+BLOCK = 32
+"""Values of an embedding that share a scale: a few of CLIP's are ten times as large as the rest."""
 _MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
 
 
@@ -60,9 +63,9 @@ def save_generator(
 
     Args:
         card: Text of the model card.
-        small: Round the denoiser's matrices to eight bits, and its other weights, the embeddings,
-            a trained trunk and the image tower to half precision: a third of the size. They are
-            read back into full precision like any others.
+        small: Round the denoiser's matrices and the embeddings to eight bits, and its other
+            weights, a trained trunk and the image tower to half precision: a third of the size.
+            They are read back into full precision like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.
@@ -104,8 +107,11 @@ def _write(generator: Generator, folder: Path, card: str, small: bool) -> None:
         "generic_rows": generator.generic.rows,
     }
     write_tensors(folder / "codec.safetensors", codec)
-    prompts = {"embeddings": vocabulary.embeddings, "trained": vocabulary.trained}
-    write_tensors(folder / "prompts.safetensors", rounded(prompts))
+    embeddings = vocabulary.embeddings
+    if small:
+        embeddings = embeddings.unflatten(1, (-1, math.gcd(BLOCK, embeddings.shape[1])))
+    prompts = {"embeddings": embeddings, "trained": vocabulary.trained}
+    write_tensors(folder / "prompts.safetensors", in_eight_bits(prompts) if small else prompts)
     if generator.tower:
         write_tensors(folder / "tower.safetensors", rounded(generator.tower.tensors()))
     if isinstance(family, ResNet20Head):
@@ -179,12 +185,13 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         )
     codec = load_file(directory / "codec.safetensors")
     _exactly(codec, BESIDE_CODEC | codec_shapes(layout).keys(), file="codec.safetensors")
-    prompts = load_file(directory / "prompts.safetensors")
+    prompts = in_full(load_file(directory / "prompts.safetensors"))
     _exactly(prompts, {"embeddings", "trained"}, file="prompts.safetensors")
+    prompts["embeddings"] = prompts["embeddings"].flatten(1)
     vocabulary = Vocabulary(
         space=EmbeddingSpace(**header["space"]),
         names=tuple(header["class_names"]),
-        embeddings=prompts["embeddings"].float(),
+        embeddings=prompts["embeddings"],
         trained=prompts["trained"],
         shrinkage=config.prompt.shrinkage,
     )
