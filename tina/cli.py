@@ -26,6 +26,7 @@ DEMO = Path("runs/quickstart/checkpoint")
 PACKAGED = (
     "tina-cifar100-cnn5k",
     "tina-cifar100-mini-imagenet-cnn5k",
+    "tina-cifar100-mini-imagenet-resnet20-head",
     "tina-cifar100-resnet20-head",
 )
 
