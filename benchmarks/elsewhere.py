@@ -9,9 +9,9 @@ judged on as many images of each class, out of `fit` and `select`, which have tr
 (whether that holds of what is called `folder` or `parquet`, the caller knows); `report` ones are
 not read. Beside each stand what its prompts inherit without the denoiser, and the same names in a
 random order, which must fall to chance; then five further images of each class as a prompt: in the
-names' place, and beside them (`tina.examples`, whose two settings were chosen on CIFAR-100). What
-they bring over the names, and differences to the first checkpoint are paired, and their
-standard errors draw sets and images anew. A row is appended to results/elsewhere.jsonl.
+names' place, and beside them (`tina.examples`, whose settings were chosen on the generators'
+own data). What they bring over the names, and differences to the first checkpoint are paired, and
+their standard errors draw sets and images anew. A row is appended to results/elsewhere.jsonl.
 """
 
 from __future__ import annotations

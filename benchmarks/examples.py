@@ -5,8 +5,8 @@
 Sets of ten classes, of which one, two, five or all were kept out of all training. With every class
 come one, five or ten pictures, `select` images that no classifier is judged on. Accuracy on the
 other `select` images, and its difference to the generator's without examples, with standard errors
-that draw sets and images anew. The prior's two settings (`tina.examples`) were chosen on such
-images of this data set, for CNN-5K. Nothing here reads `report` images.
+that draw sets and images anew. The prior's settings (`tina.examples`) were chosen on such images
+of this data set. Nothing here reads `report` images.
 
 tina                  by the names alone
 tina_images           pictures in the names' place

@@ -113,7 +113,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Raises:
         ConfigError: There is no trained generator, or the checkpoint is of another one.
-        DataError: The data set is not the one that the zoo was made of.
+        DataError: The data set is not the one that the zoo was made of, or there is no image tower.
     """
     if not run.trained.is_dir():
         raise ConfigError(
@@ -126,7 +126,6 @@ def evaluate(run: Run) -> dict[str, Any]:
             f"checkpoint/ in {run.place.location} holds another generator than trained/: "
             "remove one of them"
         )
-    run.check_released()
     run.check_data()
     run.regressor()  # a wrong one must not be told of at the end
     start_ray()

@@ -319,7 +319,7 @@ def train_generator(run: Run) -> Generator:
     """Train, or continue; the generator with the averaged weights that validation chose.
 
     Raises:
-        DataError: There is no zoo to learn from, or it is not whole.
+        DataError: There is no zoo to learn from, or it is not whole, or no image tower.
         ConfigError: The cluster cannot hold the ranks, a tracker is not installed, or a training
             that is to go on began in another ZeRO stage.
     """
@@ -339,7 +339,7 @@ def train_generator(run: Run) -> Generator:
     card = f"Trained for {progress.step} steps; accuracy on select images of validation tasks: "
     save_generator(generator, run.trained, card=f"{card}{progress.best_accuracy:.4f}.\n")
     run.place.keep("trained")
-    return generator
+    return run.trained_generator()
 
 
 def work(run: Run) -> None:

@@ -16,7 +16,6 @@ import pytest
 import ray_jobs.evaluate
 from ray_jobs.evaluate import evaluate, pack, unpack, work
 from ray_jobs.job import run_job
-from ray_jobs.quickstart import work as quickstart
 from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.errors import ConfigError, DataError
 from tina.evaluation import CELL_TASKS
@@ -160,12 +159,14 @@ def test_what_training_does_not_read_may_change_after_it(run, without_ray):
     released = files(run.checkpoint)
     doubting = replace(run.config.prompt, doubt=9.0)
     again = Run(replace(run.config, prompt=doubting))
-    again.claim()
-    for job in (evaluate, quickstart):
-        with pytest.raises(ConfigError, match="released with another prompt: remove it"):
-            job(again)
+    before = (run.folder / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="released with another prompt: remove it"):
+        again.claim()
+    assert (run.folder / "config.yaml").read_bytes() == before
+    Run(run.config).claim()  # as it was
     assert files(run.checkpoint) == released
     shutil.rmtree(run.checkpoint)
+    again.claim()
     evaluate(again)
     changed = {name for name, data in files(run.checkpoint).items() if data != released[name]}
     assert changed - {"README.md"} == {"config.json", "manifest.json"}

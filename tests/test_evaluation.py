@@ -18,6 +18,7 @@ import torch
 
 import tina.evaluation
 import tina.novelty
+from ray_jobs import build_zoo
 from tests.conftest import kept_out
 from tina.baselines import (
     _least_squares,
@@ -432,6 +433,10 @@ def test_a_run_names_its_regressor(tiny_run, tiny_regressor, tmp_path):
     save_generator(tiny_regressor, Run(other).trained, card="x")
     found = run.evaluation(tiny_regressor).regressor
     assert found.config.diffusion.schedule == "none"
+    doubting = replace(run.config.prompt, doubt=3.0)  # which training does not read
+    Run(replace(other, prompt=doubting)).claim()
+    assert Run(replace(run.config, prompt=doubting)).regressor().config.prompt == doubting
+    Run(other).claim()
     Run(replace(other, name="noisy", diffusion=tiny_run.config.diffusion)).claim()
     Run(replace(other, name="wide", denoiser=DenoiserConfig(width=64))).claim()
     for name, words in (("noisy", "schedule none"), ("wide", "another denoiser than")):
@@ -498,6 +503,15 @@ def test_a_trunks_features_are_computed_once_for_a_run(head_run, monkeypatch):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match="holds no features: remove it"):
         assert Run.open(head_run.folder).store
+
+
+def test_workers_of_a_zoo_find_a_trunks_features(head_run, monkeypatch):
+    """On CPUs; each would make them for itself."""
+    monkeypatch.setattr(build_zoo, "on_gpu", lambda: False)
+    monkeypatch.setattr(build_zoo, "capacity", lambda each: 2)
+    monkeypatch.setattr(build_zoo, "stream", lambda *args, **kwargs: head_run.folder.iterdir())
+    names = {file.name.split("-")[0] for file in build_zoo.finetuned(head_run, "zoo", ["a", "b"])}
+    assert "features" in names
 
 
 def test_another_trunk_has_features_of_its_own(head_run):

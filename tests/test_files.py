@@ -15,9 +15,8 @@ def test_an_error_names_the_file_that_was_asked_for_and_leaves_nothing(tmp_path)
         write_bytes(temporary / "below", b"x")
 
     for write in (lambda file: write_bytes(file, b"x"), lambda file: write_whole(file, nested)):
-        with pytest.raises(OSError, match=r".") as found:
+        with pytest.raises(OSError, match=r"/taken'$"):
             write(taken)
-        assert ".tmp" not in str(found.value)
         assert list(tmp_path.iterdir()) == [taken]
         assert not list(taken.iterdir())
 

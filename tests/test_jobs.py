@@ -277,12 +277,18 @@ def test_what_the_folder_does_not_depend_on_may_change(claimed, section, change)
 
 
 @pytest.mark.parametrize("other", [None, RecipeConfig(steps=7)])
-def test_an_image_tower_may_not_change(claimed, other):
+def test_an_image_tower_may_not_change_once_it_is_trained(claimed, other):
     """Its file would be another recipe's."""
     prompt = claimed.config.prompt
-    Run(replace(claimed.config, prompt=replace(prompt, tower=RecipeConfig()))).claim()
+
+    def claim(tower):
+        Run(replace(claimed.config, prompt=replace(prompt, tower=tower))).claim()
+
+    for tower in (RecipeConfig(), other, RecipeConfig()):
+        claim(tower)
+    claimed.tower_file.touch()
     with pytest.raises(ConfigError, match="another prompt"):
-        Run(replace(claimed.config, prompt=replace(prompt, tower=other))).claim()
+        claim(other)
 
 
 def test_a_folder_made_before_a_key_existed_goes_on_with_its_default(claimed):
@@ -313,7 +319,6 @@ def test_a_report_of_other_settings_is_said(claimed, monkeypatch, capsys, tmp_pa
     run = Run(replace(claimed.config, storage=str(tmp_path)))
     run.checkpoint.mkdir(parents=True)
     monkeypatch.setattr("ray_jobs.quickstart.print_report", lambda report: None)
-    monkeypatch.setattr(Run, "check_released", lambda self: None)
     for seeds, said in ((run.config.evaluation.seeds, False), (9, True)):
         made = replace(run.config.evaluation, seeds=seeds)
         run.report_file.write_text(json.dumps({"evaluation": config_to_dict(made)}))

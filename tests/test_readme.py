@@ -26,6 +26,7 @@ from tina.report import plot_report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FAMILIES = ("cnn5k", "resnet20_head")  # of the packaged generators
 
 
 def blocks(language: str) -> list[str]:
@@ -87,7 +88,9 @@ def test_it_counts_the_words_of_the_packaged_generator() -> None:
         r"on (\d+) classes of CIFAR-100 and mini-ImageNet in one \(\"(.*?)\"\)", text
     )
     assert int(said[0]) == both
-    assert f" and knows {more:,} more words" in text
+    assert f" and know {more:,} more words" in text
+    heads = load_generator(PRETRAINED / "tina-cifar100-mini-imagenet-resnet20-head").vocabulary
+    assert heads.names == words.names
     assert set(said[1].split(", ")) <= set(words.trained_names)
     for word in re.findall(r"further words \((.*?);", README)[0].split(", "):
         assert vocabulary.lookup(word.strip('"')) is not None, word
@@ -177,9 +180,11 @@ def test_pictures_and_links_exist() -> None:
             assert (ROOT / target).exists(), target
 
 
-def row_of(benchmark: str, commit: str) -> dict[str, Any]:
+def row_of(benchmark: str, commit: str, **facts: str) -> dict[str, Any]:
     file = ROOT / "benchmarks" / "results" / f"{benchmark}.jsonl"
-    (row,) = [r for r in map(json.loads, file.read_text().splitlines()) if r["commit"] == commit]
+    wanted = {"commit": commit, **facts}
+    rows = map(json.loads, file.read_text().splitlines())
+    (row,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     assert f"`{commit}`" in README
     assert row["hardware"].startswith("2 cores of ")
     return row
@@ -223,19 +228,23 @@ def test_what_prompts_cost_is_what_the_row_says() -> None:
 
 
 def test_what_it_does_elsewhere_is_what_the_row_says() -> None:
-    row = row_of("elsewhere", "204843b12ee0")
-    one, both = (row["generators"][f"tina-cifar100-{x}cnn5k"] for x in ("", "mini-imagenet-"))
-    assert one["familiarity"]["trained_names"] == 10
+    row = row_of("elsewhere", "e7898b7431b9")
+    names = re.findall(r"^\| `(tina-[\w-]+)` \|", README, flags=re.MULTILINE)
+    generators = [row["generators"][name] for name in names]  # in the order of the table
+    assert len(generators) == len(row["generators"])
+    trained = [generator["familiarity"]["trained_names"] for generator in generators]
+    assert trained == [10, 10, 17, 17]
     rows = ("tina", "untrained", "tina_five_examples", "untrained_five_examples")
-    tina, bar, shown, learnt = ([g["accuracy"][row] for g in (one, both)] for row in rows)
+    tina, bar, shown, learnt = (
+        [f"{generator['accuracy'][row]:.0f}" for generator in generators] for row in rows
+    )
+    four = "{}, {}, {} and {}"
     for words in (
         f"ten at a time of {len(row['classes'])} classes, the packaged",
-        f"is right in {tina[0]:.0f} % of the cases, and that of both data sets, trained on "
-        f"{both['familiarity']['trained_names']}, in {tina[1]:.0f} "
-        f"(what is inherited: {bar[0]:.0f} and {bar[1]:.0f};",
-        f"as `examples` it is {shown[0]:.0f} and {shown[1]:.0f} %",
-        f"comes to {learnt[0]:.0f} and {learnt[1]:.0f}, so that",
-        f"nothing was chosen, it is {shown[0]:.0f} instead of {tina[0]:.0f} (below)",
+        f"right in {four.format(*tina)} % of the cases (what is inherited: {four.format(*bar)};",
+        f"as `examples` it is {four.format(*shown)} %",
+        f"comes to {four.format(*learnt)}, so that",
+        f"nothing was chosen, it is {shown[0]} instead of {tina[0]} (below)",
     ):
         assert words in README, words
 
@@ -259,15 +268,24 @@ def test_what_examples_bring_is_what_the_row_says() -> None:
     assert f"they bring {few:.1f} points, pictures of all {all_:.1f}, and with two new n" in README
     two = later["2"]["5_of_each"]["tina_examples_of_new"]
     assert abs(two["points"]) < 2 * two["points_se"]
-    heads = row_of("examples", "e4f6450b6d15")["new_of_ten"]
-    names, ten = heads["10"]["tina"]["accuracy"], heads["10"]["5_of_each"]
-    brings, nearest = ten["tina_examples"]["points"], ten["centroids"]
-    assert f"apart in {names:.0f} % of the cases by names, five pictures of each bring" in README
-    assert f"bring {brings:.0f} points" in README
-    assert abs(nearest["points"] - brings) < nearest["points_se"]  # as good
-    two = heads["2"]["5_of_each"]
-    worse = two["tina_examples"]["accuracy"] - two["centroids"]["accuracy"]
-    assert f"with all ten new, and {worse:.0f} points worse with two" in README
+    told = []
+    for data in ("cifar100", "cifar100+mini_imagenet"):
+        heads = row_of("examples", "e7898b7431b9", dataset=data)["new_of_ten"]
+        ten, two = heads["10"], heads["2"]["5_of_each"]
+        one, five = (ten[f"{shots}_of_each"]["tina_examples"] for shots in (1, 5))
+        nearest = ten["5_of_each"]["centroids"]
+        assert abs(nearest["points"] - five["points"]) < nearest["points_se"]  # as good
+        worse = two["tina_examples"]["accuracy"] - two["centroids"]["accuracy"]
+        told.append(
+            [*(f"{row['accuracy']:.0f}" for row in (ten["tina"], one, five)), f"{worse:.0f}"]
+        )
+    (names, one, five, worse), both = told
+    for words in (
+        f"apart in {names} % of the cases by names (both data sets: {both[0]}), with one picture",
+        f"of each beside them in {one} ({both[1]}), with five in {five} ({both[2]}), where the",
+        f"with two of ten new that is {worse} ({both[3]}) points worse",
+    ):
+        assert words in README, words
     ones = [found[new]["1_of_each"]["tina_examples"] for new in found]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 
@@ -285,13 +303,15 @@ def test_calibration_errors_are_those_of_the_reports() -> None:
         "cifar100_cnn15k": "{} with CNN-15K ({}, {})",
         "cifar100_cnn33k": " with CNN-33K ({1}, {2})",
         "cifar100_resnet20_head": " for the head of a ResNet-20 ({1}, {2})",
+        "cifar100_mini_imagenet_resnet20_head": "{} for that of both data sets ({}, {})",
         "mini_imagenet_cnn5k": "{} on mini-ImageNet ({}, {})",
     }
     for name, words in named.items():
         assert words.format(*calibration(name)) in README, name
     for name in ("cifar100_cnn33k", "cifar100_resnet20_head"):
         assert calibration(name)[0] == calibration("cifar100_cnn15k")[0]
-    doubting = ("cifar100_cnn5k", "cifar100_resnet20_head", "cifar100_mini_imagenet_cnn5k")
+    both = "cifar100_mini_imagenet_"
+    doubting = ("cifar100_cnn5k", "cifar100_resnet20_head", f"{both}cnn5k", f"{both}resnet20_head")
     others = named.keys() - set(doubting)
     new = sorted(calibration(name, "unseen_class")[0] for name in others)
     assert f"With two new classes of ten it is {new[0]} to {new[-1]};" in README
@@ -305,7 +325,7 @@ def test_calibration_errors_are_those_of_the_reports() -> None:
     low, high = min(all_new.values()), max(all_new.values())
     assert f"With all ten new it is {low} to {high}, there {there}:" in README
     two = [calibration(name, "unseen_class")[0] for name in doubting]
-    words = "it is {}, {} and {} with two new, {}, {} and {} with ten"
+    words = "it is {}, {}, {} and {} with two new, {}, {}, {} and {} with ten"
     assert words.format(*two, *mended) in README
 
 
@@ -334,10 +354,22 @@ def test_its_first_screen_says_what_the_reports_say() -> None:
         f"inheriting gives {inherited[1]} and {inherited[2]} %",
     ):
         assert words in first, words
-    more, more_of_a_head = (
-        f"{float(a[1]) - float(b[1]):.1f}" for a, b in ((tina, untrained), (head, inherited))
+    names = [f"cifar100_{data}{f}" for data in ("", "mini_imagenet_") for f in FAMILIES]
+    two = (published(name)["axes"]["unseen_class"]["methods"] for name in names)
+    more = [f"{100 * (of['tina']['accuracy'] - of['untrained']['accuracy']):.1f}" for of in two]
+    words = "{} points where all weights are generated and {} where a head is (both data sets: {} "
+    assert words.format(*more[:3]) + f"and {more[3]})" in README
+
+
+def test_what_it_says_of_both_data_sets_is_what_the_reports_say() -> None:
+    (cnn, _, _), (head, _, _) = (
+        known_two_and_ten_new(f"cifar100_mini_imagenet_{family}") for family in FAMILIES
     )
-    assert f"{more} points where all weights are generated and {more_of_a_head} where" in README
+    for words in (
+        f"the third is right in {cnn[0]} % of the cases and the fourth in {head[0]},",
+        f"with two new ones in {cnn[1]} and {head[1]} (",
+    ):
+        assert words in README, words
 
 
 def test_published_reports_name_their_commit() -> None:

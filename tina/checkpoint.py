@@ -53,7 +53,7 @@ HEADER |= {"layout", "space", "class_names"}
 BESIDE_CODEC = {"generic_body", "generic_rows"}
 BLOCK = 32
 """Values of an embedding that share a scale: a few of CLIP's are ten times as large as the rest."""
-_MALFORMED = (AttributeError, KeyError, TypeError, RuntimeError, ValueError)
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError)
 
 
 def save_generator(
@@ -185,9 +185,11 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         )
     codec = load_file(directory / "codec.safetensors")
     _exactly(codec, BESIDE_CODEC | codec_shapes(layout).keys(), file="codec.safetensors")
-    prompts = in_full(load_file(directory / "prompts.safetensors"))
+    packed = load_file(directory / "prompts.safetensors")
+    prompts = in_full(packed)
     _exactly(prompts, {"embeddings", "trained"}, file="prompts.safetensors")
-    prompts["embeddings"] = prompts["embeddings"].flatten(1)
+    if packed["embeddings"].dtype == torch.int8:  # in blocks
+        prompts["embeddings"] = prompts["embeddings"].flatten(1)
     vocabulary = Vocabulary(
         space=EmbeddingSpace(**header["space"]),
         names=tuple(header["class_names"]),

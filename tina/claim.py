@@ -1,21 +1,21 @@
 """Whose a run's folder is: it keeps its configuration, and refuses one it was not made with.
 
 What nothing in the folder depends on may differ: evaluation, cluster and tracking; what the zoo
-does not depend on, as long as there is no generator; and what generation alone reads, always.
+does not depend on, as long as there is no generator; and what generation alone reads, as long as no
+checkpoint was released with it.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import yaml
 
 from tina.classifiers import VitB32Head, build_family
-from tina.config import JobConfig
+from tina.config import GeneratorConfig, JobConfig
 from tina.configio import config_from_dict, config_to_dict, read_config
-from tina.errors import ConfigError
-from tina.files import write_text
+from tina.errors import CheckpointError, ConfigError
+from tina.files import read_table, write_text
 from tina.precision import has_bf16, settle
 from tina.sources import find_source
 from tina.storage import Place
@@ -23,7 +23,7 @@ from tina.stores import below
 
 CONFIG = "config.yaml"
 GENERATION = ("shrinkage", "favour", "doubt", "prior")
-"""Keys of `prompt` that only generation reads. Also, an image tower may be added."""
+"""Keys of `prompt` that only generation reads."""
 
 
 def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
@@ -35,7 +35,9 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
         The settled configuration; if it is new there, when it was written.
 
     Raises:
-        ConfigError: The folder was made with another.
+        ConfigError: The folder was made with another, or its checkpoint was released with another
+            prompt.
+        CheckpointError: That checkpoint is unreadable.
     """
     # a typo in a name need not claim the folder at all
     find_source(config.data)
@@ -55,22 +57,28 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
     loose = {"evaluation", "cluster", "storage", "tracking"}
     if not place.holds("start"):
         loose |= {"denoiser", "diffusion", "train"}
-    if found and (odd := _odd(mine, found, loose=loose)):
+    if found:
+        # what training does not read of the prompt, and a tower that nothing was trained for yet
+        prompt = found["prompt"] | {key: mine["prompt"][key] for key in GENERATION}
+        if not (prompt["tower"] and place.fetch("tower.safetensors").is_file()):
+            prompt["tower"] = mine["prompt"]["tower"]
+        found["prompt"] = prompt
+    if found and (odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]):
         raise ConfigError(
             f"{place.location} holds a run with another {', '.join(odd)}: "
             "choose another name or remove it"
         )
+    if place.holds("checkpoint"):
+        header = read_table(place.fetch("checkpoint/config.json"), CheckpointError)
+        released = config_from_dict(GeneratorConfig, header.get("config", {}))
+        if config_to_dict(released.prompt) != mine["prompt"]:
+            raise ConfigError(
+                f"checkpoint/ in {place.location} was released with another prompt: remove it "
+                "(ray_jobs.evaluate releases another), or go on with its own"
+            )
     write_text(file, yaml.safe_dump(mine, sort_keys=False))
     place.keep(CONFIG)
     return config, None if found else place.modified(CONFIG)
-
-
-def _odd(mine: dict[str, Any], found: dict[str, Any], *, loose: set[str]) -> list[str]:
-    """Sections that the folder depends on and was made with otherwise."""
-    prompt = found["prompt"] | {key: mine["prompt"][key] for key in GENERATION}
-    prompt["tower"] = prompt["tower"] or mine["prompt"]["tower"]
-    found = found | {"prompt": prompt}
-    return [key for key in mine if key not in loose and found.get(key) != mine[key]]
 
 
 def give_up(place: Place, claimed: int | None) -> None:

@@ -28,7 +28,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `file`, then rename it.
 
     Raises:
-        OSError: It cannot; the error names `file`.
+        OSError: It cannot; where the error names a temporary file, it is raised with `file`.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # threads, and processes of equal number on other machines, may write the same file

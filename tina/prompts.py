@@ -94,7 +94,7 @@ def check_distinct(names: Sequence[str], embeddings: Tensor) -> None:
     Raises:
         PromptError: Two do not: it knows no emoji, say, or leaves accents out.
     """
-    units = F.normalize(embeddings, dim=-1)  # a checkpoint may hold half precision
+    units = F.normalize(embeddings, dim=-1)  # a checkpoint may hold rounded ones
     alike = ((units @ units.T) > SAME).triu(1).nonzero().tolist()
     if alike:
         one, other = (names[i] for i in alike[0])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tina.batches import Source
 from tina.checkpoint import attach_trunk, load_generator, save_generator
-from tina.claim import claim, give_up
+from tina.claim import CONFIG, claim, give_up
 from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
@@ -79,9 +79,9 @@ class Run:
             ConfigError: It holds none.
         """
         place = Place(location)
-        file = place.fetch("config.yaml")
+        file = place.fetch(CONFIG)
         if not file.is_file():
-            raise ConfigError(f"{location} holds no run: it has no config.yaml")
+            raise ConfigError(f"{location} holds no run: it has no {CONFIG}")
         storage, name = split(str(location))
         with place.named():
             config = read_config(JobConfig, file)
@@ -288,20 +288,6 @@ class Run:
         vocabulary = replace(found.vocabulary, shrinkage=config.prompt.shrinkage)
         return replace(found, config=config, vocabulary=vocabulary, tower=self.tower)
 
-    def check_released(self) -> None:
-        """Make sure that `checkpoint/`, where there is one, has the prompts of this configuration.
-
-        Raises:
-            ConfigError: It was released with others.
-        """
-        if not self.checkpoint.exists():
-            return
-        if load_generator(self.checkpoint).config.prompt != self.config.prompt:
-            raise ConfigError(
-                f"checkpoint/ in {self.place.location} was released with another prompt: "
-                "remove it to release it anew"
-            )
-
     def source(self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None) -> Source:
         """Training batches for a generator; the zoo is read here unless it is given."""
         return Source(
@@ -354,7 +340,7 @@ class Run:
             raise ConfigError(f"evaluation.regressor {name} has another {odd} than this run")
         if other.config.diffusion.schedule != "none" or not other.trained.is_dir():
             raise ConfigError(f"evaluation.regressor {name} is no trained run of schedule none")
-        found = load_generator(other.trained)
+        found = other.trained_generator()
         if self.generic_file.exists() and not torch.equal(found.generic.rows, self.generic.rows):
             raise ConfigError(f"evaluation.regressor {name} began with another generic model")
         return found
