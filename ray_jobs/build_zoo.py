@@ -184,7 +184,7 @@ def finetuned(run: Run, kind: str, task_ids: list[str]) -> Iterator[pa.Table]:
     """Tables of finished p-models with their notes, in the order in which they are done."""
     gpu, cluster = on_gpu(), run.config.cluster
     if run.family.has_trunk and not gpu:
-        run.inputs("cpu")  # here once, for all workers
+        assert run.store  # here once, for all workers
     # a stacked block takes a GPU about as long however few it holds
     workers = 1 if gpu else min(cluster.zoo_workers, capacity(CPU))
     blocks = [

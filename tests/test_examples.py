@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import kept_out
+from tests.conftest import kept_out, with_prompt
 from tina.classifiers import build_family
 from tina.errors import NonFiniteError, PromptError
 from tina.examples import covariance_factor, features, learn_from, settle
@@ -116,10 +116,8 @@ def test_a_configured_prior_holds_what_the_names_give(pipe, pictures):
     plain, task = pipe.generator, pipe(TASK).theta
     moved = []
     for prior in (0.1, plain.config.prompt.prior, 10.0):
-        config = replace(plain.config, prompt=replace(plain.config.prompt, prior=prior))
-        after = learn_from(
-            replace(plain, config=config), task, pipe.embed_names(TASK), pictures("fit", 4)
-        )
+        generator = with_prompt(plain, prior=prior)
+        after = learn_from(generator, task, pipe.embed_names(TASK), pictures("fit", 4))
         moved.append(float((after - task).norm()))
     assert moved[0] > 1.2 * moved[1] > 1.2**2 * moved[2] > 0
 

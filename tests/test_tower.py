@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoints import rehash
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, with_prompt
 from tina.checkpoint import load_generator, save_generator
 from tina.config import PromptConfig, RecipeConfig
 from tina.configio import config_from_dict, config_to_dict
@@ -40,9 +40,7 @@ def random_tower(generator, seed=0):
 
 @pytest.fixture
 def with_tower(tiny_generator):
-    prompt = replace(tiny_generator.config.prompt, tower=RECIPE)
-    config = replace(tiny_generator.config, prompt=prompt)
-    return replace(tiny_generator, config=config, tower=random_tower(tiny_generator))
+    return replace(with_prompt(tiny_generator, tower=RECIPE), tower=random_tower(tiny_generator))
 
 
 def images(count=3, seed=1):

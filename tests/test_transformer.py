@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import with_prompt
 from tina.config import DenoiserConfig, DiffusionConfig
 from tina.diffusion import as_x0, begin, sample
 from tina.transformer import Denoiser, timestep_embedding
@@ -262,12 +263,6 @@ def test_generation_computes_what_the_whole_denoiser_does(
         assert_close(part, plain, tolerance=1e-5)
     inherited = generator.inherit(embeddings)[0]
     assert (found[0] - inherited).abs().max() > 1e-2  # there was something to compare
-
-
-def with_prompt(generator, **values):
-    prompt = dataclasses.replace(generator.config.prompt, **values)
-    config = dataclasses.replace(generator.config, prompt=prompt)
-    return dataclasses.replace(generator, config=config)
 
 
 def test_logits_are_divided_by_what_is_unfamiliar(tiny_generator):

@@ -63,11 +63,11 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
         if not (prompt["tower"] and place.fetch("tower.safetensors").is_file()):
             prompt["tower"] = mine["prompt"]["tower"]
         found["prompt"] = prompt
-    if found and (odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]):
-        raise ConfigError(
-            f"{place.location} holds a run with another {', '.join(odd)}: "
-            "choose another name or remove it"
-        )
+        if odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]:
+            raise ConfigError(
+                f"{place.location} holds a run with another {', '.join(odd)}: "
+                "choose another name or remove it"
+            )
     if place.holds("checkpoint"):
         header = read_table(place.fetch("checkpoint/config.json"), CheckpointError)
         released = config_from_dict(GeneratorConfig, header.get("config", {}))
