@@ -5,8 +5,9 @@
     python docs/publish.py runs/quickstart/tune/digits     # a sweep
     python docs/publish.py                                 # rewrite the tables alone
 
-A table stands between `<!-- table NAME -->` (all axes) or `<!-- table NAME AXIS -->` and
-`<!-- end -->`; everything in between is written here, so that no number is ever typed.
+A table stands between `<!-- table NAME -->` (a run's axes) or `<!-- table NAME AXIS -->` and
+`<!-- end -->`; everything in between is written here, so that no number is ever typed. Tables of
+several runs and of benchmarks are in `across.py` beside this.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,9 @@ from tina.files import write_text
 from tina.report import markdown, model_card
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))  # where there is no package, and a test loads this file by its path
+from across import TABLES  # noqa: E402
+
 RESULTS = DOCS / "results"
 STRANGE = 0.25  # less familiar words make classifiers that know little, and take room
 
@@ -75,9 +80,11 @@ def rewrite(text: str) -> str:
     """Text with every marked table written anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{table(*match[1].split())}<!-- end -->"
+        name, *rest = match[1].split()
+        text = TABLES[name](*rest) if name in TABLES else table(name, *rest)
+        return f"<!-- table {match[1]} -->\n{text}<!-- end -->"
 
-    pattern = r"<!-- table (\w+(?: \w+)?) -->\n.*?<!-- end -->"
+    pattern = r"<!-- table (\w+(?: \w+)*) -->\n.*?<!-- end -->"
     return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
