@@ -23,6 +23,7 @@ from ray_jobs.engine import WORLD, DeepSpeedEngine, read_world
 from ray_jobs.job import on_gpu, require, run_job, start_ray
 from ray_jobs.process import settle_in
 from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
+from tina.calibration import calibrate
 from tina.checkpoint import load_generator, save_generator
 from tina.config import JobConfig
 from tina.engine import Weights
@@ -331,11 +332,15 @@ def train_generator(run: Run) -> Generator:
     assert result.checkpoint, "training reported no state"
     with part_of(result.checkpoint, PROGRESS) as folder:
         progress = Progress.load(folder / PROGRESS)
-    print(json.dumps({"train": result.metrics}))
     generator = load_generator(run.start)
     generator.denoiser.load_state_dict(dict(progress.best))
     if not run.config.train.unconditional:
         generator.denoiser.null_cond.zero_()  # nothing has trained it: `Generator.takes_guidance`
+    # whatever the configuration names: another may leave it to what was fitted
+    generator = calibrate(generator, run.dataset, run.store, run.space)
+    prompt = generator.config.prompt
+    fitted = {"favour": prompt.favour, "doubt": prompt.doubt}
+    print(json.dumps({"train": result.metrics, "new_classes": fitted}))
     card = f"Trained for {progress.step} steps; accuracy on select images of validation tasks: "
     save_generator(generator, run.trained, card=f"{card}{progress.best_accuracy:.4f}.\n")
     run.place.keep("trained")

@@ -63,10 +63,13 @@ def distinct(owner: object, *keys: str) -> None:
             raise ConfigError(f"{_dotted(owner, key)} holds a value twice, got {got}")
 
 
-def not_negative(owner: object, *keys: str) -> None:
-    """Zero or above."""
+def not_negative(owner: object, *keys: str, optional: bool = False) -> None:
+    """Zero or above; or None, where that is possible."""
     for key in keys:
-        if not (got := getattr(owner, key)) >= 0:
+        got = getattr(owner, key)
+        if optional and got is None:
+            continue
+        if not got >= 0:
             raise ConfigError(f"{_dotted(owner, key)} must not be negative, got {got}")
 
 

@@ -70,8 +70,8 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
             )
     if place.holds("checkpoint"):
         header = read_table(place.fetch("checkpoint/config.json"), CheckpointError)
-        released = config_from_dict(GeneratorConfig, header.get("config", {}))
-        if config_to_dict(released.prompt) != mine["prompt"]:
+        released = config_from_dict(GeneratorConfig, header.get("config", {})).prompt
+        if config.prompt.settled(released) != released:
             raise ConfigError(
                 f"checkpoint/ in {place.location} was released with another prompt: remove it "
                 "(ray_jobs.evaluate releases another), or go on with its own"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from tina.checks import absolute, distinct, inside, not_negative, plain_name, positive, shares
@@ -116,8 +116,9 @@ class PromptConfig:
         template: Sentence that a bare class name is put into, with {} for the name.
         tower: Recipe of a ResNet-20 that names pictures; default: the generic model names them.
         shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
-        favour: To the logit of a class is added favour (1 - its familiarity).
-        doubt: Logits are divided by 1 + doubt (1 - mean familiarity of the task's classes).
+        favour: To the logit of a class is added favour (1 - its familiarity); default: fitted.
+        doubt: Logits are divided by 1 + doubt (1 - mean familiarity of the task's classes);
+            default: fitted (`tina.calibration`).
         prior: Weight of what the names give against pictures beside them (`tina.examples`).
     """
 
@@ -127,18 +128,24 @@ class PromptConfig:
     template: str = "{}"
     tower: RecipeConfig | None = None
     shrinkage: float = 0.0
-    favour: float = 0.0
-    doubt: float = 0.0
+    favour: float | None = None
+    doubt: float | None = None
     prior: float = 0.3
 
     def __post_init__(self) -> None:
         shares(self, "shrinkage")
-        not_negative(self, "favour", "doubt")
+        not_negative(self, "favour", "doubt", optional=True)
         positive(self, "prior")
         if "{}" not in self.template:
             raise ConfigError(f"prompt.template must contain {{}}, got {self.template!r}")
         if self.tower and self.encoder == "open_clip":
             raise ConfigError("prompt.tower: open_clip has an image tower")
+
+    def settled(self, fitted: PromptConfig) -> PromptConfig:
+        """With the favour and the doubt that were fitted, where it names none."""
+        favour = fitted.favour if self.favour is None else self.favour
+        doubt = fitted.doubt if self.doubt is None else self.doubt
+        return replace(self, favour=favour, doubt=doubt)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,7 @@ class Generator:
         inherited_body, inherited_rows = self.inherit(embeddings)
         body, rows = inherited_body + body, inherited_rows + rows
         newness = 1 - self.vocabulary.familiarity(embeddings)
-        rows[..., -1] += self.config.prompt.favour * newness  # the bias
+        rows[..., -1] += (self.config.prompt.favour or 0.0) * newness  # the bias
         scale = mask / self.temperature(newness, mask)[:, None]
         rows = rows * scale.unsqueeze(-1)
         if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):
@@ -160,7 +160,8 @@ class Generator:
 
         A network is as sure of what it guesses as of what it knows; see Guo et al. 2017, eq. 9.
         """
-        return 1 + self.config.prompt.doubt * (newness * mask).sum(-1) / mask.sum(-1)
+        doubt = self.config.prompt.doubt or 0.0
+        return 1 + doubt * (newness * mask).sum(-1) / mask.sum(-1)
 
     @torch.no_grad()
     def generate(

@@ -283,6 +283,7 @@ class Run:
             DataError: It is to have an image tower, and there is none.
         """
         found, config = load_generator(self.trained), self.config.generator
+        config = replace(config, prompt=config.prompt.settled(found.config.prompt))
         if found.config == config:
             return found
         vocabulary = replace(found.vocabulary, shrinkage=config.prompt.shrinkage)

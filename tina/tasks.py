@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain, combinations
+from itertools import accumulate, chain, combinations, islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -159,6 +159,10 @@ class TaskSpace:
                     f"{len(self.seen)} classes were held out or of few superclasses"
                 )
         return fresh
+
+    def sample_unseen(self, rng: np.random.Generator, n: int, unseen: int) -> list[ClassIds]:
+        """Draw `n` tasks with so many excluded classes, `max_classes` at most; repeats possible."""
+        return list(islice(_unseen_sets(rng, self, unseen), n))
 
 
 def build_task_space(
