@@ -29,9 +29,10 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from benchmarks.record import append, as_command, load
 from ray_jobs.process import settle_in
-from tina.classifiers import Family, InputStore, ResNet20Head, build_family
 from tina.config import Precision, RecipeConfig
+from tina.families import Family, ResNet20Head, build_family
 from tina.finetune import Lesson, annealed, batch_order, finetune, initial_theta
+from tina.inputs import InputStore
 from tina.precision import has_bf16
 from tina.views import Views
 

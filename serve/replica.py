@@ -34,9 +34,10 @@ from serve.metrics import Metrics
 from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
 from serve.shown import pack_rows, shift_by, shifted
-from tina.classifiers import VitB32Head, predict_many
+from tina.classifiers import predict_many
 from tina.errors import DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
+from tina.families import VitB32Head
 from tina.images import fit, read_image, shrink
 from tina.model import GeneratedModel
 from tina.names import unfamiliar

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tina.classifiers import ClipImageTrunk, InputStore, build_family, widen
+from tina.classifiers import widen
 from tina.config import DataConfig, RecipeConfig
 from tina.datasets import load_dataset
 from tina.errors import NonFiniteError
+from tina.families import ClipImageTrunk, build_family
 from tina.finetune import (
     Lesson,
     _AdamW,
@@ -23,6 +24,7 @@ from tina.finetune import (
     initial_theta,
     train_trunk,
 )
+from tina.inputs import InputStore
 from tina.zoo import build_rows
 
 TASKS = [(3, 1), (7, 2, 5), (0, 9, 4, 8, 6)]

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tina.classifiers import build_family
 from tina.errors import DataError
+from tina.families import build_family
 from tina.finetune import Lesson, accuracy
 from tina.generic import GenericModel, load_generic, save_generic
 from tina.zoo import build_rows, describe_zoo, open_zoo, read_zoo, zoo_schema

@@ -29,12 +29,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tina.classifiers import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
 from tina.codec import Codec, codec_shapes
 from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
 from tina.errors import CheckpointError, ConfigError, TinaError, one_line
+from tina.families import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
 from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel

@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import yaml
 
-from tina.classifiers import VitB32Head, build_family
 from tina.config import GeneratorConfig, JobConfig
 from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.errors import CheckpointError, ConfigError
+from tina.families import VitB32Head, build_family
 from tina.files import read_table, write_text
 from tina.precision import has_bf16, settle
 from tina.sources import find_source

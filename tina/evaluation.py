@@ -27,15 +27,17 @@ from tina.baselines import (
     nearest_pmodel,
     ridge,
 )
-from tina.classifiers import InputStore, VitB32Head, predict
+from tina.classifiers import predict
 from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
 from tina.controls import nothing, other_classes, shuffled_classes
 from tina.datasets import Dataset
 from tina.diffusion import as_x0
+from tina.families import VitB32Head
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.inputs import InputStore
 from tina.metrics import Score
 from tina.mixer import train_mixer
 from tina.tasks import AXES, Task, TaskSpace

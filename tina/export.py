@@ -12,8 +12,9 @@ import onnx
 import torch
 from torch import Tensor
 
-from tina.classifiers import Classifier, Family, VitB32Head
+from tina.classifiers import Classifier
 from tina.errors import CheckpointError
+from tina.families import Family, VitB32Head
 
 OPSET = 18
 PREFIX = "network."

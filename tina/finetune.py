@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.optim.adamw import adamw
 
-from tina.classifiers import Family, InputStore, ResNet20Head, predict, widen
+from tina.classifiers import predict, widen
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import NonFiniteError
+from tina.families import Family, ResNet20Head
+from tina.inputs import InputStore
 from tina.precision import in_bf16
 
 Progress = Callable[[int], object]

@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tina.classifiers import Family, InputStore, ResNet20Head
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import DataError
+from tina.families import Family, ResNet20Head
 from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
+from tina.inputs import InputStore
 from tina.tensors import write_tensors
 from tina.views import Views
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tina.classifiers import Classifier, Family, ResNet20Head, build_family
+from tina.classifiers import Classifier
 from tina.errors import CheckpointError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
+from tina.families import Family, ResNet20Head, build_family
 from tina.files import write_bytes
 from tina.tensors import pack_tensors
 
