@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.families import CLASSES, family_of, pictures, theta_of
-from tina.classifiers import Classifier, predict
+from tina.classifiers import Classifier, narrow, predict, widen
 from tina.errors import CheckpointError, DataError, NonFiniteError
 from tina.inputs import InputStore
 from tina.views import Views
@@ -119,3 +119,14 @@ def test_theta_for_another_number_of_classes_is_refused():
     family = family_of("cnn5k")
     with pytest.raises(CheckpointError, match="theta must have shape"):
         Classifier(family, theta_of(family), tuple("abcd"))
+
+
+def test_to_widen_is_to_add_rows_of_zeros_and_to_narrow_undoes_it(family):
+    theta, inputs = theta_of(family, classes=2), family.embed(pictures(4, 1, 8, 8))
+    wide = widen(family, theta, 2, CLASSES)
+    logits = family.logits(wide, inputs, num_classes=CLASSES)
+    torch.testing.assert_close(logits[:, :2], family.logits(theta, inputs, num_classes=2))
+    assert not logits[:, 2:].any()
+    assert not family.layout(CLASSES).split(wide)[1][2:].any()
+    assert torch.equal(narrow(family, wide, 2, CLASSES), theta)
+    assert torch.equal(widen(family, theta, 2, 2), theta)

@@ -66,6 +66,13 @@ def widen(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
     return family.layout(most).join(body, F.pad(rows, (0, 0, 0, most - num_classes)))
 
 
+@torch.no_grad()
+def narrow(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
+    """Theta of the first K classes, from one that is laid out for more: undoes `widen`."""
+    body, rows = family.layout(most).split(theta)
+    return family.layout(num_classes).join(body, rows[:num_classes])
+
+
 def predict_many(
     family: Family, thetas: Sequence[Tensor], counts: Sequence[int], inputs: Sequence[Tensor]
 ) -> list[Tensor]:

@@ -27,7 +27,7 @@ from tina.baselines import (
     nearest_pmodel,
     ridge,
 )
-from tina.classifiers import predict
+from tina.classifiers import narrow, predict
 from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
@@ -299,9 +299,8 @@ class Evaluation:
 
     def direct_theta(self, task: Task) -> Tensor:
         """Direct fine-tuning of one task, in the layout of its K classes."""
-        family = self.generator.family
-        body, rows = family.layout(self.generator.max_classes).split(self._direct[task.task_id])
-        return family.layout(task.num_classes).join(body, rows[: task.num_classes])
+        generator, theta = self.generator, self._direct[task.task_id]
+        return narrow(generator.family, theta, task.num_classes, generator.max_classes)
 
     # -- scoring ---------------------------------------------------------------------------------
 
