@@ -53,7 +53,7 @@ def ensure_generic(run: Run) -> None:
 
 def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: str) -> None:
     """Train a classifier of all seen classes and keep it."""
-    passes = 1 + family.has_trunk  # the trunk, then the head on it
+    passes = 1 + family.trains_trunk  # the trunk, then the head on it
     with tqdm(total=passes * recipe.steps, desc=label, unit="step") as bar:
         generic = train_generic(
             family,

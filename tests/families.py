@@ -18,7 +18,7 @@ def pictures(*shape, seed=0):
 def family_of(name, *, channels=1, image_size=8):
     """A family that is ready to use; its trunk, if it needs one, is random."""
     family = build_family(name, channels=channels, image_size=image_size)
-    if name == "resnet20_head":
+    if family.trains_trunk:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             trunk = family.new_trunk()
@@ -29,7 +29,7 @@ def family_of(name, *, channels=1, image_size=8):
             elif key.endswith("running_var"):
                 value.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))
         family.attach_trunk(trunk)
-    if name == "vitb32_head":
+    if family.on_clip:
         matrix = random(channels * image_size**2, 512)
         family.attach_trunk(ClipImageTrunk(lambda x: x.flatten(1) @ matrix))
     return family

@@ -11,16 +11,22 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
+from tests.conftest import tiny_config
 from tests.families import CLASSES, family_of, pictures, random, theta_of
 from tina.baselines import clip_zero_shot
-from tina.checkpoint import attach_trunk
+from tina.checkpoint import attach_clip, save_generator
 from tina.classifiers import Classifier
-from tina.config import ClassifierConfig, GeneratorConfig, PromptConfig
+from tina.config import ClassifierConfig, PromptConfig, RecipeConfig
 from tina.encoders import EmbeddingSpace
 from tina.errors import CheckpointError, ConfigError
 from tina.export import export_graph
-from tina.families import FAMILIES, ClipImageTrunk, build_family
+from tina.families import FAMILIES, ClipImageTrunk, Family, Head, VitB32Head, build_family
+from tina.generic import save_generic, train_generic
+from tina.model import load_classifier
+from tina.pipeline import TinaPipeline
+from tina.run import Run
 
 CNNS = ("cnn5k", "cnn15k", "cnn33k", "cnn70k")
 
@@ -216,10 +222,8 @@ def test_vitb32_reads_an_open_clip_image_tower(tmp_path, monkeypatch):
     prompt = PromptConfig(
         encoder="open_clip", model="tiny-512", weights=str(tmp_path / "tiny.safetensors")
     )
-    settings = GeneratorConfig(classifier=ClassifierConfig(family="vitb32_head"), prompt=prompt)
-
     family = build_family("vitb32_head", channels=1, image_size=16)
-    attach_trunk(family, settings, tmp_path)
+    attach_clip(family, prompt)
     images = pictures(3, 1, 16, 16)
     features = family.embed(images)
     assert features.shape == (3, 512)
@@ -243,11 +247,46 @@ def test_vitb32_reads_an_open_clip_image_tower(tmp_path, monkeypatch):
         export_graph(family)
     other = EmbeddingSpace(model="another CLIP", dim=512, template="{}")
     with pytest.raises(CheckpointError, match=r"trunk is CLIP of .*another CLIP"):
-        attach_trunk(family, settings, tmp_path, space=other)
+        attach_clip(family, prompt, space=other)
 
-    family.features = 768
-    with pytest.raises(ConfigError, match=r"768 values of CLIP's, .* gives 512: "):
-        attach_trunk(family, settings, tmp_path)
+    class Wider(VitB32Head):
+        def module(self, num_classes):
+            return Head(768, num_classes)
+
+    with pytest.raises(ConfigError, match=r"wider takes 768 values of CLIP's, .* gives 512: "):
+        attach_clip(Wider("wider", channels=1, image_size=16), prompt)
+
+
+class Pooled(Family):
+    """All that a second family with a trained trunk needs, beside its entry."""
+
+    trains_trunk = True
+
+    def module(self, num_classes):
+        return Head(4, num_classes)
+
+    def new_trunk(self):
+        convolution = nn.Conv2d(self.channels, 4, 3, stride=2)
+        return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_another_family_that_trains_a_trunk_is_one_class_and_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "pooled", Pooled)
+    run = Run(tiny_config(tmp_path, classifier=ClassifierConfig(family="pooled")))
+    trained = train_generic(run.family, run.dataset, run.space.seen, RecipeConfig(steps=2), seed=0)
+    save_generic(run.generic_file, trained, run.family, run.dataset)
+    generator = Run(run.config).new_generator()
+    save_generator(generator, tmp_path / "checkpoint", card="card")
+    model = TinaPipeline.from_pretrained(tmp_path / "checkpoint")(["one", "two"])
+    model.save(tmp_path / "model.safetensors")
+
+    images = pictures(3, 1, 8, 8)
+    want = run.family.embed(images)
+    assert want.std() > 0
+    for family in (generator.family, model.family):
+        assert torch.equal(family.embed(images), want)
+    found = load_classifier(tmp_path / "model.safetensors")(images)
+    assert torch.equal(found, family.logits(model.theta, want, num_classes=2))
 
 
 def test_clip_zero_shot_is_a_hundred_times_the_cosine():

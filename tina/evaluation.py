@@ -34,7 +34,6 @@ from tina.configio import config_to_dict
 from tina.controls import nothing, other_classes, shuffled_classes
 from tina.datasets import Dataset
 from tina.diffusion import as_x0
-from tina.families import VitB32Head
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.inputs import InputStore
@@ -213,7 +212,7 @@ class Evaluation:
     def contenders(self) -> dict[str, Callable[[Sequence[Task]], Thetas]]:
         """Every method that makes classifiers for tasks, without their images."""
         train = self.zoo.only("train")
-        on_clip = isinstance(self.generator.family, VitB32Head)
+        on_clip = self.generator.family.on_clip
 
         def of(baseline: Baseline) -> Callable[[Sequence[Task]], Thetas]:
             return lambda tasks: [[self.generator.theta(*baseline(task))] for task in tasks]

@@ -3,10 +3,11 @@
 Axes: N images, C channels, H W sides in pixels, K classes, F features before the head, n values of
 theta.
 
-A family is one class: it says how the generated network is built for K classes, and, if it has a
-frozen trunk, how that is built. Its last layer is a `Linear` named `fc`, the *head*: row k belongs
-to class k. All that comes before `fc` is the *body*. To add a family, write such a class with a
-`module` method and enter it in `FAMILIES`; layouts, zoo, codec and export derive from it.
+A family is one class: it says how the generated network is built for K classes, and, if that takes
+a frozen trunk's features, which trunk. Its last layer is a `Linear` named `fc`, the *head*: row k
+belongs to class k. All that comes before `fc` is the *body*. To add a family, write such a class
+with a `module` method (and, if it trains a trunk, `new_trunk`) and enter it in `FAMILIES`; layouts,
+zoo, codec, files and export derive from it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from torch.func import functional_call
 from tina.errors import CheckpointError, ConfigError
 from tina.layout import ParamLayout
 
+TRUNK = "trunk."
+"""Where a file holds other tensors too, the names of a trained trunk's begin with this."""
+
 
 class Family(ABC):
     """One classifier architecture over images of one shape.
@@ -34,7 +38,11 @@ class Family(ABC):
         image_size: H and W that images are resized to.
     """
 
-    has_trunk = False
+    trains_trunk = False
+    """Whether it has a trunk of its own, which is trained before the generic model's head and lies
+    in files beside what is generated."""
+    on_clip = False
+    """Whether its trunk is CLIP's image tower, which is not trained, and in no file."""
 
     def __init__(self, name: str, *, channels: int, image_size: int) -> None:
         self.name, self.channels, self.image_size = name, channels, image_size
@@ -68,6 +76,15 @@ class Family(ABC):
         return {}
 
     @property
+    def has_trunk(self) -> bool:
+        """Whether the generated network takes features, not images."""
+        return self.trains_trunk or self.on_clip
+
+    def new_trunk(self) -> nn.Module:
+        """An untrained trunk, of a family that trains one: (N, C, H, W) -> (N, F)."""
+        raise NotImplementedError
+
+    @property
     def trunk(self) -> nn.Module:
         """The frozen trunk."""
         if self._trunk is None:
@@ -77,6 +94,33 @@ class Family(ABC):
     def attach_trunk(self, trunk: nn.Module) -> None:
         """Freeze a trained trunk and use it from here on."""
         self._trunk = trunk.eval().requires_grad_(False)
+
+    def load_trunk(self, tensors: Mapping[str, Tensor]) -> None:
+        """Attach a trained trunk, of which these are the tensors.
+
+        Raises:
+            RuntimeError: They are another's.
+        """
+        trunk = self.new_trunk()
+        trunk.load_state_dict(tensors)
+        self.attach_trunk(trunk)
+
+    def with_trunk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, and a trained trunk's among them."""
+        trunk = self.trunk.state_dict() if self.trains_trunk else {}
+        return {**tensors, **{TRUNK + name: value for name, value in trunk.items()}}
+
+    def take_trunk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `with_trunk`: attach a trained trunk, and return the other tensors.
+
+        Raises:
+            RuntimeError: The trunk is missing, or another.
+        """
+        if not self.trains_trunk:
+            return dict(tensors)
+        names = [name for name in tensors if name.startswith(TRUNK)]
+        self.load_trunk({name.removeprefix(TRUNK): tensors[name] for name in names})
+        return {name: value for name, value in tensors.items() if name not in names}
 
     def embed(self, images: Tensor) -> Tensor:
         """What the generated network takes, from images of the family's own size.
@@ -200,7 +244,7 @@ class Head(nn.Module):
 class ResNet20Head(Family):
     """A frozen ResNet-20 trunk, trained with the generic model; the head is generated."""
 
-    has_trunk = True
+    trains_trunk = True
 
     def module(self, num_classes: int) -> nn.Module:
         """The head."""
@@ -209,12 +253,6 @@ class ResNet20Head(Family):
     def new_trunk(self) -> nn.Module:
         """An untrained trunk."""
         return ResNet20Trunk(self.channels)
-
-    def load_trunk(self, state: Mapping[str, Tensor]) -> None:
-        """Attach a trained one, of which these are the tensors."""
-        trunk = self.new_trunk()
-        trunk.load_state_dict(state)
-        self.attach_trunk(trunk)
 
 
 class ClipImageTrunk(nn.Module):
@@ -237,12 +275,11 @@ class ClipImageTrunk(nn.Module):
 class VitB32Head(Family):
     """CLIP's own image tower, frozen; the head on its 512 features is generated."""
 
-    has_trunk = True
-    features = 512
+    on_clip = True
 
     def module(self, num_classes: int) -> nn.Module:
         """The head."""
-        return Head(self.features, num_classes)
+        return Head(512, num_classes)
 
 
 # Widths as in PAPER.md: 5,370, 14,586 and 33,338 parameters for ten classes at 32x32; 70,202 is

@@ -23,7 +23,7 @@ from tina.classifiers import narrow, predict, widen
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import NonFiniteError
-from tina.families import Family, ResNet20Head
+from tina.families import Family
 from tina.inputs import InputStore
 from tina.precision import in_bf16
 
@@ -230,7 +230,7 @@ def initial_theta(family: Family, num_classes: int, *, seed: int) -> Tensor:
 
 
 def train_trunk(
-    family: ResNet20Head,
+    family: Family,
     dataset: Dataset,
     class_ids: Sequence[int],
     recipe: RecipeConfig,
