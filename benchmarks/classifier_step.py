@@ -15,9 +15,10 @@ from statistics import median
 import torch
 
 from benchmarks.record import append, as_command, load
-from tina.classifiers import InputStore, build_family
 from tina.config import RecipeConfig
+from tina.families import build_family
 from tina.finetune import Lesson, finetune, initial_theta
+from tina.inputs import InputStore
 from tina.views import Views
 
 MODELS, CLASSES, STEPS, TURNS = 4, 10, 20, 5

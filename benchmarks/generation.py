@@ -40,12 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import append, as_command, checkpoint_folder, load, percentiles
 from tina import TinaPipeline
-from tina.classifiers import InputStore
 from tina.config import RecipeConfig
 from tina.diffusion import advance, as_x0, begin
 from tina.files import write_text
 from tina.finetune import Lesson, accuracy, finetune, initial_theta
 from tina.generator import Generator, new_denoiser
+from tina.inputs import InputStore
 from tina.novelty import TIMED_STEPS
 from tina.precision import has_bf16, settle
 from tina.prompts import pad

@@ -29,12 +29,13 @@ from torch import Tensor
 
 from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
-from tina.classifiers import InputStore, predict
+from tina.classifiers import predict
 from tina.config import DiffusionConfig, TrainConfig
 from tina.engine import LocalEngine
 from tina.errors import ConfigError
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.inputs import InputStore
 from tina.metrics import Array, resample
 from tina.run import Run
 from tina.training import Progress, train

@@ -29,9 +29,10 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from benchmarks.record import append, as_command, load
 from ray_jobs.process import settle_in
-from tina.classifiers import Family, InputStore, ResNet20Head, build_family
 from tina.config import Precision, RecipeConfig
+from tina.families import Family, build_family
 from tina.finetune import Lesson, annealed, batch_order, finetune, initial_theta
+from tina.inputs import InputStore
 from tina.precision import has_bf16
 from tina.views import Views
 
@@ -104,7 +105,7 @@ def ways(name: str, *, images: int, models: int, device: str) -> dict[str, Calla
     """Every way to train the models for a number of steps."""
     family = build_family(name, channels=3, image_size=32)
     trunk = None
-    if isinstance(family, ResNet20Head):
+    if family.trains_trunk:
         trunk = family.new_trunk().to(device)
         family.attach_trunk(trunk)
     draw = torch.Generator().manual_seed(0)

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ray_jobs.job import capacity, on_gpu, run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
 from ray_jobs.process import settle_in
-from tina.classifiers import Family
 from tina.config import JobConfig, RecipeConfig
+from tina.families import Family
 from tina.files import hash_bytes, write_whole
 from tina.generic import save_generic, train_generic
 from tina.run import Run
@@ -53,7 +53,7 @@ def ensure_generic(run: Run) -> None:
 
 def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: str) -> None:
     """Train a classifier of all seen classes and keep it."""
-    passes = 1 + family.has_trunk  # the trunk, then the head on it
+    passes = 1 + family.trains_trunk  # the trunk, then the head on it
     with tqdm(total=passes * recipe.steps, desc=label, unit="step") as bar:
         generic = train_generic(
             family,

@@ -34,7 +34,7 @@ from serve.metrics import Metrics
 from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
 from serve.shown import pack_rows, shift_by, shifted
-from tina.classifiers import VitB32Head, predict_many
+from tina.classifiers import predict_many
 from tina.errors import DataError, PromptError, TinaError
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
@@ -282,7 +282,7 @@ class Replica:
         if format == "safetensors":
             content = model.to_safetensors()
         elif format == "onnx":
-            if isinstance(model.family, VitB32Head):
+            if model.family.on_clip:
                 raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
         family = model.family

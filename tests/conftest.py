@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tests.families import family_of
 from tina.checkpoint import save_generator
 from tina.config import (
     ClassifierConfig,
@@ -28,6 +29,7 @@ from tina.config import (
 )
 from tina.configio import config_to_dict
 from tina.engine import LocalEngine
+from tina.families import FAMILIES, Family
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.generic import save_generic, train_generic
@@ -52,6 +54,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real data sets beside the project, at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Each family in turn."""
+    return family_of(request.param)
 
 
 def tiny_config(storage: Path, **changes: object) -> JobConfig:

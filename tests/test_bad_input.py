@@ -353,6 +353,10 @@ def _one_nan(tensors):
     return tensors
 
 
+def _trunk_more(tensors):
+    return tensors | {"trunk.stem.weight": torch.zeros(16, 1, 3, 3)}
+
+
 def _one_infinity(tensors):
     tensors["convs.0.weight"][0, 0, 0, 0] = float("inf")
     return tensors
@@ -388,6 +392,7 @@ MODELS = {
     "row": (partial(rewrite, change=_row_less), CheckpointError, "another layout"),
     "body": (partial(rewrite, change=_body_less), CheckpointError, "another layout"),
     "extra": (partial(rewrite, change=_tensor_more), CheckpointError, "another layout"),
+    "trunk": (partial(rewrite, change=_trunk_more), CheckpointError, "another layout"),
     "names": (partial(rewrite, class_names='["a"]'), CheckpointError, "another layout"),
     "family": (partial(rewrite, family="cnn6k"), ConfigError, "unknown family 'cnn6k'"),
     "stranger": (_strangers, CheckpointError, "not a classifier that Tina wrote"),

@@ -12,11 +12,11 @@ from safetensors.torch import load, load_file, save_file
 
 import tina.checkpoint
 from tina.checkpoint import load_generator, save_generator
-from tina.classifiers import build_family
 from tina.codec import Codec, codec_shapes
 from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, GeneratorConfig
 from tina.encoders import HashEncoder
 from tina.errors import CheckpointError
+from tina.families import build_family
 from tina.files import hash_file
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tina.classifiers import FAMILIES, ConvNet, Head, build_family
 from tina.codec import DAMPING, Codec, fit_codec
 from tina.curvature import Curvature
 from tina.errors import ConfigError
+from tina.families import FAMILIES, ConvNet, Head, build_family
 from tina.layout import ParamLayout
 
 

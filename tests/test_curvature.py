@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tina.classifiers import InputStore, build_family
 from tina.curvature import IMAGES, _gradients, matrix, measure_curvature, rotate
+from tina.families import build_family
 from tina.generic import GenericModel
+from tina.inputs import InputStore
 
 
 @pytest.fixture(scope="module")

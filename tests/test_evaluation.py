@@ -29,7 +29,6 @@ from tina.baselines import (
 )
 from tina.batches import Source
 from tina.checkpoint import save_generator
-from tina.classifiers import InputStore
 from tina.comparison import by_steps, compare
 from tina.config import ClassifierConfig, DenoiserConfig, RecipeConfig
 from tina.controls import other_classes, shuffled_classes
@@ -39,6 +38,7 @@ from tina.evaluation import Evaluation
 from tina.finetune import Lesson, accuracy
 from tina.generator import Generator
 from tina.generic import save_generic, train_generic
+from tina.inputs import InputStore
 from tina.metrics import Score, overlap
 from tina.mixer import Mixer, train_mixer
 from tina.novelty import novelty, timing, twin

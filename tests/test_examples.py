@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import kept_out, with_prompt
-from tina.classifiers import build_family
 from tina.errors import NonFiniteError, PromptError
 from tina.examples import covariance_factor, features, learn_from, settle
+from tina.families import build_family
 from tina.pipeline import TinaPipeline
 
 TASK = ["zero", "seven", "four"]

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tina.classifiers import ClipImageTrunk, InputStore, build_family, widen
 from tina.config import DataConfig, RecipeConfig
 from tina.datasets import load_dataset
 from tina.errors import NonFiniteError
+from tina.families import ClipImageTrunk, build_family
 from tina.finetune import (
     Lesson,
     _AdamW,
@@ -23,6 +23,7 @@ from tina.finetune import (
     initial_theta,
     train_trunk,
 )
+from tina.inputs import InputStore
 from tina.zoo import build_rows
 
 TASKS = [(3, 1), (7, 2, 5), (0, 9, 4, 8, 6)]
@@ -367,18 +368,6 @@ def test_a_step_is_adamws_however_a_gradient_lies_in_memory():
 
 
 # --- the zoo's rows -------------------------------------------------------------------------------
-
-
-def test_to_widen_is_to_add_rows_of_zeros(cnn, digits):
-    family, store = cnn
-    theta = initial_theta(family, 2, seed=0)
-    wide = widen(family, theta, 2, 5)
-    inputs = store[torch.arange(4)]
-    logits = family.logits(wide, inputs, num_classes=5)
-    torch.testing.assert_close(logits[:, :2], family.logits(theta, inputs, num_classes=2))
-    assert not logits[:, 2:].any()
-    assert not family.layout(5).split(wide)[1][2:].any()
-    assert torch.equal(widen(family, theta, 2, 2), theta)
 
 
 @WAYS

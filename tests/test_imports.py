@@ -18,7 +18,7 @@ STAGES = [
     *["errors", "files", "stores", "storage", "checks", "config", "configio", "precision", "space"],
     *["tensors", "rounding", "images", "names"],
     *["superclasses", "sources", "views", "datasets", "tasks", "neighbours"],
-    *["layout", "classifiers", "finetune", "generic", "tower", "zoo"],
+    *["layout", "families", "inputs", "classifiers", "finetune", "generic", "tower", "zoo"],
     *["encoders", "prompts", "curvature", "codec", "transformer", "diffusion", "generator"],
     *["examples", "checkpoint", "engine", "batches", "training", "export", "model", "pipeline"],
     *[

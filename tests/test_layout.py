@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tina.classifiers import ConvNet, Head
 from tina.errors import CheckpointError, ConfigError
+from tina.families import ConvNet, Head
 from tina.layout import ParamLayout
 
 NETWORK = ConvNet(1, (4, 6), (2, 1), 3)

@@ -7,10 +7,11 @@ import torch
 import yaml
 
 from tina import precision
-from tina.classifiers import InputStore, build_family
 from tina.config import RecipeConfig
 from tina.errors import ConfigError
+from tina.families import build_family
 from tina.finetune import Lesson, finetune, initial_theta
+from tina.inputs import InputStore
 from tina.precision import in_bf16, settle
 from tina.run import Run
 from tina.views import Views

@@ -1019,7 +1019,7 @@ def test_without_its_encoder_a_replica_serves_what_the_checkpoint_knows(
 
 
 def test_a_family_without_onnx_says_so(backend, post, monkeypatch):
-    monkeypatch.setattr(serve.replica, "VitB32Head", type(backend.replica.pipe.generator.family))
+    monkeypatch.setattr(backend.replica.pipe.generator.family, "on_clip", True)
     refused(post("/v1/models?format=onnx", json=THREE), 406)
 
 

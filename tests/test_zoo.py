@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tina.classifiers import build_family
+from tests.families import family_of
 from tina.errors import DataError
+from tina.families import build_family
 from tina.finetune import Lesson, accuracy
-from tina.generic import GenericModel, load_generic, save_generic
+from tina.generic import GenericModel, as_tensors, load_generic, save_generic
+from tina.tensors import write_tensors
 from tina.zoo import build_rows, describe_zoo, open_zoo, read_zoo, zoo_schema
 
 WIDTH = 6
@@ -282,6 +284,27 @@ def test_unreadable_generic_model(tiny_run, tmp_path, content):
         file.write_bytes(content)
     with pytest.raises(DataError, match="not a readable generic model"):
         load_generic(file, tiny_run.family)
+
+
+@pytest.mark.parametrize("change", ["one less", "one more", "another shape", "none"])
+def test_a_generic_model_with_another_trunk_is_refused(tiny_run, tmp_path, change):
+    family, file = family_of("resnet20_head"), tmp_path / "g.safetensors"
+    generic = GenericModel(class_ids=(0, 2), body=torch.zeros(0), rows=torch.randn(2, 65))
+    tensors = as_tensors(generic, family)
+    if change == "one less":
+        del tensors["trunk.bn.running_var"]
+    elif change == "one more":
+        tensors["trunk.more"] = torch.zeros(1)
+    elif change == "another shape":  # of three channels
+        tensors["trunk.stem.weight"] = torch.zeros(16, 3, 3, 3)
+    else:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("trunk.")}
+    write_tensors(file, tensors)
+    with pytest.raises(
+        DataError, match=r"not a readable generic model: .*ResNet20Trunk"
+    ) as refused:
+        load_generic(file, family)
+    assert "\n" not in str(refused.value)
 
 
 def test_selection_takes_own_rows_and_the_mean_for_unseen_classes():

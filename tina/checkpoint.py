@@ -29,12 +29,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tina.classifiers import ClipImageTrunk, Family, ResNet20Head, VitB32Head, build_family
 from tina.codec import Codec, codec_shapes
-from tina.config import GeneratorConfig
+from tina.config import GeneratorConfig, PromptConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.encoders import EmbeddingSpace, build_encoder
 from tina.errors import CheckpointError, ConfigError, TinaError, one_line
+from tina.families import ClipImageTrunk, Family, build_family
 from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
@@ -114,7 +114,7 @@ def _write(generator: Generator, folder: Path, card: str, small: bool) -> None:
     write_tensors(folder / "prompts.safetensors", in_eight_bits(prompts) if small else prompts)
     if generator.tower:
         write_tensors(folder / "tower.safetensors", rounded(generator.tower.tensors()))
-    if isinstance(family, ResNet20Head):
+    if family.trains_trunk:
         write_tensors(folder / "trunk.safetensors", rounded(family.trunk.state_dict()))
     (folder / "README.md").write_text(card)
     hashes = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
@@ -209,7 +209,9 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     generator_codec = Codec.of(layout, chunk=config.denoiser.chunk, tensors=codec)
     denoiser = new_denoiser(config, generator_codec, dim=vocabulary.space.dim, seed=0)
     denoiser.load_state_dict(in_full(load_file(directory / "model.safetensors")))
-    attach_trunk(family, config, directory / "trunk.safetensors", space=vocabulary.space)
+    attach_clip(family, config.prompt, space=vocabulary.space)
+    if family.trains_trunk:
+        family.load_trunk(load_file(directory / "trunk.safetensors"))
     generic = GenericModel(
         class_ids=tuple(torch.nonzero(vocabulary.trained).flatten().tolist()),
         body=codec["generic_body"],
@@ -231,10 +233,10 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     )
 
 
-def attach_trunk(
-    family: Family, config: GeneratorConfig, file: Path, *, space: EmbeddingSpace | None = None
+def attach_clip(
+    family: Family, config: PromptConfig, *, space: EmbeddingSpace | None = None
 ) -> None:
-    """Give a family its frozen trunk: CLIP's image tower, or the tensors in `file`.
+    """Give a family on CLIP the image tower of the prompts' encoder; others have no need of it.
 
     Args:
         space: Of the CLIP that the head was made for; default: whatever is configured.
@@ -243,18 +245,17 @@ def attach_trunk(
         CheckpointError: The configured CLIP is another.
         ConfigError: It is of another width.
     """
-    if isinstance(family, VitB32Head):
-        encoder = build_encoder(config.prompt)
-        if encoder.space.dim != family.features:
-            raise ConfigError(
-                f"{family.name} takes {family.features} values of CLIP's, {encoder.space.model} "
-                f"gives {encoder.space.dim}: prompt.model must be a ViT-B-32"
-            )
-        if space and encoder.space != space:
-            raise CheckpointError(f"its trunk is CLIP of {space}, and here is {encoder.space}")
-        family.attach_trunk(ClipImageTrunk(encoder.encode_images))
-    elif isinstance(family, ResNet20Head):
-        family.load_trunk(load_file(file))
+    if not family.on_clip:
+        return
+    encoder, features = build_encoder(config), family.layout(1).row_size - 1
+    if encoder.space.dim != features:
+        raise ConfigError(
+            f"{family.name} takes {features} values of CLIP's, {encoder.space.model} "
+            f"gives {encoder.space.dim}: prompt.model must be a ViT-B-32"
+        )
+    if space and encoder.space != space:
+        raise CheckpointError(f"its trunk is CLIP of {space}, and here is {encoder.space}")
+    family.attach_trunk(ClipImageTrunk(encoder.encode_images))
 
 
 def find_checkpoint(name: str) -> Path:

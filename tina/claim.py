@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import yaml
 
-from tina.classifiers import VitB32Head, build_family
 from tina.config import GeneratorConfig, JobConfig
 from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.errors import CheckpointError, ConfigError
+from tina.families import build_family
 from tina.files import read_table, write_text
 from tina.precision import has_bf16, settle
 from tina.sources import find_source
@@ -42,7 +42,7 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
     # a typo in a name need not claim the folder at all
     find_source(config.data)
     family = build_family(config.classifier.family, channels=1, image_size=8)
-    if isinstance(family, VitB32Head) and config.data.shift:
+    if family.on_clip and config.data.shift:
         raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
     file = place.fetch(CONFIG)
     found = {}

@@ -1,278 +1,25 @@
-"""The classifier families whose weights are generated, each a pure function of theta.
+"""Classifiers of given weights: one as a module, the logits of many, and their class counts.
 
 Axes: M models, N images, C channels, H W sides in pixels, K classes, F features before the head,
-n parameters of a body, P values per head row = F + 1 (weights, then bias).
-
-A family is one class: it says how the generated network is built for K classes, and, if it has a
-frozen trunk, how that is built. Its last layer is a `Linear` named `fc`, the *head*: row k belongs
-to class k. All that comes before `fc` is the *body*. To add a family, write such a class with a
-`module` method and enter it in `FAMILIES`; layouts, zoo, codec and export derive from it.
+n parameters.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import cached_property, partial
-from pathlib import Path
-from threading import get_ident
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
-from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from tina.errors import NonFiniteError
+from tina.families import Family
 from tina.images import checked, fit
-from tina.layout import ParamLayout
-from tina.tensors import write_tensors
-from tina.views import Views
-
-
-class Family(ABC):
-    """One classifier architecture over images of one shape.
-
-    Args:
-        channels: C of the images, 1 or 3.
-        image_size: H and W that images are resized to.
-    """
-
-    has_trunk = False
-
-    def __init__(self, name: str, *, channels: int, image_size: int) -> None:
-        self.name, self.channels, self.image_size = name, channels, image_size
-        self._trunk: nn.Module | None = None
-
-    @abstractmethod
-    def module(self, num_classes: int) -> nn.Module:
-        """A freshly initialised network for K classes; with a trunk, only what follows it."""
-
-    def layout(self, num_classes: int) -> ParamLayout:
-        """Where each generated tensor of a K-class classifier lies."""
-        template = self._template(num_classes)  # here: under vmap `logits` could make none
-        if num_classes not in self._layouts:
-            self._layouts[num_classes] = ParamLayout.of(template)
-        return self._layouts[num_classes]
-
-    def _template(self, num_classes: int) -> nn.Module:
-        """A network for `functional_call`, which puts theta into it: one for each thread."""
-        key = num_classes, get_ident()
-        if key not in self._templates:
-            with torch.device("meta"):
-                self._templates[key] = self.module(num_classes)
-        return self._templates[key]
-
-    @cached_property
-    def _layouts(self) -> dict[int, ParamLayout]:
-        return {}
-
-    @cached_property
-    def _templates(self) -> dict[tuple[int, int], nn.Module]:
-        return {}
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The frozen trunk."""
-        if self._trunk is None:
-            raise CheckpointError(f"{self.name} has no trunk yet: train or load one first")
-        return self._trunk
-
-    def attach_trunk(self, trunk: nn.Module) -> None:
-        """Freeze a trained trunk and use it from here on."""
-        self._trunk = trunk.eval().requires_grad_(False)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """What the generated network takes, from images of the family's own size.
-
-        Args:
-            images: uint8 (N, C, H, W), or float32 of the same shape in [0, 1].
-
-        Returns:
-            float32: images scaled to [-1, 1] (mean .5, std .5), or trunk features (N, F).
-        """
-        x = self.scale(images)
-        return cast(Tensor, self.trunk(x)) if self.has_trunk else x
-
-    @staticmethod
-    def scale(images: Tensor) -> Tensor:
-        """Images, uint8 or float in [0, 1], with mean .5 and standard deviation .5 taken out."""
-        x = images.float().div_(255) if images.dtype == torch.uint8 else images
-        return (x - 0.5).div_(0.5)
-
-    def logits(self, theta: Tensor, inputs: Tensor, *, num_classes: int) -> Tensor:
-        """Logits (N, K) of the classifier theta (n,) on what `embed` returned; differentiable."""
-        parameters = self.layout(num_classes).unflatten(theta)
-        return cast(Tensor, functional_call(self._template(num_classes), parameters, (inputs,)))
-
-
-class ConvNet(nn.Module):
-    """3x3 convolutions without bias, ReLU, global average pool, one Linear.
-
-    Args:
-        strides: One per convolution; with 16, 32 channels and strides 2, 1 this is CNN-5K.
-    """
-
-    def __init__(
-        self, channels: int, widths: tuple[int, ...], strides: tuple[int, ...], num_classes: int
-    ) -> None:
-        super().__init__()
-        ins = (channels, *widths[:-1])
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, stride=s, padding=1, bias=False)
-            for i, o, s in zip(ins, widths, strides, strict=True)
-        )
-        self.fc = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K)
-        """Logits."""
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        # not mean(): its gradient is laid out anew for every pixel, half of a training step on CPU
-        return cast(Tensor, self.fc(x.sum((2, 3)) / (x.shape[2] * x.shape[3])))
-
-
-class ConvFamily(Family):
-    """Small CNNs, all of whose parameters are generated (PAPER: CNN-5K and its larger sizes)."""
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        channels: int,
-        image_size: int,
-        widths: tuple[int, ...],
-        strides: tuple[int, ...],
-    ) -> None:
-        super().__init__(name, channels=channels, image_size=image_size)
-        self.widths, self.strides = widths, strides
-
-    def module(self, num_classes: int) -> nn.Module:
-        """The whole network."""
-        return ConvNet(self.channels, self.widths, self.strides, num_classes)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm and a projection where the shape changes."""
-
-    def __init__(self, ins: int, outs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(ins, outs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outs)
-        self.conv2 = nn.Conv2d(outs, outs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or ins != outs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(ins, outs, 1, stride=stride, bias=False), nn.BatchNorm2d(outs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class ResNet20Trunk(nn.Module):
-    """ResNet-20 (widths 16, 32, 64) up to its pooled features (N, 64)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        blocks = [(16, 16, 1), (16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 1)]
-        blocks += [(32, 64, 2), (64, 64, 1), (64, 64, 1)]
-        self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(*[BasicBlock(*block) for block in blocks])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 64)."""
-        return cast(Tensor, self.blocks(F.relu(self.bn(self.stem(x)))).mean((2, 3)))
-
-
-class Head(nn.Module):
-    """One Linear on frozen features."""
-
-    def __init__(self, features: int, num_classes: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(features, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, F) -> (N, K)."""
-        return cast(Tensor, self.fc(x))
-
-
-class ResNet20Head(Family):
-    """A frozen ResNet-20 trunk, trained with the generic model; the head is generated."""
-
-    has_trunk = True
-
-    def module(self, num_classes: int) -> nn.Module:
-        """The head."""
-        return Head(64, num_classes)
-
-    def new_trunk(self) -> nn.Module:
-        """An untrained trunk."""
-        return ResNet20Trunk(self.channels)
-
-    def load_trunk(self, state: Mapping[str, Tensor]) -> None:
-        """Attach a trained one, of which these are the tensors."""
-        trunk = self.new_trunk()
-        trunk.load_state_dict(state)
-        self.attach_trunk(trunk)
-
-
-class ClipImageTrunk(nn.Module):
-    """A CLIP image tower; features have unit norm times sqrt(F), so that a value is about 1."""
-
-    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._encode = encode
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, F)."""
-        features = F.normalize(self._encode(x * 0.5 + 0.5), dim=-1)
-        return features * features.shape[-1] ** 0.5
-
-    def __deepcopy__(self, memo: dict[int, object]) -> ClipImageTrunk:
-        """Itself: it holds nothing that could be changed."""
-        return self
-
-
-class VitB32Head(Family):
-    """CLIP's own image tower, frozen; the head on its 512 features is generated."""
-
-    has_trunk = True
-    features = 512
-
-    def module(self, num_classes: int) -> nn.Module:
-        """The head."""
-        return Head(self.features, num_classes)
-
-
-# Widths as in PAPER.md: 5,370, 14,586 and 33,338 parameters for ten classes at 32x32; 70,202 is
-# one more convolution. A convolution that widens beyond 32 channels halves the side.
-FAMILIES: Mapping[str, Callable[..., Family]] = {
-    "cnn5k": partial(ConvFamily, widths=(16, 32), strides=(2, 1)),
-    "cnn15k": partial(ConvFamily, widths=(16, 32, 32), strides=(2, 1, 1)),
-    "cnn33k": partial(ConvFamily, widths=(16, 32, 32, 64), strides=(2, 1, 1, 2)),
-    "cnn70k": partial(ConvFamily, widths=(16, 32, 32, 64, 64), strides=(2, 1, 1, 2, 1)),
-    "resnet20_head": ResNet20Head,
-    "vitb32_head": VitB32Head,
-}
-
-
-def build_family(name: str, *, channels: int, image_size: int) -> Family:
-    """The family of that name for images (N, C, H, W).
-
-    Raises:
-        ConfigError: No such family; the message lists them.
-    """
-    if name not in FAMILIES:
-        raise ConfigError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name](name, channels=channels, image_size=image_size)
+from tina.inputs import InputStore
 
 
 class Classifier(nn.Module):
@@ -304,66 +51,6 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def features_of(
-    family: Family, images: Views, *, device: torch.device | str, file: Path | None
-) -> Tensor:
-    """What a family's trunk makes of every view of every image, in their order: (N V, F).
-
-    Args:
-        file: Where the first process that asks keeps them for all others.
-
-    Raises:
-        DataError: The file is not readable.
-    """
-    if file and file.exists():
-        try:
-            return load_file(file, device=str(device))["features"]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise DataError(f"{file} holds no features: remove it ({error})") from error
-    family.trunk.to(device)
-    views = images.to(device)
-    # CLIP's tower stays where it is
-    place = next((value.device for value in family.trunk.parameters()), torch.device("cpu"))
-    places = torch.arange(len(views)).split(256)
-    features = torch.cat([family.embed(views[x].to(place)) for x in places]).to(device)
-    if file:
-        write_tensors(file, {"features": features})
-    return features
-
-
-class InputStore:
-    """A data set's images as the generated network takes them.
-
-    Without a trunk they stay uint8 until a batch is asked for; with one, every image goes through
-    it once, here, and batches are rows of the feature table.
-
-    Args:
-        images: With all their views.
-        features: File for what a trunk makes of them (`features_of`); default: none is kept.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        images: Views,
-        *,
-        device: torch.device | str = "cpu",
-        features: Path | None = None,
-    ):
-        self._embed = None if family.has_trunk else family.embed
-        self._table: Views | Tensor
-        if family.has_trunk:
-            self._table = features_of(family, images, device=device, file=features)
-        else:
-            self._table = images.to(device)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Inputs (..., C, H, W) or (..., F), float32, of the views at places (...)."""
-        rows = self._table[index]
-        return self._embed(rows) if self._embed else rows
-
-
-@torch.no_grad()
 def predict(
     family: Family, theta: Tensor, store: InputStore, index: Tensor, *, num_classes: int
 ) -> Tensor:
@@ -377,6 +64,13 @@ def widen(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
     """Theta of K classes laid out for more; rows of absent classes are zero."""
     body, rows = family.layout(num_classes).split(theta)
     return family.layout(most).join(body, F.pad(rows, (0, 0, 0, most - num_classes)))
+
+
+@torch.no_grad()
+def narrow(family: Family, theta: Tensor, num_classes: int, most: int) -> Tensor:
+    """Theta of the first K classes, from one that is laid out for more: undoes `widen`."""
+    body, rows = family.layout(most).split(theta)
+    return family.layout(num_classes).join(body, rows[:num_classes])
 
 
 def predict_many(

@@ -153,7 +153,7 @@ class ClassifierConfig:
     """The classifier that is generated, and how its teachers are trained.
 
     Args:
-        family: One of `tina.classifiers.FAMILIES`.
+        family: One of `tina.families.FAMILIES`.
         generic: Recipe of the generic model (all seen classes).
         finetune: Recipe of the zoo's p-models.
         direct: Recipe of direct fine-tuning, the upper reference; tuned on `select`, then frozen.

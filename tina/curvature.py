@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from tina.classifiers import Family, InputStore
 from tina.datasets import Dataset
+from tina.families import Family
 from tina.finetune import Lesson
 from tina.generic import GenericModel
+from tina.inputs import InputStore
 from tina.layout import ParamLayout, ParamSlot
 from tina.tasks import ClassIds
 

@@ -27,7 +27,7 @@ from tina.baselines import (
     nearest_pmodel,
     ridge,
 )
-from tina.classifiers import InputStore, VitB32Head, predict
+from tina.classifiers import narrow, predict
 from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
 from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
@@ -36,6 +36,7 @@ from tina.datasets import Dataset
 from tina.diffusion import as_x0
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.inputs import InputStore
 from tina.metrics import Score
 from tina.mixer import train_mixer
 from tina.tasks import AXES, Task, TaskSpace
@@ -211,7 +212,7 @@ class Evaluation:
     def contenders(self) -> dict[str, Callable[[Sequence[Task]], Thetas]]:
         """Every method that makes classifiers for tasks, without their images."""
         train = self.zoo.only("train")
-        on_clip = isinstance(self.generator.family, VitB32Head)
+        on_clip = self.generator.family.on_clip
 
         def of(baseline: Baseline) -> Callable[[Sequence[Task]], Thetas]:
             return lambda tasks: [[self.generator.theta(*baseline(task))] for task in tasks]
@@ -297,9 +298,8 @@ class Evaluation:
 
     def direct_theta(self, task: Task) -> Tensor:
         """Direct fine-tuning of one task, in the layout of its K classes."""
-        family = self.generator.family
-        body, rows = family.layout(self.generator.max_classes).split(self._direct[task.task_id])
-        return family.layout(task.num_classes).join(body, rows[: task.num_classes])
+        generator, theta = self.generator, self._direct[task.task_id]
+        return narrow(generator.family, theta, task.num_classes, generator.max_classes)
 
     # -- scoring ---------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch import Tensor
 
-from tina.classifiers import Family
 from tina.errors import NonFiniteError
+from tina.families import Family
 from tina.generator import Generator
 
 Array = NDArray[np.float64]

@@ -12,8 +12,9 @@ import onnx
 import torch
 from torch import Tensor
 
-from tina.classifiers import Classifier, Family, VitB32Head
+from tina.classifiers import Classifier
 from tina.errors import CheckpointError
+from tina.families import Family
 
 OPSET = 18
 PREFIX = "network."
@@ -30,7 +31,7 @@ def export_graph(family: Family) -> bytes:
     Raises:
         CheckpointError: Its trunk is CLIP's image tower, which the exporter cannot take.
     """
-    if isinstance(family, VitB32Head):
+    if family.on_clip:
         raise CheckpointError(f"a {family.name} classifier cannot be exported: CLIP's image tower")
     k, side = EXPORTED_CLASSES, family.image_size + 1
     blank = Classifier(family, torch.ones(family.layout(k).size), ("",) * k)

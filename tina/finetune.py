@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.optim.adamw import adamw
 
-from tina.classifiers import Family, InputStore, ResNet20Head, predict, widen
+from tina.classifiers import narrow, predict, widen
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import NonFiniteError
+from tina.families import Family
+from tina.inputs import InputStore
 from tina.precision import in_bf16
 
 Progress = Callable[[int], object]
@@ -186,7 +188,6 @@ def _train_stacked(
     progress: Progress,
 ) -> list[Tensor]:
     k_max = max(len(lesson.class_ids) for lesson in lessons)
-    wide = family.layout(k_max)
     counts = torch.tensor([len(lesson.class_ids) for lesson in lessons])
     device = thetas[0].device
     absent = torch.arange(k_max).expand(len(lessons), -1).ge(counts[:, None]).to(device)  # (M, K)
@@ -209,10 +210,7 @@ def _train_stacked(
     for step in range(recipe.steps):
         optimiser.step(step, [gradient(together, store[index[step]], labels[step], absent)])
         progress(len(lessons))
-    body, rows = wide.split(together)
-    return [
-        family.layout(k).join(b, r[:k]) for b, r, k in zip(body, rows, counts.tolist(), strict=True)
-    ]
+    return [narrow(family, t, k, k_max) for t, k in zip(together, counts.tolist(), strict=True)]
 
 
 def accuracy(family: Family, theta: Tensor, store: InputStore, lesson: Lesson) -> float:
@@ -232,7 +230,7 @@ def initial_theta(family: Family, num_classes: int, *, seed: int) -> Tensor:
 
 
 def train_trunk(
-    family: ResNet20Head,
+    family: Family,
     dataset: Dataset,
     class_ids: Sequence[int],
     recipe: RecipeConfig,

@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tina.classifiers import Family, InputStore, ResNet20Head
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
-from tina.errors import DataError
+from tina.errors import DataError, one_line
+from tina.families import Family
 from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
+from tina.inputs import InputStore
 from tina.tensors import write_tensors
 from tina.views import Views
 
@@ -61,7 +62,7 @@ def train_generic(
     seed: int,
     progress: Progress = lambda steps: None,
 ) -> GenericModel:
-    """Train on all `fit` images of the given classes; a ResNet's trunk first, then its head.
+    """Train on all `fit` images of the given classes; first the trunk that a family trains.
 
     Args:
         dataset: With all views; a trunk is trained on every one, what follows it on unmoved ones.
@@ -69,7 +70,7 @@ def train_generic(
     Raises:
         NonFiniteError: Training diverged.
     """
-    if isinstance(family, ResNet20Head):
+    if family.trains_trunk:
         trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
         family.attach_trunk(trunk)
         dataset = dataset.unmoved()
@@ -95,11 +96,8 @@ def save_generic(file: Path, generic: GenericModel, family: Family, dataset: Dat
 
 def as_tensors(generic: GenericModel, family: Family) -> dict[str, Tensor]:
     """A generic model by name, with the trunk that was trained with it."""
-    tensors = {"body": generic.body, "rows": generic.rows}
-    tensors["class_ids"] = torch.tensor(generic.class_ids)
-    if isinstance(family, ResNet20Head):
-        tensors |= {f"trunk.{name}": value for name, value in family.trunk.state_dict().items()}
-    return tensors
+    class_ids = torch.tensor(generic.class_ids)
+    return family.with_trunk({"body": generic.body, "rows": generic.rows, "class_ids": class_ids})
 
 
 def of_tensors(tensors: Mapping[str, Tensor], family: Family) -> GenericModel:
@@ -107,12 +105,11 @@ def of_tensors(tensors: Mapping[str, Tensor], family: Family) -> GenericModel:
 
     Raises:
         KeyError: One is missing.
+        RuntimeError: The trunk's are another's.
     """
-    if isinstance(family, ResNet20Head):
-        state = {k: v for k, v in tensors.items() if k.startswith("trunk.")}
-        family.load_trunk({k.removeprefix("trunk."): v for k, v in state.items()})
-    class_ids = tuple(tensors["class_ids"].long().tolist())
-    return GenericModel(class_ids=class_ids, body=tensors["body"], rows=tensors["rows"])
+    own = family.take_trunk(tensors)
+    class_ids = tuple(own["class_ids"].long().tolist())
+    return GenericModel(class_ids=class_ids, body=own["body"], rows=own["rows"])
 
 
 def check_trained_on(file: Path, dataset: Dataset) -> None:
@@ -139,9 +136,9 @@ def load_generic(file: Path, family: Family) -> GenericModel:
     """Read what `save_generic` wrote; attaches the trunk to the family.
 
     Raises:
-        DataError: Unreadable file.
+        DataError: Unreadable file, or another family's trunk.
     """
     try:
         return of_tensors(load_file(file), family)
-    except (SafetensorError, KeyError, OSError) as error:
-        raise DataError(f"{file} is not a readable generic model: {error}") from error
+    except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+        raise DataError(f"{file} is not a readable generic model: {one_line(error)}") from error

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tina.baselines import Baseline
-from tina.classifiers import InputStore
 from tina.datasets import Dataset
 from tina.finetune import Lesson, annealed
 from tina.generator import Generator
+from tina.inputs import InputStore
 from tina.tasks import Task, TaskSpace
 from tina.zoo import Zoo
 

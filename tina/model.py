@@ -13,9 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tina.classifiers import Classifier, Family, ResNet20Head, build_family
+from tina.classifiers import Classifier
 from tina.errors import CheckpointError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
+from tina.families import Family, build_family
 from tina.files import write_bytes
 from tina.tensors import pack_tensors
 
@@ -72,10 +73,7 @@ class GeneratedModel:
             "seed": str(self.seed),
             "steps": str(self.steps),
         }
-        state = self.tensors
-        if self.family.has_trunk:
-            state |= {f"trunk.{k}": v for k, v in self.family.trunk.state_dict().items()}
-        return pack_tensors(state, metadata)
+        return pack_tensors(self.family.with_trunk(self.tensors), metadata)
 
     def save(self, file: str | Path) -> None:
         """Write weights as safetensors."""
@@ -130,9 +128,7 @@ def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier
     if shape[1] != shape[2] or shape[1] > LARGEST:
         raise ValueError(f"images are square, of {LARGEST} pixels at most, got {shape!r}")
     family = build_family(metadata["family"], channels=shape[0], image_size=shape[1])
-    trunk = {k[6:]: tensors.pop(k) for k in list(tensors) if k.startswith("trunk.")}
-    if isinstance(family, ResNet20Head):
-        family.load_trunk(trunk)
-    elif family.has_trunk:
+    if family.on_clip:
         raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
-    return Classifier(family, family.layout(len(names)).flatten(tensors), tuple(names))
+    theta = family.layout(len(names)).flatten(family.take_trunk(tensors))
+    return Classifier(family, theta, tuple(names))

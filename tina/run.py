@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from tina.batches import Source
-from tina.checkpoint import attach_trunk, load_generator, save_generator
+from tina.checkpoint import attach_clip, load_generator, save_generator
 from tina.claim import CONFIG, claim, give_up
-from tina.classifiers import Family, InputStore, VitB32Head, build_family
 from tina.codec import fit_codec
 from tina.config import JobConfig, RecipeConfig, TrainConfig
 from tina.configio import config_to_dict, read_config
@@ -38,9 +37,11 @@ from tina.datasets import Dataset, load_dataset
 from tina.encoders import build_encoder
 from tina.errors import ConfigError, DataError
 from tina.evaluation import Cell, Evaluation, Spread
+from tina.families import Family, build_family
 from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
+from tina.inputs import InputStore
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
 from tina.prompts import Vocabulary, check_distinct
@@ -158,8 +159,7 @@ class Run:
         """The classifier family; a CLIP trunk is attached, a trained one comes with `generic`."""
         _, channels, size, _ = self.all_views.images.shape
         family = build_family(self.config.classifier.family, channels=channels, image_size=size)
-        if isinstance(family, VitB32Head):
-            attach_trunk(family, self.config.generator, self.generic_file)
+        attach_clip(family, self.config.prompt)
         return family
 
     @cached_property

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tina.classifiers import Family, ResNet20Head
 from tina.errors import CheckpointError
+from tina.families import Family, ResNet20Head
 from tina.generic import GenericModel, as_tensors, of_tensors
 from tina.rounding import in_full
 

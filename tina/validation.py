@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tina.classifiers import InputStore
 from tina.controls import nothing
 from tina.datasets import Dataset
 from tina.finetune import Lesson, accuracy
 from tina.generator import Generator, new_denoiser
+from tina.inputs import InputStore
 from tina.tasks import Task
 
 

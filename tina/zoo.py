@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tina.classifiers import Family, InputStore, widen
+from tina.classifiers import widen
 from tina.config import RecipeConfig
 from tina.configio import config_to_dict
 from tina.datasets import Dataset
 from tina.errors import DataError, one_line
+from tina.families import Family
 from tina.files import read_table, write_text
 from tina.finetune import Lesson, Progress, accuracy, finetune
 from tina.generic import GenericModel
+from tina.inputs import InputStore
 from tina.tasks import Task
 
 if TYPE_CHECKING:
