@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -545,6 +548,22 @@ def test_onnx_says_what_it_is(exported):
     assert [bool(d.dim_param) for d in dims] == [True, False, True, True]
     assert dims[1].dim_value == 1
     assert [f.name for f in file.parent.iterdir()] == ["mine.onnx"]  # weights are inside
+    assert b".py" not in file.read_bytes()  # nor does it say where the exporter's code lies
+
+
+@pytest.mark.slow
+def test_onnx_is_the_same_from_every_process(tiny_checkpoint, tmp_path):
+    made = []
+    for seed in ("1", "2"):  # of Python's own hashes
+        file = tmp_path / f"{seed}.onnx"
+        script = (
+            "import sys; from tina import TinaPipeline; "
+            "TinaPipeline.from_pretrained(sys.argv[1])(['three', 'five']).export_onnx(sys.argv[2])"
+        )
+        command = [sys.executable, "-c", script, str(tiny_checkpoint), str(file)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        made.append(file.read_bytes())
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(

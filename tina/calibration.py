@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
-from tina.classifiers import InputStore, predict
+from tina.classifiers import predict
 from tina.datasets import Dataset
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.inputs import InputStore
 from tina.tasks import TaskSpace
 
 TASKS = 60  # for each number of new classes
