@@ -52,7 +52,8 @@ demo: install ## Zoo, training, generation and report on the embedded digits; CO
 
 .PHONY: serve
 serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= a folder or a packaged name.
-	@$(BIN)/tina info '$(CHECKPOINT)' # what is served, or at once what is wrong with it
+	@$(BIN)/tina info '$(CHECKPOINT)' || { echo 'make demo trains one; make serve CHECKPOINT=tina-cifar100-cnn5k takes one that comes with Tina' >&2; exit 2; }
+	@! curl -so /dev/null localhost:8000 || { echo 'error: something answers at localhost:8000 already: an endpoint stops with .venv/bin/ray stop' >&2; exit 2; }
 	$(BIN)/serve run serve.app:build_app checkpoint='$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT))' storage=$(CURDIR)/runs/serve
 
 .PHONY: bench

@@ -1,10 +1,10 @@
 """How readily and how surely generated classifiers answer with new classes: fitted to some.
 
-Training shows the denoiser no class that is new to the generic model. So what generation does
-to unfamiliar classes (`PromptConfig`: favour, doubt, and prior, which weighs names against
-pictures) is fitted after it, to `select` images of tasks with classes that were kept out. What is
-made least is the Brier score: probabilities are best right, and a few wrong answers, given for
-sure, do not decide, as they do in the cross-entropy (docs/log.md).
+Training shows the denoiser no class that is new to the generic model. So how far unfamiliar classes
+are favoured and doubted (`PromptConfig`) is fitted after it, to `select` images of tasks with
+classes that were kept out. What is made least is the Brier score: it is best where probabilities
+are right, and a few wrong answers, given for sure, do not decide, as they do in the cross-entropy
+(docs/log.md).
 
 Axes: B tasks, K classes, N images.
 """
@@ -28,8 +28,6 @@ from tina.inputs import InputStore
 from tina.tasks import TaskSpace
 
 TASKS = 60  # for each number of new classes
-SHOWN = 5  # pictures of each class that a prior is judged with
-PRIORS = (0.1, 0.3, 1.0, 3.0)
 
 
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
@@ -45,7 +43,7 @@ def brier(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Of one task's classifier, neither favoured nor doubted.
+    """Of one task's classifier.
 
     Args:
         logits: (N, K).
@@ -58,7 +56,7 @@ class Answers:
     newness: Tensor
 
     def score(self, favour: Tensor, doubt: Tensor) -> Tensor:
-        """The Brier score with both, as `Generator.finish` has them."""
+        """The Brier score of what had neither, with both; see `Generator.finish`."""
         temperature = 1 + doubt * self.newness.mean()
         return brier((self.logits + favour * self.newness) / temperature, self.labels)
 
@@ -80,16 +78,21 @@ def fit(answers: Sequence[Answers]) -> tuple[float, float]:
 
 @torch.no_grad()
 def answer(
-    generator: Generator, dataset: Dataset, store: InputStore, tasks: Sequence[Sequence[int]]
+    generator: Generator,
+    dataset: Dataset,
+    store: InputStore,
+    tasks: Sequence[Sequence[int]],
+    *,
+    partition: str = "select",
 ) -> list[Answers]:
-    """What a generator's classifiers for tasks, by class ids, answer on their `select` images."""
+    """What a generator's classifiers for tasks, by class ids, answer on their images."""
     embeddings, mask = generator.vocabulary.of(tasks)
     body, rows = generator.generate(embeddings, mask, seeds=[0] * len(tasks))
     newness = 1 - generator.vocabulary.familiarity(embeddings)
     found = []
     for i, class_ids in enumerate(tasks):
         k = len(class_ids)
-        lesson = Lesson.of(dataset, class_ids, seed=0, partition="select")
+        lesson = Lesson.of(dataset, class_ids, seed=0, partition=partition)
         theta = generator.theta(body[i], rows[i, :k])
         logits = predict(generator.family, theta, store, lesson.index, num_classes=k)
         found.append(

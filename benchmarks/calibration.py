@@ -1,0 +1,99 @@
+"""Are new classes answered with as often, and as surely, as is right, when that is fitted?
+
+    python -m benchmarks.calibration cifar100_cnn5k      # appends a row to results/calibration.jsonl
+
+For presets whose generators come with the package. Favour and doubt are fitted as at the end of a
+training (`tina.calibration`), on `select` images of tasks with excluded classes; then tasks of
+which none, one, two, five or ten classes were excluded are drawn anew, and their classifiers judged
+on `report` images, on which nothing is chosen: accuracy, Brier score and calibration error.
+
+none    neither favoured nor doubted
+preset  as the package has it, where both were chosen by hand
+fitted  as training would fit them today
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.record import append, as_command, checkpoint_folder, load
+from tina.calibration import Answers, answer, brier, calibrate
+from tina.checkpoint import load_generator
+from tina.config import PromptConfig
+from tina.configio import parse_config
+from tina.generator import Generator
+from tina.inputs import InputStore
+from tina.jobconfig import JobConfig
+from tina.metrics import Score, calibration_error
+from tina.run import Run
+
+TASKS, NEW = 100, (0, 1, 2, 5, 10)
+PRESETS = Path(__file__).parents[1] / "configs"
+
+
+def under(generator: Generator, prompt: PromptConfig) -> Generator:
+    """The generator with another prompt's favour and doubt."""
+    own = replace(generator.config.prompt, favour=prompt.favour, doubt=prompt.doubt)
+    return replace(generator, config=replace(generator.config, prompt=own))
+
+
+def figures(answers: Sequence[Answers]) -> dict[str, float]:
+    """Accuracy in percent, Brier score and calibration error, over all images of all tasks."""
+    scores = [Score.of(found.logits.unsqueeze(0), found.labels) for found in answers]
+    return {
+        "accuracy": round(100 * float(np.mean([score.accuracy for score in scores])), 2),
+        "brier": round(float(np.mean([brier(a.logits, a.labels) for a in answers])), 4),
+        "ece": round(calibration_error(scores), 4),
+    }
+
+
+def main() -> None:
+    """Fit, measure and append, one preset after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("presets", nargs="+", help="names of files in configs/")
+    for name in parser.parse_args().presets:
+        before = load()
+        words = ["--config", str(PRESETS / f"{name}.yaml"), "--storage", "/nowhere"]
+        run = Run(parse_config(JobConfig, words))
+        generator = load_generator(checkpoint_folder(f"tina-{name.replace('_', '-')}"))
+        store = InputStore(generator.family, run.dataset.views)
+        fitted = calibrate(generator, run.dataset, store, run.space).config.prompt
+        preset = generator.config.prompt
+        prompts = {
+            "none": replace(preset, favour=0.0, doubt=0.0),
+            "preset": preset,
+            "fitted": fitted,
+        }
+        found: dict[str, dict[str, object]] = {row: {} for row in prompts}
+        for new in NEW:
+            rng = np.random.default_rng(new)
+            tasks = (
+                run.space.sample_unseen(rng, TASKS, new)
+                if new
+                else run.space.sample_fresh(rng, TASKS)
+            )
+            for row, prompt in prompts.items():
+                mended = under(generator, prompt)
+                answers = answer(mended, run.dataset, store, tasks, partition="report")
+                found[row][str(new)] = figures(answers)
+        append(
+            "calibration",
+            {
+                "preset": name,
+                "tasks": TASKS,
+                **{
+                    row: {"favour": prompt.favour, "doubt": prompt.doubt, "new": found[row]}
+                    for row, prompt in prompts.items()
+                },
+            },
+            load_before=before,
+        )
+
+
+if __name__ == "__main__":
+    as_command(main)
