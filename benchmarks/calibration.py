@@ -1,6 +1,6 @@
 """Are new classes answered with as often, and as surely, as is right, when that is fitted?
 
-    python -m benchmarks.calibration cifar100_cnn5k      # appends a row to results/calibration.jsonl
+    python -m benchmarks.calibration cifar100_cnn5k    # appends a row to results/calibration.jsonl
 
 For presets whose generators come with the package. Favour and doubt are fitted as at the end of a
 training (`tina.calibration`), on `select` images of tasks with excluded classes; then tasks of

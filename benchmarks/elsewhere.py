@@ -28,13 +28,13 @@ from benchmarks.examples import as_prompts, learnt
 from benchmarks.objectives import against, by_set, measure, prompted
 from benchmarks.record import append, as_command, checkpoint_folder, load
 from tina.checkpoint import load_generator
-from tina.config import DataConfig
 from tina.controls import nothing
 from tina.datasets import Dataset, load_dataset
 from tina.errors import ConfigError, DataError
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.inputs import InputStore
+from tina.jobconfig import DataConfig
 from tina.metrics import Array
 from tina.prompts import SAME
 

@@ -43,8 +43,8 @@ from benchmarks.zoo_building import ways
 from ray_jobs.process import settle_in
 from tina import TinaPipeline
 from tina.batches import encode_zoo
-from tina.config import TrainConfig
 from tina.engine import LocalEngine
+from tina.jobconfig import TrainConfig
 from tina.zoo import Zoo
 
 PACKAGED = "tina-cifar100-cnn5k"

@@ -30,12 +30,13 @@ from torch import Tensor
 from benchmarks.record import append, as_command, load
 from tina.checkpoint import load_generator
 from tina.classifiers import predict
-from tina.config import DiffusionConfig, TrainConfig
+from tina.config import DiffusionConfig
 from tina.engine import LocalEngine
 from tina.errors import ConfigError
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.inputs import InputStore
+from tina.jobconfig import TrainConfig
 from tina.metrics import Array, resample
 from tina.run import Run
 from tina.training import Progress, train

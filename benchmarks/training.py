@@ -32,9 +32,10 @@ from ray_jobs.engine import DeepSpeedEngine
 from ray_jobs.process import settle_in
 from tina.batches import Batch
 from tina.checkpoint import load_generator
-from tina.config import ClusterConfig, DenoiserConfig, JobConfig, TrainConfig
+from tina.config import DenoiserConfig
 from tina.diffusion import signal_level
 from tina.engine import Engine, LocalEngine
+from tina.jobconfig import ClusterConfig, JobConfig, TrainConfig
 from tina.precision import has_bf16
 from tina.run import Run
 from tina.training import losses

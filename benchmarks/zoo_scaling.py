@@ -26,7 +26,8 @@ from statistics import median
 from benchmarks.record import append, as_command, load
 from ray_jobs.build_zoo import Teacher, build_zoo, ensure_generic
 from ray_jobs.job import start_ray
-from tina.config import ClassifierConfig, ClusterConfig, JobConfig, RecipeConfig, TaskConfig
+from tina.config import ClassifierConfig, RecipeConfig
+from tina.jobconfig import ClusterConfig, JobConfig, TaskConfig
 from tina.run import Run
 from tina.storage import Place
 from tina.zoo import build_rows

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from ray_jobs.job import capacity, on_gpu, run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
 from ray_jobs.process import settle_in
-from tina.config import JobConfig, RecipeConfig
+from tina.config import RecipeConfig
 from tina.families import Family
 from tina.files import hash_bytes, write_whole
 from tina.generic import save_generic, train_generic
+from tina.jobconfig import JobConfig
 from tina.run import Run
 from tina.storage import Place
 from tina.tasks import Task

@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from tina.config import JobConfig
 from tina.engine import Weights, build_optimiser
 from tina.errors import NonFiniteError
+from tina.jobconfig import JobConfig
 from tina.precision import in_bf16
 
 TAG = "engine"

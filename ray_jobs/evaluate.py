@@ -21,10 +21,10 @@ from ray_jobs.job import run_job, start_ray
 from ray_jobs.pool import CPU, stream
 from ray_jobs.process import settle_in
 from tina.checkpoint import check_manifest
-from tina.config import JobConfig
 from tina.errors import CheckpointError, ConfigError
 from tina.evaluation import Cell, Evaluation
 from tina.files import read_table
+from tina.jobconfig import JobConfig
 from tina.metrics import Score
 from tina.report import print_report
 from tina.run import Run

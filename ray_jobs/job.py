@@ -20,9 +20,9 @@ import yaml
 from tqdm import tqdm
 
 from ray_jobs.process import settle_in
-from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config
 from tina.errors import ConfigError, TinaError
+from tina.jobconfig import JobConfig
 from tina.provenance import commit, cores
 from tina.run import Run
 from tina.stores import is_uri

@@ -25,10 +25,10 @@ from ray_jobs.process import settle_in
 from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
 from tina.calibration import calibrate
 from tina.checkpoint import load_generator, save_generator
-from tina.config import JobConfig
 from tina.engine import Weights
 from tina.errors import ConfigError, DataError
 from tina.generator import Generator
+from tina.jobconfig import JobConfig
 from tina.run import Run
 from tina.storage import Place
 from tina.stores import Store, below

@@ -25,13 +25,13 @@ import yaml
 from ray_jobs.build_zoo import build_zoo, ensure_generic
 from ray_jobs.job import capacity, layers, leave_ray, on_gpu, require, run_job, start_ray
 from ray_jobs.tracking import check_tracking
-from tina.config import JobConfig
 from tina.configio import config_to_dict, parse_config, read_yaml
 from tina.errors import ConfigError, NonFiniteError, TinaError
 from tina.files import write_text
+from tina.jobconfig import JobConfig
 from tina.run import Run
 from tina.space import SECTIONS, Search, read_search
-from tina.storage import Place, at_hand
+from tina.storage import Place, at_hand, named
 from tina.stores import below
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ def main(argv: Sequence[str]) -> int:
         config = parse_config(JobConfig, [word for word in rest if word != "--dry-run"])
         if given.space is None:
             raise ConfigError("no space to search: give its YAML with --space")
-        search = read_search(at_hand(given.space), config)
+        with named(given.space):
+            search = read_search(at_hand(given.space), config)
     except (argparse.ArgumentError, TinaError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 2

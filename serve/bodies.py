@@ -155,7 +155,7 @@ async def read_form(
                     found.append((name, content))
     except HTTPException as error:
         if error.detail.startswith("Too many files"):
-            raise Problem.of_field("images", f"are more than {most} file parts") from None
+            raise Problem.of_field(known, f"are more than {most} file parts") from None
         raise Problem("malformed", error.detail) from None
     return texts, found
 
@@ -217,7 +217,7 @@ async def read_prompt(request: Request) -> ModelRequest:
 
 
 async def read_pictures(request: Request) -> list[bytes]:
-    """The picture files of a prediction; as multipart in file parts `images`.
+    """The picture files of a prediction; as multipart in file parts `images`, beside no others.
 
     Raises:
         Problem: See `parse`, `read_form`.
@@ -228,7 +228,9 @@ async def read_pictures(request: Request) -> list[bytes]:
             check_image(f"images[{i}]", image)
         return list(images)
     names = re.compile("images")
-    _, files = await read_form(request, names, known="images", most=MAX_IMAGES)
+    texts, files = await read_form(request, names, known="images", most=MAX_IMAGES)
+    if texts:  # often `-F images=a.png`, without the @ that makes curl send the file
+        raise Problem.of_field(min(texts), "is refused: a form holds files called images alone")
     if not files:
         raise Problem.of_field("images", "are missing: a file part for each")
     return [content for _, content in files]

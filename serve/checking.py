@@ -7,21 +7,27 @@ from contextlib import contextmanager
 
 from serve.problems import Problem
 from tina.errors import PromptError
-from tina.prompts import check_examples, check_task
+from tina.generator import Generator
+from tina.prompts import check_apart, check_examples, check_task
 from tina.schemas import ModelRequest
 
 
-def check_request(request: ModelRequest, *, most: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def check_request(
+    request: ModelRequest, generator: Generator, *, most_steps: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The class names of a request, and its descriptions, if any.
 
-    Args:
-        most: Classes of a task.
-
     Raises:
-        Problem: They are none, or do not fit what goes with them.
+        Problem: They are none, or do not fit what goes with them; or the generator takes no such
+            guidance, or so many steps.
     """
+    most = generator.max_classes
     with _refused("classes"):
         names = check_task(request.classes, max_classes=most)
+    if request.guidance not in (None, 1) and not generator.takes_guidance:
+        raise Problem.of_field("guidance", "must be 1: this generator takes no other")
+    if request.steps is not None and request.steps > most_steps:
+        raise Problem.of_field("steps", f"must be at most {most_steps}")
     if request.images is not None:
         for field in ("descriptions", "examples"):
             if getattr(request, field) is not None:
@@ -33,6 +39,9 @@ def check_request(request: ModelRequest, *, most: int) -> tuple[tuple[str, ...],
     if request.examples is not None:
         with _refused("examples"):
             check_examples([bool(shots) for shots in request.examples])
+    for field in ("images", "examples"):
+        with _refused(field):
+            check_apart(names, getattr(request, field) or [()] * len(names))
     if request.descriptions is None:
         return names, ()
     with _refused("descriptions"):

@@ -36,7 +36,10 @@ PROMPT = _body(
     },
 )
 FILES = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": MAX_IMAGES}
-PREDICTION = _body(PredictRequest, {"properties": {"images": FILES}, "required": ["images"]})
+PREDICTION = _body(
+    PredictRequest,
+    {"properties": {"images": FILES}, "required": ["images"], "additionalProperties": False},
+)
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -36,6 +36,7 @@ from serve.problems import Problem
 from serve.shown import pack_rows, shift_by, shifted
 from tina.classifiers import predict_many
 from tina.errors import DataError, PromptError, TinaError
+from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
 from tina.model import GeneratedModel
@@ -127,12 +128,12 @@ class Replica:
     @answering
     async def create(self, request: ModelRequest, format: Format) -> Made:
         """A model for a new prompt."""
-        names, descriptions = check_request(request, most=self.pipe.generator.max_classes)
+        generator, diffusion = self.pipe.generator, self.pipe.generator.config.diffusion
+        names, descriptions = check_request(request, generator, most_steps=self.most_steps)
         embeddings = ""
         if request.images is not None:
             embeddings = pack_rows(await self._embed(request.images))
         examples = [] if request.examples is None else await self._shots(request.examples)
-        diffusion = self.pipe.generator.config.diffusion
         recipe = Recipe(
             checkpoint=self.pipe.checkpoint,
             classes=names,
@@ -142,10 +143,6 @@ class Replica:
             steps=request.steps or diffusion.sampling_steps,
             guidance=diffusion.guidance if request.guidance is None else request.guidance,
         )
-        if recipe.guidance != 1 and not self.pipe.generator.takes_guidance:
-            raise Problem.of_field("guidance", "must be 1: this generator takes no other")
-        if recipe.steps > self.most_steps:
-            raise Problem.of_field("steps", f"must be at most {self.most_steps}")
         model, anew = await self._model(recipe)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := self._far(model)):
@@ -154,12 +151,15 @@ class Replica:
                 for i in far
             ]
             raise Problem("unfamiliar", f"the threshold is {self.threshold:g}", faults)
-        if examples:
+        if examples and teach(model.familiarity, [shots is not None for shots in examples]):
             await self._encode_unknown(recipe)  # it may have left the encoder's memory
             learn = partial(shift_by, self.pipe, model, recipe, examples)
             recipe = replace(recipe, shift=await _run(self._torch, learn))
             model, anew = shifted(model, recipe.shift), True
-        return await self._made(recipe, model, format, anew=anew)
+        made = await self._made(recipe, model, format, anew=anew)
+        if examples and not recipe.shift:
+            made = replace(made, warnings=(*made.warnings, NEEDLESS))
+        return made
 
     @answering
     async def fetch(self, recipe: Recipe, format: Format) -> Made:

@@ -16,23 +16,14 @@ import yaml
 
 from tests.families import family_of
 from tina.checkpoint import save_generator
-from tina.config import (
-    ClassifierConfig,
-    DataConfig,
-    DenoiserConfig,
-    DiffusionConfig,
-    EvaluationConfig,
-    JobConfig,
-    RecipeConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from tina.config import ClassifierConfig, DenoiserConfig, DiffusionConfig, RecipeConfig
 from tina.configio import config_to_dict
 from tina.engine import LocalEngine
 from tina.families import FAMILIES, Family
 from tina.files import write_whole
 from tina.generator import Generator
 from tina.generic import save_generic, train_generic
+from tina.jobconfig import DataConfig, EvaluationConfig, JobConfig, TaskConfig, TrainConfig
 from tina.run import Run
 from tina.training import Progress, train
 from tina.zoo import build_rows, open_zoo, zoo_schema

@@ -21,11 +21,11 @@ from ray_jobs.job import run_job
 from tina import TinaPipeline, load_classifier
 from tina.checkpoint import check_manifest
 from tina.cli import main
-from tina.config import JobConfig
 from tina.configio import config_from_dict, config_to_dict, parse_config
 from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PromptError
 from tina.generic import GenericModel, save_generic
 from tina.images import read_image
+from tina.jobconfig import JobConfig
 from tina.run import Run
 from tina.zoo import open_zoo, read_zoo
 
@@ -328,6 +328,16 @@ def test_a_tensor_that_is_cut_short_behind_a_true_manifest(
     refuse_checkpoint("must have the shape")
 
 
+@pytest.mark.parametrize("card", [None, b"\xff"])
+def test_a_card_that_is_missing_or_no_text_behind_a_true_manifest(
+    card, checkpoint, refuse_checkpoint
+):
+    file = checkpoint / "README.md"
+    file.unlink() if card is None else file.write_bytes(card)
+    rehash(checkpoint)
+    refuse_checkpoint("has no model card")
+
+
 @pytest.mark.parametrize("command", ["generate", "info"])
 def test_no_checkpoint_at_all(command, refuse, workplace):
     words = [*NAMES, "--out", "m.safetensors"] if command == "generate" else []
@@ -509,7 +519,8 @@ def test_an_unknown_key_lists_every_valid_one(tiny_run):
     values = config_to_dict(tiny_run.config) | {"optimizer": "sgd"}
     with pytest.raises(ConfigError, match="optimizer") as raised:
         config_from_dict(JobConfig, values)
-    for key in ("name", "data.image_size", "classifier.direct.lr", "cluster.zero_stage"):
+    keys = ("name", "data.image_size", "classifier.direct.lr", "prompt.tower.warmup")
+    for key in (*keys, "cluster.zero_stage"):
         assert f"{key}," in f"{raised.value},"
 
 
@@ -619,11 +630,15 @@ def _no_work(run):
             "prompt.weights must be an absolute path",
         ),
         (["--prompt.encoder", "table", "--prompt.weights", "t.parquet"], "prompt.weights must be"),
-        (["--classifier.direct.warmup", "5"], "classifier.*.warmup is a share"),
+        (["--classifier.direct.warmup", "5"], "classifier.direct.warmup is a share"),
         (
             ["--classifier.finetune.weight_decay", "-1"],
-            "classifier.*.weight_decay must not be",
+            "classifier.finetune.weight_decay must not be",
         ),
+        (["--classifier.generic.lr", "0"], "error: classifier.generic.lr must be above 0, got 0"),
+        (["--prompt.tower.steps", "0"], "error: prompt.tower.steps must be above 0, got 0"),
+        (["--prompt.tower", "{warmup: 2}"], "error: prompt.tower.warmup is a share"),
+        (["--prompt.tower.stepz", "5"], "prompt.tower.steps, prompt.tower.batch_size"),
         (["--train.weight_loss", "-1"], "train.weight_loss must not be negative"),
         (["--train.min_snr", "-1"], "train.min_snr must not be negative"),
         (["--name", "../other"], "name must be a plain folder name"),

@@ -37,12 +37,12 @@ from benchmarks import (
 from tests.conftest import kept_out
 from tina import TinaPipeline
 from tina.checkpoint import save_generator
-from tina.config import DataConfig
 from tina.datasets import load_dataset
 from tina.encoders import HashEncoder, TableEncoder
 from tina.errors import ConfigError, DataError
 from tina.examples import features
 from tina.finetune import Lesson
+from tina.jobconfig import DataConfig
 from tina.run import Run
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_config, with_prompt
 
 from tina.calibration import Answers, answer, brier, calibrate, fit
-from tina.config import TaskConfig
 from tina.generic import save_generic, train_generic
+from tina.jobconfig import TaskConfig
 from tina.run import Run
 
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from ray_jobs import job
 from ray_jobs.build_zoo import blocks_of
-from tina.config import JobConfig
 from tina.configio import config_from_dict
 from tina.errors import ConfigError, DataError
+from tina.jobconfig import JobConfig
 from tina.run import Run
 from tina.zoo import build_rows, read_zoo
 

@@ -1,15 +1,19 @@
 """Data sets: partitions are sound, sources read the same images, errors say what to do."""
 
 import dataclasses
+import errno
 import io
+import itertools
 import json
 import logging
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tina.datasets
-from tina.config import DataConfig
 from tina.datasets import PARTITIONS, _Decoded, load_dataset
 from tina.errors import ConfigError, DataError
 from tina.images import fit, read_image
+from tina.jobconfig import DataConfig
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -453,6 +457,30 @@ def test_a_corrupt_parquet_file_is_named(tmp_path, cache, where):
     path.write_bytes(content)
     assert f"corrupt parquet file {path}" in refusal(tmp_path)
     assert not cache.exists()
+
+
+def test_shards_are_more_than_files_may_be_open(tmp_path):
+    contents = [encode(p) for p in noise(3)]
+    for shard in range(100):
+        write_parquet(tmp_path / f"train-{shard:03d}.parquet", contents, [0, 1, 2])
+    taken = set(map(int, os.listdir("/dev/fd")))
+    few = next(n for n in itertools.count() if n - sum(fd < n for fd in taken) == 50)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        found = load(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(found.images) == 300
+
+
+def test_a_file_that_the_system_does_not_open_is_not_called_corrupt(tmp_path, monkeypatch):
+    small_set(tmp_path)
+    full = OSError(errno.EMFILE, "Failed to open local file: Too many open files")
+    monkeypatch.setattr(pq, "ParquetFile", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        load(tmp_path)
+    assert caught.value is full
 
 
 @pytest.mark.parametrize("label", [3, -1, None])

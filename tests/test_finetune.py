@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tina.config import DataConfig, RecipeConfig
+from tina.config import RecipeConfig
 from tina.datasets import load_dataset
 from tina.errors import NonFiniteError
 from tina.families import ClipImageTrunk, build_family
@@ -24,6 +24,7 @@ from tina.finetune import (
     train_trunk,
 )
 from tina.inputs import InputStore
+from tina.jobconfig import DataConfig
 from tina.zoo import build_rows
 
 TASKS = [(3, 1), (7, 2, 5), (0, 9, 4, 8, 6)]

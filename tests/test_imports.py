@@ -15,7 +15,18 @@ PACKAGE = Path(tina.__file__).parent
 FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem != "__init__"}
 # From the images to the command line: a module imports only what stands before it.
 STAGES = [
-    *["errors", "files", "stores", "storage", "checks", "config", "configio", "precision", "space"],
+    *[
+        "errors",
+        "files",
+        "stores",
+        "storage",
+        "checks",
+        "config",
+        "jobconfig",
+        "configio",
+        "precision",
+        "space",
+    ],
     *["tensors", "rounding", "images", "names"],
     *["superclasses", "sources", "views", "datasets", "tasks", "neighbours"],
     *["layout", "families", "inputs", "classifiers", "finetune", "generic", "tower", "zoo"],

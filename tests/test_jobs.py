@@ -19,9 +19,10 @@ from ray_jobs import build_zoo
 from ray_jobs.job import run_job
 from ray_jobs.quickstart import work
 from tina.checkpoint import check_manifest, load_generator
-from tina.config import JobConfig, RecipeConfig
+from tina.config import RecipeConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.errors import ConfigError, DataError
+from tina.jobconfig import JobConfig
 from tina.run import Run
 
 ROOT = Path(__file__).parents[1]

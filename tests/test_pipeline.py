@@ -332,6 +332,17 @@ def test_pictures_may_be_files_or_pillows(pipe, pictures, tmp_path):
         pipe(images=["none.png", picture])
 
 
+@pytest.mark.parametrize("field", ["images", "examples"])
+def test_a_picture_shows_one_class(pipe, pictures, tmp_path, field):
+    """As a name stands once in a task; within a class it may come twice."""
+    Image.fromarray((255 * pictures(3, count=1)[0, 0]).byte().numpy()).save(tmp_path / "a.png")
+    shots = [[tmp_path / "a.png"], pictures(8), [pictures(5), str(tmp_path / "a.png")]]
+    with pytest.raises(PromptError, match="may show one class: 'three' and 'five' share one"):
+        pipe(["three", "eight", "five"], **{field: shots})
+    shots[2] = [pictures(5), pictures(5)]
+    assert pipe(["three", "eight", "five"], **{field: shots}).theta.isfinite().all()
+
+
 def test_a_picture_counts_the_same_beside_one_of_another_size(pipe, pictures):
     few = pictures(3)[:3]
     large = torch.nn.functional.interpolate(few, size=(24, 24))

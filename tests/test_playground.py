@@ -140,19 +140,21 @@ def test_pictures_beside_names_are_examples(page, backend, monkeypatch):
     name.fill("three, five, eight")
     name.press("Enter")
     generate = left.get_by_role("button", name="Generate")
-    content = SAMPLE.read_bytes()
+    content, other = (
+        SAMPLE.with_name(f"digits-{word}.png").read_bytes() for word in ("five", "eight")
+    )
     left.get_by_label("Add pictures of three").set_input_files([SAMPLE, SAMPLE])
     assert left.locator(".chips img").count() == 2
     generate.click()
     left.locator(".status.bad", has_text="of two classes at least").wait_for()
-    drop(left.locator(".chips li").nth(2), "five")
+    drop(left.locator(".chips li").nth(2), "eight")
     left.get_by_label("Remove picture 1 of three").click()
     focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert focused == "Add pictures of three"
     generate.click()
     left.locator(".status", has_text="parameters").wait_for()
     assert asked[-1].classes == ["three", "five", "eight"]
-    assert asked[-1].examples == [[content], [], [content]]
+    assert asked[-1].examples == [[content], [], [other]]
     left.get_by_label("Remove three", exact=True).click()
     left.get_by_label("Remove eight", exact=True).click()
     name.fill("eight")

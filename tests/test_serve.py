@@ -113,6 +113,11 @@ def b64(content):
     return base64.b64encode(content).decode()
 
 
+def shown(*contents):
+    """Pictures of each class of THREE: the same but for bytes that no decoder looks at."""
+    return [[b64(content + bytes([i])) for content in contents] for i in range(3)]
+
+
 def as_images(content):
     with Image.open(io.BytesIO(content)) as image:
         pixels = np.asarray(image.convert("L"), dtype=np.float32) / 255
@@ -299,6 +304,7 @@ def test_examples_are_kept_as_what_they_add(post, get, with_a_new_class):
     as_form = post("/v1/models", data={"prompt": json.dumps(THREE | {"seed": 17})}, files=files)
     assert as_json.status_code == as_form.status_code == 201, as_form.text
     assert as_json.json() == as_form.json()
+    assert not any("change nothing" in warning for warning in as_json.json()["warnings"])
     name = as_json.json()["id"]
     found = load(get(f"/v1/models/{name}?format=safetensors").content)
     pictures = [[as_images(shot) for shot in of_class] for of_class in shots]
@@ -311,6 +317,15 @@ def test_examples_are_kept_as_what_they_add(post, get, with_a_new_class):
     probabilities = answer.json()["predictions"][0]["probabilities"]
     logits = expected.classifier(as_images(picture()))[0]
     assert probabilities == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+
+
+def test_examples_of_known_classes_alone_are_said_to_change_nothing(post, with_a_new_class):
+    body = THREE | {"examples": [[b64(picture(1))], [], [b64(picture(2))]]}
+    found, plain = post("/v1/models", json=body).json(), post("/v1/models", json=THREE).json()
+    assert found["id"] == plain["id"]
+    *others, last = found["warnings"]
+    assert others == plain["warnings"]
+    assert last.startswith("examples change nothing")
 
 
 def test_descriptions(post, library):
@@ -628,14 +643,14 @@ Image.new("L", (20_000, 20_000)).save(BOMB, "PNG")
         ({"examples": [["AA=="], [], []]}, "examples"),
         ({"examples": [[], [], []]}, "examples"),
         ({"examples": [[""]] * 3}, "examples[0][0]"),
-        ({"examples": [[b64(b"no picture")]] * 3}, "examples[0][0]"),
-        ({"examples": [[b64(BOMB.getvalue())]] * 3}, "examples[0][0]"),
+        ({"examples": shown(b"no picture")}, "examples[0][0]"),
+        ({"examples": shown(BOMB.getvalue())}, "examples[0][0]"),
         ({"images": [["AA=="], [], ["AA=="]]}, "images[1]"),
         ({"images": [["AA=="], ["*"], ["AA=="]]}, "images[1][0]"),
         ({"images": [[""]] * 3}, "images[0][0]"),
-        ({"images": [[b64(b"no picture")]] * 3}, "images[0][0]"),
-        ({"images": [[b64(picture()[:60])]] * 3}, "images[0][0]"),
-        ({"images": [[b64(BOMB.getvalue())]] * 3}, "images[0][0]"),
+        ({"images": shown(b"no picture")}, "images[0][0]"),
+        ({"images": shown(picture()[:60])}, "images[0][0]"),
+        ({"images": shown(BOMB.getvalue())}, "images[0][0]"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -830,11 +845,17 @@ def test_a_picture_that_happens_to_look_like_scans_is_read(post, model):
 def test_a_picture_that_takes_long_to_open_is_named(post, model):
     content = picture(format="JPEG")
     odd = content[:2] + 1000 * b"\xff\xe1\x00\x08Exif\0\0" + content[2:]
-    images = [b64(content), b64(odd)]
     path = f"/v1/models/{model.id}/predict"
-    problem = refused(post(path, json={"images": images}), 422, "images[1]")
+    problem = refused(post(path, json={"images": [b64(content), b64(odd)]}), 422, "images[1]")
     assert "EXIF" in problem.detail
-    refused(post("/v1/models", json=THREE | {"images": [images] * 3}), 422, "images[0][1]")
+    refused(post("/v1/models", json=THREE | {"images": shown(content, odd)}), 422, "images[0][1]")
+
+
+@pytest.mark.parametrize("field", ["images", "examples"])
+def test_a_picture_shows_one_class(post, field):
+    first, second, _ = shown(picture())
+    body = THREE | {field: [first, second, second + first]}
+    assert "'five' and 'eight' share one" in refused(post("/v1/models", json=body), 422).detail
 
 
 def test_a_prediction_by_a_departed_checkpoint_looks_at_no_picture(backend, monkeypatch):
@@ -900,10 +921,11 @@ def test_requests_take_turns_at_decoding(backend, ids, model, monkeypatch):
 
 
 def test_the_pictures_of_a_request_are_bounded_together(post, model, monkeypatch):
-    path, shot = f"/v1/models/{model.id}/predict", b64(picture(size=(9, 7)))
+    path, (first, *others) = f"/v1/models/{model.id}/predict", shown(picture(size=(9, 7)))
+    (shot,) = first
     monkeypatch.setattr(serve.replica, "MAX_REQUEST_PIXELS", 3 * 9 * 7)
     assert post(path, json={"images": [shot] * 3}).status_code == 200
-    assert post("/v1/models", json=THREE | {"images": [[shot]] * 3}).status_code == 201
+    assert post("/v1/models", json=THREE | {"images": [first, *others]}).status_code == 201
 
     def decoded(*args, **options):
         raise AssertionError("decoded")
@@ -911,8 +933,23 @@ def test_the_pictures_of_a_request_are_bounded_together(post, model, monkeypatch
     monkeypatch.setattr(serve.replica, "read_image", decoded)
     refused(post(path, json={"images": [shot] * 4}), 413, "images")
     for field in ("images", "examples"):
-        many = THREE | {field: [[shot], [shot], [shot] * 2]}
+        many = THREE | {field: [first * 2, *others]}
         assert "189" in refused(post("/v1/models", json=many), 413, field).detail
+
+
+@pytest.mark.parametrize("field", ["images", "examples"])
+def test_what_a_generator_does_not_take_is_refused_before_a_picture_is_read(
+    backend, post, monkeypatch, field
+):
+    def decoded(*args, **options):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(serve.replica, "read_image", decoded)
+    monkeypatch.setattr(backend.replica, "most_steps", 10)
+    monkeypatch.setattr(Generator, "takes_guidance", False)
+    body = THREE | {field: shown(picture())}
+    refused(post("/v1/models", json=body | {"steps": 11}), 422, "steps")
+    refused(post("/v1/models", json=body | {"guidance": 2.0}), 422, "guidance")
 
 
 def test_nothing_goes_on_behind_a_refused_prediction(backend):
@@ -1045,16 +1082,14 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, m
     monkeypatch.setattr(pipe, "embed_images", watched)
     buffer = io.BytesIO()
     Image.new("L", (3000, 2000)).save(buffer, "PNG")
-    large = b64(buffer.getvalue())
-    shots = [[large] + [b64(picture())] * 3] * 3
+    shots = shown(buffer.getvalue(), *[picture()] * 3)
     assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
     assert shapes == [[512, 7, 7, 7]] * 3
     long = io.BytesIO()
     Image.new("L", (100, 40_000)).save(long, "PNG")
-    shots = [[b64(long.getvalue())]] * 3
-    assert post("/v1/models", json=THREE | {"images": shots}).status_code == 201
+    assert post("/v1/models", json=THREE | {"images": shown(long.getvalue())}).status_code == 201
     assert max(held) <= 4 * 512 * 512  # bytes: no cut keeps the whole picture
-    predicted = post(f"/v1/models/{model.id}/predict", json={"images": [large, b64(picture())]})
+    predicted = post(f"/v1/models/{model.id}/predict", json={"images": shots[0]})
     assert predicted.status_code == 200
 
 
@@ -1087,9 +1122,23 @@ def test_forms_of_too_many_files(post, model, monkeypatch):
     monkeypatch.setattr(bodies, "MAX_CLASSES", 1)
     monkeypatch.setattr(bodies, "MAX_IMAGES", 2)
     prompt = {"prompt": json.dumps(THREE)}
-    refused(post("/v1/models", data=prompt, files=[("images[0]", b"x")] * 3), 422, "images")
-    refused(post(f"/v1/models/{model.id}/predict", files=[("images", b"x")] * 3), 422, "images")
-    refused(post(f"/v1/models/{model.id}/predict", files={"x": (None, "x")}), 422, "images")
+    problem = refused(post("/v1/models", data=prompt, files=[("examples[0]", b"x")] * 3), 422)
+    known = "prompt, images[0], ..., examples[0], ..."
+    assert problem.detail == f"{known} are more than 2 file parts"
+    predict = f"/v1/models/{model.id}/predict"
+    problem = refused(post(predict, files=[("images", b"x")] * 3), 422, "images")
+    assert problem.detail == "images are more than 2 file parts"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("images", (None, "b.png")), ("top", (None, "1")), ("prompt", ("a.png", picture()))],
+    ids=["a name in place of its file", "another", "a file called prompt"],
+)
+def test_a_prediction_is_not_made_of_a_part_of_the_form(post, model, name, content):
+    parts = [("images", ("a.png", picture())), (name, content)]
+    refused(post(f"/v1/models/{model.id}/predict", files=parts), 422, name)
+    refused(post(f"/v1/models/{model.id}/predict", files=parts[1:]), 422, name)
 
 
 def test_a_form_of_many_parts_lets_others_have_their_turn():

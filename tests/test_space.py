@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tina.config import ClusterConfig, DiffusionConfig, JobConfig, TrainConfig
+from tina.config import DiffusionConfig
 from tina.configio import config_from_dict, parse_config
 from tina.errors import ConfigError
+from tina.jobconfig import ClusterConfig, JobConfig, TrainConfig
 from tina.space import KEYS, Domain, SweepConfig, changed, config_values, read_search
 
 CONFIGS = Path(__file__).parents[1] / "configs"

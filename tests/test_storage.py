@@ -26,11 +26,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from ray.exceptions import RayTaskError
 
-from tina.config import DataConfig, JobConfig, PromptConfig
+from ray_jobs import tune
+from tina.config import PromptConfig, RecipeConfig
 from tina.configio import parse_config
 from tina.datasets import load_dataset
 from tina.encoders import TABLE_FILE, build_encoder
-from tina.errors import ConfigError, DataError
+from tina.errors import CheckpointError, ConfigError, DataError
+from tina.jobconfig import DataConfig, JobConfig
 from tina.pipeline import TinaPipeline
 from tina.run import Run
 from tina.storage import Place, at_hand
@@ -277,6 +279,26 @@ def test_a_damaged_configuration_is_named_by_its_place(shelf):
     assert str(found.value).startswith(below(uri, "run"))
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "is not readable YAML"), ("tasks: [", "is not readable YAML"), ("a: 1", "must hold")],
+)
+def test_a_space_to_search_is_named_by_its_place(shelf, tiny_file, capsys, text, reason):
+    folder, uri = shelf
+    if text:
+        (folder / "space.yaml").write_text(text)
+    space = below(uri, "space.yaml")
+    assert tune.main(["--config", str(tiny_file), "--space", space]) == 2
+    assert f"error: {space} {reason}" in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_not_there_is_named_by_its_place(shelf):
+    file = below(shelf[1], "c.yaml")
+    for words in (["--config", file], [f"--config={file}"]):
+        with pytest.raises(ConfigError, match=re.escape(f"File does not exist: '{file}'")):
+            parse_config(JobConfig, words)
+
+
 def test_a_file_that_was_cut_off_is_not_there(shelf, monkeypatch):
     folder, uri = shelf
     mine = Place(uri)
@@ -422,6 +444,17 @@ def test_data_that_are_not_in_a_store(shelf, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("train-0.parquet")), "it was not asked for"
 
 
+@pytest.mark.parametrize("name", ["mine/ant/1.png", "mine/train-0.parquet"])
+def test_a_damaged_file_of_data_is_named_by_its_place(shelf, tmp_path, monkeypatch, name):
+    folder, uri = shelf
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("no picture, no table")
+    kind = "parquet" if name.endswith("parquet") else "folder"
+    with pytest.raises(DataError, match=re.escape(f" {uri}/{name}: ")):
+        load_dataset(DataConfig(name=kind, root=below(uri, "mine")))
+
+
 def test_a_table_of_vectors_from_a_store(shelf, tmp_path, monkeypatch):
     folder, uri = shelf
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -438,6 +471,9 @@ def test_a_table_of_vectors_from_a_store(shelf, tmp_path, monkeypatch):
     named = PromptConfig(encoder="table", model="digits", weights=below(uri, TABLE_FILE))
     for config in (PromptConfig(encoder="table", model="digits"), named):
         assert build_encoder(config).encode_text(["one"])[0].tolist() == pytest.approx([0.6, 0.8])
+    (folder / TABLE_FILE).write_text("no table")
+    with pytest.raises(DataError, match=re.escape(named.weights)):
+        build_encoder(named)
 
 
 def test_a_checkpoint_from_a_store(shelf, tiny_checkpoint, tmp_path, monkeypatch):
@@ -449,6 +485,12 @@ def test_a_checkpoint_from_a_store(shelf, tiny_checkpoint, tmp_path, monkeypatch
     assert there.checkpoint == here.checkpoint
     with pytest.raises(ConfigError, match="is no storage"):
         TinaPipeline.from_pretrained("s4://bucket/checkpoint")
+    nothing = below(uri, "nothing")
+    with pytest.raises(CheckpointError, match=re.escape(f"{nothing} is no checkpoint")):
+        TinaPipeline.from_pretrained(nothing)
+    (folder / "checkpoint" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=re.escape(f"{uri}/checkpoint/config.json was chang")):
+        TinaPipeline.from_pretrained(below(uri, "checkpoint"))
 
 
 def test_a_run_of_a_store(shelf, tiny_run):
@@ -462,6 +504,36 @@ def test_a_run_of_a_store(shelf, tiny_run):
         other.claim()
     with pytest.raises(ConfigError, match="holds no run"):
         Run.open(below(shelf[1], "other"))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_claim_sees_what_others_have_claimed_since(shelf, tiny_file, at):
+    """Two jobs of one name, another rate of learning each: the later start has the last word."""
+    config = parse_config(JobConfig, ["--config", str(tiny_file), "--storage", str(shelf[at])])
+    first, second = Run(config), Run(replace(config, train=replace(config.train, lr=0.5)))
+    for run in (first, second, first):
+        run.claim()
+    write(first.place, "start/manifest.json", "{}")
+    first.place.keep("start")
+    with pytest.raises(ConfigError, match="holds a run with another train: choose another name"):
+        second.claim()
+    first.claim()
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_claim_sees_a_tower_that_another_has_trained_since(shelf, tiny_file, at):
+    config = parse_config(JobConfig, ["--config", str(tiny_file), "--storage", str(shelf[at])])
+    tower = RecipeConfig(steps=7)
+    first, second = (
+        Run(replace(config, prompt=replace(config.prompt, tower=recipe)))
+        for recipe in (tower, replace(tower, steps=8))
+    )
+    for run in (first, second, first):
+        run.claim()
+    write(first.place, "tower.safetensors", "weights")
+    first.place.keep("tower.safetensors")
+    with pytest.raises(ConfigError, match="holds a run with another prompt"):
+        second.claim()
 
 
 # --- with Ray -------------------------------------------------------------------------------------

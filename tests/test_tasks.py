@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tina.config import TaskConfig
 from tina.errors import ConfigError
+from tina.jobconfig import TaskConfig
 from tina.superclasses import CIFAR100_SUPERCLASSES
 from tina.tasks import Task, build_task_space, check_disjoint
 

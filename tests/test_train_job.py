@@ -28,8 +28,8 @@ from ray_jobs.train import (
 )
 from tina import TinaPipeline
 from tina.checkpoint import load_generator, save_generator
-from tina.config import ClusterConfig
 from tina.errors import ConfigError, DataError
+from tina.jobconfig import ClusterConfig
 from tina.run import Run
 from tina.training import Progress
 

@@ -175,6 +175,15 @@ def test_progress_of_another_version_is_refused(tmp_path):
         Progress.load(file)
 
 
+@pytest.mark.parametrize("left", [0, 20, -1])
+def test_progress_that_was_cut_off_is_refused(tmp_path, left):
+    file = tmp_path / "p.safetensors"
+    Progress.start(nn.Linear(2, 2)).save(file)
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=r"is not whole \(.+\): remove its train/ folder"):
+        Progress.load(file)
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 6).flatmap(

@@ -35,9 +35,9 @@ from ray_jobs.trial import (
     run_trial,
     trial_run,
 )
-from tina.config import JobConfig
 from tina.configio import parse_config
 from tina.errors import ConfigError, DataError, NonFiniteError, TinaError
+from tina.jobconfig import JobConfig
 from tina.run import Run
 from tina.space import KEYS, Domain, read_search
 from tina.storage import Place

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tina.config import DataConfig, RecipeConfig
+from tina.config import RecipeConfig
 from tina.datasets import load_dataset
 from tina.errors import ConfigError
 from tina.families import build_family
 from tina.finetune import Lesson, finetune, initial_theta
 from tina.generic import train_generic
 from tina.inputs import InputStore
+from tina.jobconfig import DataConfig
 from tina.views import Views
 
 IMAGES = torch.randint(256, (3, 2, 5, 6), dtype=torch.uint8, generator=torch.manual_seed(0))

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tina.config import TrainConfig
 from tina.datasets import Dataset
 from tina.diffusion import noise_scale
 from tina.generator import Generator
 from tina.inputs import InputStore
+from tina.jobconfig import TrainConfig
 from tina.neighbours import draw_near
 from tina.tasks import TaskSpace
 from tina.zoo import Zoo

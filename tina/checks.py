@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tina.errors import ConfigError
 from tina.stores import is_uri
 
-SECTIONS = {"task": "tasks", "recipe": "classifier.*"}
-"""Of a configuration, where the class is called otherwise; a recipe is the part of three."""
+SECTIONS = {"task": "tasks"}
+"""Of a configuration, where the class is called otherwise."""
 
 
 def absolute(paths: Mapping[str, str | None]) -> None:
@@ -49,7 +50,7 @@ def visible(key: str, secret: str) -> None:
 def positive(owner: object, *keys: str, optional: bool = False) -> None:
     """Above zero; or None, where that is possible."""
     for key in keys:
-        got = getattr(owner, key)
+        got = attrgetter(key)(owner)
         if optional and got is None:
             continue
         if not got > 0:
@@ -59,14 +60,14 @@ def positive(owner: object, *keys: str, optional: bool = False) -> None:
 def distinct(owner: object, *keys: str) -> None:
     """No value twice."""
     for key in keys:
-        if len(set(got := getattr(owner, key))) < len(got):
+        if len(set(got := attrgetter(key)(owner))) < len(got):
             raise ConfigError(f"{_dotted(owner, key)} holds a value twice, got {got}")
 
 
 def not_negative(owner: object, *keys: str, optional: bool = False) -> None:
     """Zero or above; or None, where that is possible."""
     for key in keys:
-        got = getattr(owner, key)
+        got = attrgetter(key)(owner)
         if optional and got is None:
             continue
         if not got >= 0:
@@ -76,15 +77,24 @@ def not_negative(owner: object, *keys: str, optional: bool = False) -> None:
 def inside(owner: object, *keys: str) -> None:
     """Between zero and one."""
     for key in keys:
-        if not 0 < (got := getattr(owner, key)) < 1:
+        if not 0 < (got := attrgetter(key)(owner)) < 1:
             raise ConfigError(f"{_dotted(owner, key)} must lie between 0 and 1, got {got}")
 
 
 def shares(owner: object, *keys: str) -> None:
     """From zero to one."""
     for key in keys:
-        if not 0 <= (got := getattr(owner, key)) <= 1:
+        if not 0 <= (got := attrgetter(key)(owner)) <= 1:
             raise ConfigError(f"{_dotted(owner, key)} is a share, from 0 to 1, got {got}")
+
+
+def fits(owner: object, *keys: str) -> None:
+    """Recipes of fitting, where there are any: their owner knows what they are called."""
+    for key in keys:
+        if getattr(owner, key):
+            positive(owner, f"{key}.steps", f"{key}.batch_size", f"{key}.lr")
+            not_negative(owner, f"{key}.weight_decay")
+            shares(owner, f"{key}.warmup")
 
 
 def _dotted(owner: object, key: str) -> str:

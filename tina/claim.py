@@ -11,11 +11,12 @@ from contextlib import suppress
 
 import yaml
 
-from tina.config import GeneratorConfig, JobConfig
+from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.errors import CheckpointError, ConfigError
 from tina.families import build_family
 from tina.files import read_table, write_text
+from tina.jobconfig import JobConfig
 from tina.precision import has_bf16, settle
 from tina.sources import find_source
 from tina.storage import Place
@@ -44,7 +45,8 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
     family = build_family(config.classifier.family, channels=1, image_size=8)
     if family.on_clip and config.data.shift:
         raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
-    file = place.fetch(CONFIG)
+    # here and below again: since its last claim other processes may have written to the folder
+    file = place.fetch(CONFIG, again=True)
     found = {}
     if file.is_file():  # with today's defaults for keys that it was made without
         found = config_to_dict(read_config(JobConfig, file))
@@ -60,7 +62,7 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
     if found:
         # what training does not read of the prompt, and a tower that nothing was trained for yet
         prompt = found["prompt"] | {key: mine["prompt"][key] for key in GENERATION}
-        if not (prompt["tower"] and place.fetch("tower.safetensors").is_file()):
+        if not (prompt["tower"] and place.fetch("tower.safetensors", again=True).is_file()):
             prompt["tower"] = mine["prompt"]["tower"]
         found["prompt"] = prompt
         if odd := [k for k in mine if k not in loose and found.get(k) != mine[k]]:
@@ -69,7 +71,7 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
                 "choose another name or remove it"
             )
     if place.holds("checkpoint"):
-        header = read_table(place.fetch("checkpoint/config.json"), CheckpointError)
+        header = read_table(place.fetch("checkpoint/config.json", again=True), CheckpointError)
         released = config_from_dict(GeneratorConfig, header.get("config", {})).prompt
         if config.prompt.settled(released) != released:
             raise ConfigError(

@@ -109,9 +109,11 @@ def generate(args: argparse.Namespace) -> None:
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
     for warning in unfamiliar(model.class_names, model.familiarity).values():
         print(f"warning: {warning}", file=sys.stderr)
-    if args.example and min(model.familiarity) == 1:
-        why = "the generator was trained on all of them"
-        print(f"note: examples change nothing: {why}", file=sys.stderr)
+    if args.example:
+        from tina.examples import NEEDLESS, teach
+
+        if not teach(model.familiarity, [key in given for key in keys]):
+            print(f"note: {NEEDLESS}", file=sys.stderr)
     lookup = pipe.generator.vocabulary.lookup
     new = not args.image and (args.description or any(lookup(key) is None for key in keys))
     if new and not pipe.is_semantic:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from tina.errors import ConfigError, one_line
-from tina.storage import at_hand
+from tina.storage import at_hand, named
 from tina.stores import is_uri
 
 T = TypeVar("T")
@@ -23,8 +24,9 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
     """Dotted names of all values that a config class can hold."""
     keys = []
     for name, kind in get_type_hints(cls).items():
-        nested = dataclasses.is_dataclass(kind) and isinstance(kind, type)
-        keys += _keys(kind, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+        kinds = [kind, *get_args(kind)]  # a section may be optional
+        nested = [k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)]
+        keys += _keys(nested[0], f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
     return keys
 
 
@@ -70,12 +72,14 @@ def parse_config(cls: type[T], argv: Sequence[str], *, description: str = "", pr
     """
     parser = _parser(cls, description=description, prog=prog or None)
     words = []
-    for before, word in pairwise(["", *argv]):
-        key = "--config=" if word.startswith("--config=") else ""
-        file = word.removeprefix(key)
-        fetch = (key or before == "--config") and is_uri(file)
-        words.append(f"{key}{at_hand(file)}" if fetch else word)
-    return _build(cls, parser, lambda: parser.parse_args(words))
+    with ExitStack() as files:
+        for before, word in pairwise(["", *argv]):
+            key = "--config=" if word.startswith("--config=") else ""
+            file = word.removeprefix(key)
+            if fetch := (key or before == "--config") and is_uri(file):
+                files.enter_context(named(file))
+            words.append(f"{key}{at_hand(file)}" if fetch else word)
+        return _build(cls, parser, lambda: parser.parse_args(words))
 
 
 def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -108,13 +112,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """What a configuration's file holds.
 
     Raises:
-        ConfigError: It is no YAML, or no mapping.
+        ConfigError: It cannot be read, is no YAML, or no mapping.
     """
     import yaml
 
     try:
         found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{file} is not readable YAML: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds no configuration")

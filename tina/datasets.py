@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tina.config import DataConfig
 from tina.errors import DataError, one_line
 from tina.files import write_whole
+from tina.jobconfig import DataConfig
 from tina.names import clean, normalise_name
-from tina.sources import Item, Listing, Source, find_source
-from tina.storage import user_cache
+from tina.sources import Item, Listing, Source, find_source, root_of
+from tina.storage import named, user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
 from tina.views import Views
 
@@ -135,11 +135,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     Raises:
         ConfigError: there is no data set of that name.
         DataError: it is missing, corrupt, or a class has too few images for three partitions.
+        OSError: the system does not let it be read.
     """
     source = find_source(config)
     sizes = [IMAGE_SIZES[part] for part in config.name.split("+") if part in IMAGE_SIZES]
     size = config.image_size or min(sizes, default=None)
-    decoded = _decode_cached(source, size)
+    with named(root_of(config)):
+        decoded = _decode_cached(source, size)
     labels = decoded.labels.numpy()
     partitions = {
         key: torch.from_numpy(index)

@@ -29,7 +29,7 @@ from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError, one_line
 from tina.files import hash_bytes, hash_file
 from tina.names import clean, normalise_name
-from tina.storage import at_hand, user_cache
+from tina.storage import at_hand, named, user_cache
 from tina.stores import below
 
 NAME_WORDS = 4
@@ -105,8 +105,9 @@ def build_encoder(config: PromptConfig) -> PromptEncoder:
             return OpenClipEncoder(model, weights=weights, template=config.template)
         case "table":
             data = os.environ.get("TINA_DATA") or str(user_cache() / "data")
-            file = at_hand(config.weights or below(data, TABLE_FILE))
-            table = TableEncoder(file, vocabulary=config.model)
+            location = config.weights or below(data, TABLE_FILE)
+            with named(location):
+                table = TableEncoder(at_hand(location), vocabulary=config.model)
             if config.template not in ("{}", made := table.space.template):
                 raise ConfigError(f"prompt.template is {config.template!r}, the table's {made!r}")
             return table

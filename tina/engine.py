@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tina.config import TrainConfig
 from tina.errors import NonFiniteError
+from tina.jobconfig import TrainConfig
 from tina.tensors import write_tensors
 
 Weights = Mapping[str, Tensor]

@@ -29,7 +29,6 @@ from tina.baselines import (
 )
 from tina.classifiers import narrow, predict
 from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
-from tina.config import EvaluationConfig
 from tina.configio import config_to_dict
 from tina.controls import nothing, other_classes, shuffled_classes
 from tina.datasets import Dataset
@@ -37,6 +36,7 @@ from tina.diffusion import as_x0
 from tina.finetune import Lesson
 from tina.generator import Generator
 from tina.inputs import InputStore
+from tina.jobconfig import EvaluationConfig
 from tina.metrics import Score
 from tina.mixer import train_mixer
 from tina.tasks import AXES, Task, TaskSpace

@@ -34,8 +34,20 @@ EVEN = 0.1
 """Of the covariance is spread over all directions: V classes do not tell R squared values. It was
 chosen on `select` images (docs/log.md), as is `prompt.prior`."""
 KNOWN = 1e-4  # a class that is less new than this is a trained one, but for rounding
+NEEDLESS = "examples change nothing: the generator was trained on every class that has some"
+"""What to tell a user where `teach` says no."""
 CLOSE = {"ftol": 1e-13, "gtol": 1e-7}
 """To the mode, or the rounding of a generated body would show a hundredfold in the rows."""
+
+
+def teach(familiarity: Sequence[float], shown: Sequence[bool]) -> bool:
+    """Whether examples can change anything: whether a class that has some is new.
+
+    Args:
+        familiarity: Per class, 0..1.
+        shown: Per class, whether it has examples.
+    """
+    return any(1 - x > KNOWN for x, has in zip(familiarity, shown, strict=True) if has)
 
 
 def covariance_factor(generator: Generator) -> Tensor:
@@ -102,7 +114,7 @@ def learn_from(
     """A generated theta (n,) after examples of some classes.
 
     The rows of trained names stay as they are; examples of these tell what the new classes are not.
-    So do those of classes that have none.
+    So do those of classes that have none. Where no class that has some is new, nothing changes.
 
     Args:
         embeddings: (K, E), unit norm, by which it was generated.
@@ -114,14 +126,15 @@ def learn_from(
     """
     family, layout = generator.family, generator.family.layout(len(embeddings))
     shown = {i: images for i, images in enumerate(examples) if images is not None}
-    newness = 1 - generator.vocabulary.familiarity(embeddings[list(shown)])
-    if not bool((newness > KNOWN).any()):
+    familiarity = generator.vocabulary.familiarity(embeddings)
+    if not teach(familiarity.tolist(), [images is not None for images in examples]):
         return theta
     body, rows = layout.split(theta)
     counts = torch.tensor([len(images) for images in shown.values()])
     labels = torch.arange(len(shown)).repeat_interleave(counts)
     seen = torch.cat([features(family, body, images) for images in shown.values()])
     rows = rows.clone()
+    newness = 1 - familiarity[list(shown)]
     factor, prior = covariance_factor(generator), generator.config.prompt.prior
     rows[list(shown)] = settle(seen, labels, rows[list(shown)], newness, factor, prior=prior)
     if not bool(torch.isfinite(rows).all()):

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
-from tina.errors import ConfigError, PromptError
+from tina.errors import CheckpointError, ConfigError, PromptError, one_line
 from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, square
 from tina.model import GeneratedModel
 from tina.names import normalise_name
 from tina.prompts import (
+    check_apart,
     check_distinct,
     check_examples,
     check_pictures,
@@ -35,7 +36,7 @@ from tina.prompts import (
     pad,
     split_sentence,
 )
-from tina.storage import MANIFEST
+from tina.storage import MANIFEST, named
 
 Picture = Tensor | str | Path | Image.Image
 Shots = Picture | Sequence[Picture]
@@ -82,9 +83,10 @@ class TinaPipeline:
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
         """
-        directory = find_checkpoint(str(name))
-        generator, card = load_generator(directory), (directory / "README.md").read_text()
-        checkpoint = hash_file(directory / MANIFEST)
+        with named(str(name)):
+            directory = find_checkpoint(str(name))
+            generator, card = load_generator(directory), _read_card(directory)
+            checkpoint = hash_file(directory / MANIFEST)
         return cls(generator, checkpoint=checkpoint, card=card, open_clip=open_clip)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -131,14 +133,15 @@ class TinaPipeline:
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
             examples: For one task, beside the words: per class pictures as in `images`, or None or
-                an empty list. Of those that have some the rows of new ones learn, see
-                `tina.examples`.
+                an empty list. Of those that have some the rows of new ones, whose `familiarity` is
+                below 1, learn; where there is none, examples change nothing. See `tina.examples`.
             seed: One for all, or one per task of a batch.
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance; 1 is none.
 
         Raises:
-            PromptError: The prompt names no task; see `tina.prompts.check_task`.
+            PromptError: The prompt names no task; see `tina.prompts.check_task`. Or one picture is
+                given for two classes.
             DataError: A picture's file cannot be read.
             ConfigError: Steps or guidance that the generator has not.
             NonFiniteError: What it generated holds NaN or infinity.
@@ -168,7 +171,9 @@ class TinaPipeline:
         if images is not None:
             if len(images) != k:
                 raise PromptError(f"{k} classes need pictures of as many, got {len(images)}")
-            embeddings = [self.embed_images(images)]
+            seen = [self._see(shots) for shots in images]
+            check_apart(names[0], [_contents(small) for _, small in seen])
+            embeddings = [torch.stack([embedding for embedding, _ in seen])]
         elif descriptions is not None:
             if len(descriptions) != k:
                 raise PromptError(f"{k} classes need as many descriptions, got {len(descriptions)}")
@@ -181,7 +186,8 @@ class TinaPipeline:
             if len(examples) != k:
                 raise PromptError(f"{k} classes need examples of as many, got {len(examples)}")
             check_examples([_some(shots) for shots in examples])  # before any is read
-            shown = [self._small(shots) if _some(shots) else None for shots in examples]
+            shown = [self._small(self._pictures(x)) if _some(x) else None for x in examples]
+            check_apart(names[0], [_contents(small) for small in shown])
         models = self.generate(
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
@@ -251,19 +257,21 @@ class TinaPipeline:
             PromptError: A class has no pictures, or they are none.
             DataError: A picture's file cannot be read.
         """
-        return torch.stack([self._embed_shots(shots) for shots in images])
+        return torch.stack([self._see(shots)[0] for shots in images])
 
-    def _embed_shots(self, shots: Shots) -> Tensor:
-        """The embedding (E,) of one class's pictures."""
+    def _see(self, shots: Shots) -> tuple[Tensor, Tensor]:
+        """Of one class's pictures the embedding (E,), and what `_small` makes of them."""
+        parts = self._pictures(shots)
+        small = self._small(parts)
         if self.generator.config.prompt.encoder == "open_clip":
-            seen = [self.encoder.encode_images(square(part)) for part in self._pictures(shots)]
-            return F.normalize(torch.cat(seen).mean(0), dim=-1)
-        return self.generator.embed_shots(self._small(shots))
+            seen = [self.encoder.encode_images(square(part)) for part in parts]
+            return F.normalize(torch.cat(seen).mean(0), dim=-1), small
+        return self.generator.embed_shots(small), small
 
-    def _small(self, shots: Shots) -> Tensor:
-        """One class's pictures (N, C, H, W) of the family's size, each made small by itself."""
+    def _small(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pictures (N, C, H, W) of the family's size, of different ones, each made by itself."""
         size = self.generator.family.image_size
-        return torch.cat([fit(part.float(), size) for part in self._pictures(shots)])
+        return torch.cat([fit(part.float(), size) for part in parts])
 
     def _pictures(self, shots: Shots) -> list[Tensor]:
         """One class's pictures as they were given, (N, C, H, W) each."""
@@ -327,8 +335,20 @@ class TinaPipeline:
         ]
 
 
+def _read_card(directory: Path) -> str:
+    try:
+        return (directory / "README.md").read_text()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no model card: {one_line(error)}") from error
+
+
 def _some(shots: Shots | None) -> TypeGuard[Shots]:
     return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
+
+
+def _contents(images: Tensor | None) -> list[bytes]:
+    """The bytes of each of N images (N, C, H, W), if there are any."""
+    return [] if images is None else [i.tobytes() for i in images.detach().cpu().numpy()]
 
 
 def _is_batch(prompt: Sequence[object]) -> bool:

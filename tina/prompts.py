@@ -6,7 +6,7 @@ Axes: B batch, K classes, V vocabulary, E embedding width, R values of a head ro
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from textwrap import shorten
@@ -86,6 +86,22 @@ def check_examples(shown: Sequence[bool]) -> None:
     """
     if sum(shown) < 2:
         raise PromptError("examples are needed of two classes at least: they tell these apart")
+
+
+def check_apart(names: Sequence[str], shown: Sequence[Collection[bytes]]) -> None:
+    """Make sure that no picture stands for two classes, as no name does.
+
+    Args:
+        shown: Per class its pictures, by whatever bytes tell them apart.
+
+    Raises:
+        PromptError: One does.
+    """
+    first: dict[bytes, str] = {}
+    for name, pictures in zip(names, shown, strict=True):
+        for picture in pictures:
+            if (other := first.setdefault(picture, name)) != name:
+                raise PromptError(f"a picture may show one class: {other!r} and {name!r} share one")
 
 
 def check_distinct(names: Sequence[str], embeddings: Tensor) -> None:

@@ -30,7 +30,7 @@ from tina.batches import Source
 from tina.checkpoint import attach_clip, load_generator, save_generator
 from tina.claim import CONFIG, claim, give_up
 from tina.codec import fit_codec
-from tina.config import JobConfig, RecipeConfig, TrainConfig
+from tina.config import RecipeConfig
 from tina.configio import config_to_dict, read_config
 from tina.curvature import measure_curvature
 from tina.datasets import Dataset, load_dataset
@@ -42,6 +42,7 @@ from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
 from tina.inputs import InputStore
+from tina.jobconfig import JobConfig, TrainConfig
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
 from tina.prompts import Vocabulary, check_distinct

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from tina.config import DataConfig
 from tina.errors import ConfigError, DataError, one_line
+from tina.jobconfig import DataConfig
 from tina.names import normalise_name
-from tina.storage import at_hand, user_cache
+from tina.storage import at_hand, named, user_cache
 
-__all__ = ["Item", "Listing", "Source", "find_source"]
+__all__ = ["Item", "Listing", "Source", "find_source", "root_of"]
 
 CLUTTER = "BACKGROUND_Google"  # Caltech-101's folder of random pictures is no class
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -72,6 +73,11 @@ class Source:
     read: Callable[[], Listing]
 
 
+def root_of(config: DataConfig) -> str:
+    """The folder or URI of data sets that is given, if any."""
+    return config.root or os.environ.get("TINA_DATA", "")
+
+
 def find_source(config: DataConfig) -> Source:
     """Find a data set below `config.root`, else the variable TINA_DATA, else the user cache.
 
@@ -87,17 +93,15 @@ def find_source(config: DataConfig) -> Source:
         return _join(config)
     if config.name not in _FINDERS:
         raise ConfigError(f"unknown data set {config.name!r}; valid: {', '.join(_FINDERS)}")
-    given = config.root or os.environ.get("TINA_DATA")
+    given = root_of(config)
     if config.name == "digits" or not given:
         return _FINDERS[config.name](config.name, user_cache() / "data", not given)
     # of the two kinds that may lie in the folder itself, the whole
     last = [""] if config.name in ("parquet", "folder") else []
     torchvisions = TORCHVISION_FOLDERS.get(config.name, config.name).partition("/")[0]
-    root = at_hand(given, config.name, torchvisions, *last)
-    try:
+    with named(given):
+        root = at_hand(given, config.name, torchvisions, *last)
         return _FINDERS[config.name](config.name, root, False)
-    except DataError as error:
-        raise DataError(str(error).replace(str(root), given)) from error
 
 
 def _join(config: DataConfig) -> Source:
@@ -193,37 +197,44 @@ def _parquet_source(folder: Path) -> Source | None:
     return None
 
 
-def _read_parquet(train: Sequence[Path], test: Sequence[Path]) -> Listing:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A parquet file, closed behind: there may be more than a process can hold open."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = {}
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the system's own, which says nothing of its content
+            raise
+        raise DataError(f"corrupt parquet file {path}: {one_line(error)}") from error
+
+
+def _read_parquet(train: Sequence[Path], test: Sequence[Path]) -> Listing:
+    count, columns = 0, []
     for path in (*train, *test):
-        try:
-            files[path] = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"corrupt parquet file {path}: {one_line(error)}") from error
-    columns = [_columns(path, file.schema_arrow) for path, file in files.items()]
-    for path, other in zip(files, columns, strict=True):
-        if other != columns[0]:
+        with _opened(path) as file:
+            columns.append(_columns(path, file.schema_arrow))
+            count += file.metadata.num_rows
+        if columns[-1] != columns[0]:
             raise DataError(f"{path} has other columns or class names than {train[0]}")
     names = columns[0].class_names
     kept = [class_id for class_id, name in enumerate(names) if name != CLUTTER]
     new_id = {class_id: position for position, class_id in enumerate(kept)}
 
     def items() -> Iterator[Item]:
-        for path, file in files.items():
-            for row, content, label in _rows(path, file, columns[0]):
+        for path in (*train, *test):
+            for row, (content, label) in enumerate(_rows(path, columns[0])):
                 where = f"{path} row {row}"
                 if not content:
                     raise DataError(f"no image bytes in {where}")
                 if label is None or not 0 <= label < len(names):
                     raise DataError(f"label {label} is none of {len(names)} classes in {where}")
                 if label in new_id:
-                    test_row = path in test
-                    yield Item(content=content, label=new_id[label], test=test_row, where=where)
+                    yield Item(content=content, label=new_id[label], test=path in test, where=where)
 
-    count = sum(file.metadata.num_rows for file in files.values())
     return Listing(class_names=[names[old] for old in kept], count=count, items=items())
 
 
@@ -258,20 +269,14 @@ def _columns(path: Path, schema: Any) -> _Columns:
     return _Columns(image=images[0], label=usual[0], class_names=names)
 
 
-def _rows(path: Path, file: Any, columns: _Columns) -> Iterator[tuple[int, bytes | None, int]]:
-    """Row number, image bytes and label of each row."""
-    import pyarrow as pa
-
-    row = 0
+def _rows(path: Path, columns: _Columns) -> Iterator[tuple[bytes | None, int | None]]:
+    """Image bytes and label of each row."""
     wanted = [f"{columns.image}.bytes", columns.label]
-    try:
+    with _opened(path) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
             images, labels = batch[columns.image].to_pylist(), batch[columns.label].to_pylist()
             for image, label in zip(images, labels, strict=True):
-                yield row, image and image["bytes"], label
-                row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"corrupt parquet file {path} at row {row}: {one_line(error)}") from error
+                yield image and image["bytes"], label
 
 
 # --- folders of image files -----------------------------------------------------------------------

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from tina.checks import not_negative, plain_name, positive
-from tina.config import DenoiserConfig, DiffusionConfig, JobConfig, TrainConfig
+from tina.config import DenoiserConfig, DiffusionConfig
 from tina.configio import config_from_dict, config_to_dict, read_yaml
 from tina.errors import ConfigError
+from tina.jobconfig import JobConfig, TrainConfig
 
 SECTIONS: dict[str, type] = {
     "denoiser": DenoiserConfig,

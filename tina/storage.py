@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,22 +46,46 @@ def at_hand(location: str, *names: str) -> Path:
     """
     if not is_uri(location):
         return Path(location).expanduser()
-    store, (_, name) = Store.open(location), split(location)
-    folder = user_cache() / "copies" / hash_bytes(location.encode())[:16]
+    store, copy = Store.open(location), _copy_of(location)
+    folder, part, files = copy.parent, "", dict[str, Any]()
     folder.mkdir(parents=True, exist_ok=True)
-    copy, part, files = folder / name, "", dict[str, Any]()
     names = names or ("",)
     with FileLock(folder.with_suffix(".lock")):
         for part in names:
             if files := store.listing(part):
                 break
         if set(files) == {""}:  # the location is that of a file
-            store.bring({name: files[""]}, folder)
+            store.bring({copy.name: files[""]}, folder)
             return copy
         store.bring(files, copy)
         for gone in names[: names.index(part) + 1]:  # the others were not looked at
             _forget(copy / gone, {copy / name for name in files})
     return copy
+
+
+def _copy_of(uri: str) -> Path:
+    """Where `at_hand` has a copy."""
+    return user_cache() / "copies" / hash_bytes(uri.encode())[:16] / split(uri)[1]
+
+
+@contextmanager
+def named(location: str, copy: Path | None = None) -> Iterator[None]:
+    """Errors speak of a place, not of a copy of it that nobody knows of.
+
+    Args:
+        copy: Of a URI; default: that of `at_hand`.
+
+    Raises:
+        TinaError: Of the kind that was raised within.
+    """
+    try:
+        yield
+    except TinaError as error:
+        if not is_uri(location):
+            raise
+        cause = getattr(error, "cause", error)  # a Ray worker's error holds its own
+        message = str(cause).replace(str(copy or _copy_of(location)), location)
+        raise type(cause)(message) from error
 
 
 def _forget(here: Path, known: set[Path]) -> None:
@@ -228,18 +252,6 @@ class Place:
             return {"storage_path": store.path(*names), "storage_filesystem": store.files}
         return {"storage_path": str(self.folder.joinpath(*names)), "storage_filesystem": None}
 
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Errors speak of the place, not of a copy of it that will be gone.
-
-        Raises:
-            TinaError: Of the kind that was raised within.
-        """
-        try:
-            yield
-        except TinaError as error:
-            if not self.remote:
-                raise
-            cause = getattr(error, "cause", error)  # a Ray worker's error holds its own
-            message = str(cause).replace(str(self.folder), self.location)
-            raise type(cause)(message) from error
+    def named(self) -> AbstractContextManager[None]:
+        """Errors speak of the place; see `tina.storage.named`."""
+        return named(self.location, self.folder)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tina.config import JobConfig
 from tina.errors import DataError
 from tina.files import write_whole
+from tina.jobconfig import JobConfig
 from tina.space import config_values
 
 ROUNDING = 1e-6

@@ -22,8 +22,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from tina.config import TaskConfig
 from tina.errors import ConfigError
+from tina.jobconfig import TaskConfig
 
 __all__ = ["Axis", "Split", "Task", "TaskSpace", "build_task_space", "check_disjoint"]
 

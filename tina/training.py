@@ -21,16 +21,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tina.batches import Batch, Source
-from tina.config import TrainConfig
 from tina.diffusion import add_noise, as_x0, signal_level
 from tina.engine import Engine, Weights
-from tina.errors import CheckpointError, NonFiniteError
+from tina.errors import CheckpointError, NonFiniteError, one_line
 from tina.finetune import annealed
 from tina.generator import Generator
+from tina.jobconfig import TrainConfig
 from tina.precision import in_bf16
 from tina.tensors import write_tensors
 
@@ -95,9 +96,13 @@ class Progress:
         """Inverse of `save`.
 
         Raises:
-            CheckpointError: Another version of Tina wrote it.
+            CheckpointError: It was cut off, or another version of Tina wrote it.
         """
-        tensors = load_file(file)
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            why = f"{file} is not whole ({one_line(error)}): remove its train/ folder"
+            raise CheckpointError(why) from error
         if "top" not in tensors:
             raise CheckpointError(f"{file} is of another version of Tina: remove its train/ folder")
         return cls(
