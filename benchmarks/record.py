@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tina.errors import TinaError
+from tina.packaged import PRETRAINED, pretrained
 from tina.provenance import commit, hardware
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,8 +39,6 @@ def code() -> str:
 
 def checkpoint_folder(name: str) -> Path:
     """A checkpoint's folder, from its path or the name of one that comes with the package."""
-    from tina.checkpoint import PRETRAINED, pretrained  # here: what only makes load needs no torch
-
     return PRETRAINED / name if name in pretrained() else Path(name).resolve()
 
 

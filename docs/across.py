@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tina.checkpoint import PRETRAINED, load_generator, pretrained
+from tina.checkpoint import load_generator
+from tina.packaged import PRETRAINED, pretrained
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "docs" / "results"

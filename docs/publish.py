@@ -25,10 +25,11 @@ from typing import Any
 
 import yaml
 
-from tina.checkpoint import PRETRAINED, load_generator, save_generator
+from tina.checkpoint import load_generator, save_generator
 from tina.configio import config_from_dict, config_to_dict
 from tina.files import write_text
 from tina.jobconfig import EvaluationConfig
+from tina.packaged import PRETRAINED
 from tina.report import markdown, model_card
 
 DOCS = Path(__file__).parent

@@ -17,6 +17,7 @@ FILES = {file.stem: file for file in sorted(PACKAGE.glob("*.py")) if file.stem !
 STAGES = [
     *[
         "errors",
+        "packaged",
         "files",
         "stores",
         "storage",

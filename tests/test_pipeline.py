@@ -19,7 +19,14 @@ from test_checkpoint import resnet_generator
 
 from tina.config import PromptConfig
 from tina.encoders import EmbeddingSpace
-from tina.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PromptError
+from tina.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    PromptError,
+    UnfamiliarWarning,
+)
 from tina.files import hash_file
 from tina.generator import new_denoiser
 from tina.images import resize
@@ -247,6 +254,15 @@ def test_the_prompt_counts(pipe):
 def test_familiarity_of_known_names_is_one(pipe):
     model = pipe(["Zero", "NINE", "five"])
     assert model.familiarity == pytest.approx((1, 1, 1), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("error::tina.errors.UnfamiliarWarning")
+def test_what_resembles_nothing_is_said(pipe):
+    pipe(["zero", "seven"])
+    with pytest.warns(UnfamiliarWarning, match="^'quartz' is not close to anything") as said:
+        pipe([["zero", "seven"], ["zero", "quartz", "jump"]])
+    assert len(said) == 2
+    assert said[0].filename == __file__  # where the prompt stands
 
 
 def test_familiarity_lies_between_0_and_1(pipe):

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from test_encoders import TINY
 
 from tina import TinaPipeline
-from tina.checkpoint import PRETRAINED, pretrained
 from tina.cli import main
 from tina.encoders import EmbeddingSpace, OpenClipEncoder
 from tina.errors import CheckpointError, ConfigError, PromptError
+from tina.packaged import PRETRAINED, pretrained
 from tina.prompts import split_sentence
 from tina.report import markdown
 
@@ -141,7 +141,7 @@ def test_open_clip_stands_beside_them_on_the_command_line(clip_at_hand, tmp_path
     words += ["--out", str(tmp_path / "m.safetensors")]
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "does not know 'zzzzzz'; `tina info --words` lists what it knows" in said
+    assert "does not know 'zzzzzz'; `tina info --words CHECKPOINT` lists what it knows" in said
     assert "for any other text take --open-clip" in said
     assert main([*words, "--open-clip"]) == 0
     assert "zzzzzz" in capsys.readouterr().out

@@ -20,11 +20,12 @@ from PIL import Image
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from ray_jobs.job import run_job
-from tina.checkpoint import PRETRAINED, load_generator
+from tina.checkpoint import load_generator
 from tina.cli import main
 from tina.configio import config_from_dict, config_to_dict, parse_config
 from tina.errors import PromptError
 from tina.jobconfig import JobConfig
+from tina.packaged import PRETRAINED
 from tina.pipeline import TinaPipeline
 from tina.report import plot_report
 

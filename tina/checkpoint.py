@@ -38,6 +38,7 @@ from tina.families import ClipImageTrunk, Family, build_family
 from tina.files import hash_file, read_table
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel
+from tina.packaged import PRETRAINED, pretrained
 from tina.prompts import Vocabulary
 from tina.rounding import in_eight_bits, in_full, in_half
 from tina.storage import MANIFEST, at_hand
@@ -46,8 +47,6 @@ from tina.tensors import write_tensors
 from tina.tower import tower_of
 
 FORMAT_VERSION = 3
-PRETRAINED = Path(__file__).parent / "pretrained"
-"""Folder of the checkpoints that come with the package, each under its name."""
 HEADER = {"format_version", "config", "dataset", "channels", "image_size", "max_classes"}
 HEADER |= {"layout", "space", "class_names"}
 BESIDE_CODEC = {"generic_body", "generic_rows"}
@@ -268,11 +267,6 @@ def find_checkpoint(name: str) -> Path:
     if directory.is_dir() or is_uri(name):
         return directory
     return PRETRAINED / name if name in pretrained() else _download(name)
-
-
-def pretrained() -> list[str]:
-    """Names of the checkpoints that come with Tina."""
-    return sorted(folder.name for folder in PRETRAINED.iterdir())
 
 
 def _download(name: str) -> Path:

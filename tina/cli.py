@@ -11,24 +11,20 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tina.errors import DataError, PromptError, TinaError
+from tina.errors import DataError, PromptError, TinaError, UnfamiliarWarning
+from tina.packaged import pretrained
 
 if TYPE_CHECKING:
     from tina.pipeline import TinaPipeline
 
 DEMO = Path("runs/quickstart/checkpoint")
-PACKAGED = (
-    "tina-cifar100-cnn5k",
-    "tina-cifar100-mini-imagenet-cnn5k",
-    "tina-cifar100-mini-imagenet-resnet20-head",
-    "tina-cifar100-resnet20-head",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,10 +87,13 @@ def generate(args: argparse.Namespace) -> None:
         ]
     elif given:
         options["descriptions"] = [given.get(k, name) for k, name in zip(keys, names, strict=True)]
-    pipe(names, num_inference_steps=1, **options)  # imports and encoders: loading, not generation
-    begin = time.perf_counter()
-    model = pipe(names, num_inference_steps=args.steps, **options)
-    milliseconds = 1000 * (time.perf_counter() - begin)
+    with warnings.catch_warnings():  # they are said below, without the place in the code
+        warnings.simplefilter("ignore", UnfamiliarWarning)
+        # imports and encoders: loading, not generation
+        pipe(names, num_inference_steps=1, **options)
+        begin = time.perf_counter()
+        model = pipe(names, num_inference_steps=args.steps, **options)
+        milliseconds = 1000 * (time.perf_counter() - begin)
     assert isinstance(model, GeneratedModel)
 
     def write(temporary: Path) -> None:
@@ -206,7 +205,7 @@ def _load(name: str | Path | None, *, open_clip: bool = False) -> TinaPipeline:
 
     name = name or os.environ.get("TINA_CHECKPOINT")
     if not name:
-        name = DEMO if DEMO.is_dir() else PACKAGED[0]
+        name = DEMO if DEMO.is_dir() else pretrained()[0]
         print(f"note: no checkpoint is named, taking {name}", file=sys.stderr)
     return TinaPipeline.from_pretrained(name, open_clip=open_clip)
 
@@ -298,8 +297,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    default = f"(default: the variable TINA_CHECKPOINT, else {DEMO}, else {PACKAGED[0]})"
-    checkpoint = f"a checkpoint's folder or URI, {', '.join(PACKAGED)}, or a hub id {default}"
+    default = f"(default: the variable TINA_CHECKPOINT, else {DEMO}, else {pretrained()[0]})"
+    checkpoint = f"a checkpoint's folder or URI, {', '.join(pretrained())}, or a hub id {default}"
     folder: Any = {"help": checkpoint}
     force: Any = {"action": "store_true", "help": "replace existing files (default: refuse)"}
     model: Any = {"type": Path, "metavar": "MODEL.safetensors", "help": "a classifier of Tina's"}

@@ -48,6 +48,10 @@ class NonFiniteError(TinaError, ArithmeticError):
     """A NaN or infinity where a finite number belongs."""
 
 
+class UnfamiliarWarning(UserWarning):
+    """A class that is not close to anything the generator was trained on."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, or its type's name where it has none, as one line of bounded length."""
     return " ".join(str(error).split())[:MOST_CHARACTERS] or type(error).__name__

@@ -36,8 +36,10 @@ def read_image(
         formats: Pillow's names of those to be read; default: all.
 
     Raises:
-        DataError: Missing, corrupt, too large, or of 16-bit or floating gray.
+        DataError: Missing, corrupt, too large, or of 16-bit or floating gray; or C is not 1 or 3.
     """
+    if channels not in (1, 3):
+        raise DataError(f"a picture is read with 1 channel or 3, not {channels}")
     name = f"image {file}" if isinstance(file, (str, Path)) else "the image"
     try:
         opened = file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=formats)

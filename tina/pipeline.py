@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
-from tina.errors import CheckpointError, ConfigError, PromptError, one_line
+from tina.errors import CheckpointError, ConfigError, PromptError, UnfamiliarWarning, one_line
 from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, square
 from tina.model import GeneratedModel
-from tina.names import normalise_name
+from tina.names import normalise_name, unfamiliar
 from tina.prompts import (
     check_apart,
     check_distinct,
@@ -145,6 +146,9 @@ class TinaPipeline:
             DataError: A picture's file cannot be read.
             ConfigError: Steps or guidance that the generator has not.
             NonFiniteError: What it generated holds NaN or infinity.
+
+        Warns:
+            UnfamiliarWarning: A class is not close to anything the generator was trained on.
         """
         batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
         extras = (images, descriptions, examples)
@@ -195,7 +199,10 @@ class TinaPipeline:
             from tina.examples import learn_from  # with scipy, which others need not
 
             theta = learn_from(self.generator, models[0].theta, embeddings[0], shown)
-            return replace(models[0], theta=theta)
+            models = [replace(models[0], theta=theta)]
+        for model in models:
+            for warning in unfamiliar(model.class_names, model.familiarity).values():
+                warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
         return models if batched else models[0]
 
     @staticmethod
@@ -242,9 +249,9 @@ class TinaPipeline:
             said.append(f"{shorten(name, 60)!r}" + (f" (closest: {close})" if close else ""))
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return PromptError(
-            f"the checkpoint does not know {', '.join(said)}{more}; `tina info --words` lists what "
-            "it knows, and for any other text take --open-clip (open_clip=True), or a checkpoint "
-            "trained with open_clip or sentence"
+            f"the checkpoint does not know {', '.join(said)}{more}; `tina info --words CHECKPOINT` "
+            "lists what it knows, and for any other text take --open-clip (open_clip=True), or a "
+            "checkpoint trained with open_clip or sentence"
         )
 
     def embed_images(self, images: Sequence[Shots]) -> Tensor:
