@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tina.images import LONGEST, read_image, shrink
+from tina.errors import DataError
+from tina.images import LONGEST, checked, read_image, shrink
 
 
 @pytest.mark.parametrize("size", [(700, 1000), (600, 800), (3, 3), (LONGEST, LONGEST + 1)])
@@ -82,3 +83,33 @@ def test_an_opaque_picture_is_what_it_was(tmp_path, mode, channels):
     expected = np.atleast_3d(image.convert("L" if channels == 1 else "RGB"))
     found = read_image(tmp_path / "a", channels=channels)
     np.testing.assert_array_equal((255 * found[0]).round().permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floats_up_to_255_are_refused_and_bytes_are_not(dtype):
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    images[0, 0, 0, 0] = 255
+    with pytest.raises(DataError, match=r"takes floats in \[0, 1\] or uint8 up to 255, .* to 255$"):
+        checked(images.to(dtype), channels=3)
+    assert torch.equal(checked(images, channels=3), images)
+    fractions = images.to(dtype) / 255 * 1.5  # as what disturbs pictures may have them
+    assert torch.equal(checked(fractions, channels=3), fractions.float())
+    assert not len(checked(images[:0].to(dtype), channels=3))
+
+
+@pytest.mark.parametrize("kind", ["compile", "export", "vmap", "jacrev"])
+def test_where_values_cannot_be_looked_at_they_are_not(kind):
+    class Check(torch.nn.Module):
+        def forward(self, images):
+            return 2 * checked(images, channels=3)
+
+    images, check = torch.rand(2, 3, 5, 4), Check()
+    if kind == "compile":
+        found = torch.compile(check, fullgraph=True, backend="eager")(images)
+    elif kind == "export":
+        found = torch.export.export(check, (images,)).module()(images)
+    elif kind == "vmap":
+        found = torch.vmap(check)(images[None])[0]
+    else:
+        found = (torch.func.jacrev(check)(images).flatten(4).sum(4) * images).squeeze()
+    assert torch.equal(found, 2 * images)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tina.errors import DataError
 
 LONGEST = 512  # pixels of a side; no encoder of pictures looks at more
+FAR = 2.0  # above it values are not of [0, 1], however somebody has resized or disturbed them
 WRITTEN_ANEW = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """What Pillow takes the orientation out of once it is followed: a second for each 65,000 values."""
 
@@ -89,7 +90,8 @@ def checked(images: Tensor, *, channels: int) -> Tensor:
     """Images (N, C, H, W) as they are, those of double precision, NumPy's, as float32.
 
     Raises:
-        DataError: They are none, or of other channels.
+        DataError: They are none, or of other channels; or floats far above 1, if their values can
+            be looked at.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -97,7 +99,21 @@ def checked(images: Tensor, *, channels: int) -> Tensor:
             f"a classifier takes tensors (N, {channels}, H, W), as tina.images.read_image makes "
             f"them of pictures, got {got}"
         )
+    if images.is_floating_point() and (high := _highest(images)) > FAR:
+        raise DataError(
+            f"a classifier takes floats in [0, 1] or uint8 up to 255, got floats up to {high:g}"
+        )
     return images.float() if images.dtype == torch.float64 else images
+
+
+def _highest(images: Tensor) -> float:
+    """Their highest value; 0 where there is none to look at, or only once a GPU has come so far."""
+    if torch.compiler.is_compiling() or not images.is_cpu or not images.numel():
+        return 0.0
+    try:
+        return images.detach().max().item()
+    except RuntimeError:  # as under vmap
+        return 0.0
 
 
 def resize(images: Tensor, side: int) -> Tensor:
