@@ -30,6 +30,7 @@ from serve.problems import RETRY_AFTER_S, Problem, overloaded
 from tina.checks import visible
 from tina.errors import ConfigError
 from tina.names import FAMILIAR
+from tina.packaged import pretrained
 from tina.schemas import Format, Info, ModelRequest
 
 if TYPE_CHECKING:
@@ -239,9 +240,14 @@ def build_app(args: ServeArgs) -> "Application":
     """The application.
 
     Raises:
-        ConfigError: A path that is not absolute, or a token; see `read_token`.
+        ConfigError: A path that is not absolute, a name that is none, or a token; see `read_token`.
     """
     from serve.replica import Replica
+
+    name = args.checkpoint
+    # a replica would look for it, again and again; a hub's name has a slash
+    if "/" not in name and name not in pretrained():
+        raise ConfigError(f"checkpoint {name} is none of {', '.join(pretrained())}, and no path")
 
     shared: dict[str, Any] = {
         "health_check_period_s": 5,

@@ -259,9 +259,9 @@ def test_familiarity_of_known_names_is_one(pipe):
 @pytest.mark.filterwarnings("error::tina.errors.UnfamiliarWarning")
 def test_what_resembles_nothing_is_said(pipe):
     pipe(["zero", "seven"])
-    with pytest.warns(UnfamiliarWarning, match="^'quartz' is not close to anything") as said:
+    with pytest.warns(UnfamiliarWarning, match="is not close to anything") as said:
         pipe([["zero", "seven"], ["zero", "quartz", "jump"]])
-    assert len(said) == 2
+    assert [str(each.message).split()[0] for each in said] == ["'quartz'", "'jump'"]
     assert said[0].filename == __file__  # where the prompt stands
 
 

@@ -211,6 +211,8 @@ def test_arguments_are_checked(tmp_path):
         build_app(ServeArgs(checkpoint="runs/quickstart/checkpoint"))
     with pytest.raises(ConfigError, match="absolute"):
         build_app(ServeArgs(checkpoint="/x", storage="here"))
+    with pytest.raises(ConfigError, match="checkpoint tina-cifar is none of tina-cifar100-cnn5k, "):
+        build_app(ServeArgs(checkpoint="tina-cifar", storage="/tmp"))
 
 
 def test_arguments_are_checked_where_serve_reads_them_from_a_file(tmp_path):
