@@ -84,7 +84,7 @@ def main() -> None:
         append(
             "calibration",
             {
-                "preset": name,
+                "run": name,
                 "tasks": TASKS,
                 **{
                     row: {"favour": prompt.favour, "doubt": prompt.doubt, "new": found[row]}
