@@ -41,7 +41,7 @@ def _said(command: str, rows: Sequence[dict[str, Any]]) -> str:
     """What made a table."""
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
     machines = "; ".join(dict.fromkeys(row["hardware"] for row in rows))
-    return f"`python -m benchmarks.{command}` at {commits}, {machines}."
+    return f"`python -m benchmarks.{command}` at {commits}, {machines}.\n"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
@@ -216,6 +216,29 @@ def calibration() -> str:
     return _table(header, rows)
 
 
+def fitted(commit: str) -> str:
+    """What fitting favour and doubt brings, and what choosing them by hand had brought."""
+    found = _rows("calibration", [commit])
+    rows = []
+    for row in found:
+        for said in ("none", "preset", "fitted"):
+            of = row[said]
+            figures = [of["new"][new] for new in ("1", "2", "5", "10")]
+            rows.append(
+                [
+                    f"`{row['run']}`",
+                    {"preset": "by hand"}.get(said, said),
+                    f"{of['favour']:g}",
+                    f"{of['doubt']:g}",
+                    *(f"{each['accuracy']:.1f}, {each['ece']:.3f}" for each in figures),
+                ]
+            )
+    header = ["run", "chosen", "favour", "doubt", *(f"{n} new" for n in ("one", "two", "five"))]
+    names = " ".join(row["run"] for row in found)
+    return _table([*header, "ten new"], rows, words=2) + "\n" + _said(f"calibration {names}", found)
+
+
 TABLES: dict[str, Callable[..., str]] = {
-    table.__name__: table for table in (packaged, words, elsewhere, examples, prompts, calibration)
+    table.__name__: table
+    for table in (packaged, words, elsewhere, examples, prompts, calibration, fitted)
 }

@@ -266,6 +266,7 @@ def _answer(made: Made, name: str, format: Format, path: str) -> Response:
         id=name,
         classes=list(recipe.classes),
         familiarity=list(made.familiarity),
+        nearest=list(made.nearest),
         warnings=list(made.warnings),
         seed=recipe.seed,
         steps=recipe.steps,

@@ -18,6 +18,7 @@ class Made:
 
     recipe: Recipe
     familiarity: tuple[float, ...]
+    nearest: tuple[str, ...]
     warnings: tuple[str, ...]
     family: str
     parameters: int

@@ -40,7 +40,6 @@ from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
 from tina.model import GeneratedModel
-from tina.names import unfamiliar
 from tina.pipeline import TinaPipeline
 from tina.schemas import (
     MAX_CLASSES,
@@ -145,7 +144,7 @@ class Replica:
         )
         model, anew = await self._model(recipe)
         self.metrics.familiarity.observe(min(model.familiarity))
-        if request.strict and (far := self._far(model)):
+        if request.strict and (far := model.unfamiliar(self.threshold)):
             faults = [
                 Fault(field=f"classes[{i}]", detail=f"familiarity {model.familiarity[i]:.2f}")
                 for i in far
@@ -272,9 +271,6 @@ class Replica:
                 self._cache[key] = model
         return model, anew
 
-    def _far(self, model: GeneratedModel) -> dict[int, str]:
-        return unfamiliar(model.class_names, model.familiarity, self.threshold)
-
     async def _made(
         self, recipe: Recipe, model: GeneratedModel, format: Format, *, anew: bool
     ) -> Made:
@@ -289,7 +285,8 @@ class Replica:
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,
-            warnings=tuple(self._far(model).values()),
+            nearest=model.nearest,
+            warnings=tuple(model.unfamiliar(self.threshold).values()),
             family=family.name,
             parameters=model.theta.numel(),
             input_shape=(family.channels, family.image_size, family.image_size),

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, with_prompt
 
+from tests.conftest import tiny_config, with_prompt
 from tina.calibration import Answers, answer, brier, calibrate, fit
 from tina.generic import save_generic, train_generic
 from tina.jobconfig import TaskConfig

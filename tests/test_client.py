@@ -20,6 +20,7 @@ REPLY = ModelReply(
     id="an-id",
     classes=["a", "b"],
     familiarity=[1.0, 0.5],
+    nearest=["zero", "seven"],
     warnings=[],
     seed=0,
     steps=4,

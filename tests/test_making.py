@@ -46,6 +46,7 @@ def check(pipe, recipe, model):
         expected.steps,
     )
     assert model.familiarity == expected.familiarity
+    assert model.nearest == expected.nearest
     torch.testing.assert_close(model.theta, expected.theta, atol=1e-5, rtol=0)
 
 

@@ -254,6 +254,7 @@ def test_the_prompt_counts(pipe):
 def test_familiarity_of_known_names_is_one(pipe):
     model = pipe(["Zero", "NINE", "five"])
     assert model.familiarity == pytest.approx((1, 1, 1), abs=1e-6)
+    assert model.nearest == ("zero", "nine", "five")
 
 
 @pytest.mark.filterwarnings("error::tina.errors.UnfamiliarWarning")

@@ -123,7 +123,7 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
             assert "%" in meter.get_attribute("aria-label")
     page.locator("#samples button").first.focus()
     page.keyboard.press("Enter")
-    page.locator('#shown[alt="zero.png"]').wait_for()
+    page.locator('#shown[alt="digits-zero.png"]').wait_for()
 
 
 def test_pictures_beside_names_are_examples(page, backend, monkeypatch):
@@ -170,10 +170,10 @@ def test_the_sample_that_was_chosen_last_is_shown(page):
     page.route("**/digits-zero.png", lambda route: held.append(route))
     for i in (0, 1):
         page.locator("#samples button").nth(i).click()
-    page.locator('#shown[alt="three.png"]').wait_for()
+    page.locator('#shown[alt="digits-three.png"]').wait_for()
     held.pop().continue_()
     page.wait_for_timeout(300)
-    assert page.locator("#shown").get_attribute("alt") == "three.png"
+    assert page.locator("#shown").get_attribute("alt") == "digits-three.png"
 
 
 def test_a_sample_that_does_not_come_is_said_and_forgotten(page):
@@ -184,7 +184,7 @@ def test_a_sample_that_does_not_come_is_said_and_forgotten(page):
     assert bad.first.inner_text() == "Sample: Status 503"
     assert not page.locator("#shown").is_visible()
     page.locator("#samples button").nth(1).click()
-    page.locator('#shown[alt="three.png"]').wait_for()
+    page.locator('#shown[alt="digits-three.png"]').wait_for()
     assert bad.count() == 0
 
 
@@ -303,9 +303,9 @@ def test_bars_are_the_shown_pictures(page):
     held = []
     page.route("**/predict", lambda route: held.append(route))
     page.locator("#samples button").nth(0).click()
-    page.locator('#shown[alt="zero.png"]').wait_for()
+    page.locator('#shown[alt="digits-zero.png"]').wait_for()
     page.locator("#samples button").nth(1).click()
-    page.locator('#shown[alt="three.png"]').wait_for()
+    page.locator('#shown[alt="digits-three.png"]').wait_for()
     page.wait_for_timeout(300)
     first, second = held
     bars = left.locator(".bars li")

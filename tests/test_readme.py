@@ -248,6 +248,13 @@ def test_what_it_concludes_is_what_the_tables_say() -> None:
     known = published("cifar100_cnn5k")["axes"]["unseen_combination"]
     assert known["tina_minus"]["direct_finetuning"]["ci95"][1] > 0  # as good as fine-tuning
 
+    rows = rows_of("calibration", "fdaf5312074c")
+    errors = [published(row["run"])["axes"]["unseen_combination"] for row in rows]
+    known = [axis["methods"]["tina"]["ece"] for axis in errors]
+    new = [row["fitted"]["new"][n]["ece"] for row in rows for n in ("1", "2", "5", "10")]
+    assert f"known classes by {min(known):.2f} to {max(known):.2f}" in README
+    assert f"their own data sets by {min(new):.2f} to {max(new):.2f} where it is fitted" in README
+
     (row,) = rows_of("elsewhere", "e7898b7431b9")
     for name, found in row["generators"].items():
         right = found["accuracy"]

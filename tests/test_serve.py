@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -158,6 +159,7 @@ def test_the_reply_says_what_was_made(model, library):
     expected = library(CLASSES, seed=7)
     assert model.classes == CLASSES
     assert model.familiarity == pytest.approx(expected.familiarity)
+    assert tuple(model.nearest) == expected.nearest
     assert model.seed == 7
     assert model.steps == expected.steps
     assert model.parameters == expected.theta.numel()
@@ -596,6 +598,20 @@ def test_the_playground_needs_nothing_from_elsewhere(get):
         assert content.headers["cache-control"] == "no-cache"
         assert "http://" not in content.text.replace("http://www.w3.org", "")
         assert "https://" not in content.text
+
+
+def test_the_playground_has_its_sample_pictures(get):
+    named = re.findall(r'"([\w-]+\.(?:png|jpg))"', get("/static/app.js").text)
+    folder = Path(serve.__file__).parent / "static" / "samples"
+    there = {file.name for file in folder.iterdir()} - {"README.md"}
+    assert set(named) == there
+    assert len({name.split("-")[0] for name in named}) == 2  # digits and photographs
+    said = (folder / "README.md").read_text()  # whose they are
+    for name in named:
+        assert f"`{name}`" in said or f"`{name.split('-')[0]}-*" in said
+        answer = get(f"/static/samples/{name}")
+        kind = "jpeg" if name.endswith("jpg") else "png"
+        assert answer.headers["content-type"] == f"image/{kind}"
 
 
 # --- bad input ------------------------------------------------------------------------------------

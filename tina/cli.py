@@ -57,7 +57,7 @@ def generate(args: argparse.Namespace) -> None:
     from tina.files import write_whole
     from tina.images import read_image, shrink
     from tina.model import GeneratedModel
-    from tina.names import normalise_name, unfamiliar
+    from tina.names import normalise_name
     from tina.prompts import check_examples, split_sentence
 
     pairs = args.image or args.description or args.example
@@ -102,11 +102,12 @@ def generate(args: argparse.Namespace) -> None:
             model.export_onnx(args.onnx)
 
     write_whole(args.out, write)
-    familiarity = dict(zip(model.class_names, model.familiarity, strict=True))
-    _print_table({"class": "familiarity"} | {name: f"{x:.2f}" for name, x in familiarity.items()})
+    rows = zip(model.class_names, model.familiarity, model.nearest, strict=True)
+    head = {"class": "familiarity  nearest trained class"}
+    _print_table(head | {name: f"{x:<11.2f}  {near}" for name, x, near in rows})
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
-    for warning in unfamiliar(model.class_names, model.familiarity).values():
+    for warning in model.unfamiliar().values():
         print(f"warning: {warning}", file=sys.stderr)
     if args.example:
         from tina.examples import NEEDLESS, teach

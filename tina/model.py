@@ -18,6 +18,7 @@ from tina.errors import CheckpointError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
 from tina.families import Family, build_family
 from tina.files import write_bytes
+from tina.names import FAMILIAR
 from tina.tensors import pack_tensors
 
 LARGEST = 2048
@@ -33,6 +34,7 @@ class GeneratedModel:
         theta: (n,), laid out for K classes.
         familiarity: Per class, 0..1: how well the prompt is covered by the training classes; of
             pictures in a name's place, what they were taken for.
+        nearest: Per class, the training class that is nearest to the prompt.
         checkpoint: sha256 of the checkpoint's manifest.
     """
 
@@ -40,6 +42,7 @@ class GeneratedModel:
     family: Family
     class_names: tuple[str, ...]
     familiarity: tuple[float, ...]
+    nearest: tuple[str, ...]
     seed: int
     steps: int
     checkpoint: str
@@ -47,6 +50,15 @@ class GeneratedModel:
     def __repr__(self) -> str:
         names = ", ".join(self.class_names)
         return f"GeneratedModel({names}; {self.family.name} of {len(self.theta):,} parameters)"
+
+    def unfamiliar(self, threshold: float = FAMILIAR) -> dict[int, str]:
+        """Index and warning of each class whose familiarity is below a threshold."""
+        far = "is not close to anything the generator was trained on; nearest is"
+        return {
+            i: f"{self.class_names[i]!r} {far} {self.nearest[i]!r}"
+            for i, share in enumerate(self.familiarity)
+            if share < threshold
+        }
 
     @cached_property
     def classifier(self) -> Classifier:

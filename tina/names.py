@@ -1,10 +1,10 @@
-"""How names are written and compared, and which are strange to a generator."""
+"""How names are written and compared, and from where on one is strange to a generator."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 FAMILIAR = 0.5
 """Familiarity below which a class is called far from all that the generator was trained on."""
@@ -42,11 +42,3 @@ def readings(name: str) -> Iterator[str]:
         for plural, singular in PLURALS:
             if spelling.endswith(plural) and not spelling.endswith("ss"):
                 yield spelling.removesuffix(plural) + singular
-
-
-def unfamiliar(
-    names: Sequence[str], familiarity: Sequence[float], threshold: float = FAMILIAR
-) -> dict[int, str]:
-    """Index and warning of each class whose familiarity is below a threshold."""
-    far = "is not close to anything the generator was trained on"
-    return {i: f"{names[i]!r} {far}" for i, x in enumerate(familiarity) if x < threshold}

@@ -27,7 +27,7 @@ from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, square
 from tina.model import GeneratedModel
-from tina.names import normalise_name, unfamiliar
+from tina.names import normalise_name
 from tina.prompts import (
     check_apart,
     check_distinct,
@@ -201,7 +201,7 @@ class TinaPipeline:
             theta = learn_from(self.generator, models[0].theta, embeddings[0], shown)
             models = [replace(models[0], theta=theta)]
         for model in models:
-            for warning in unfamiliar(model.class_names, model.familiarity).values():
+            for warning in model.unfamiliar().values():
                 warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
         return models if batched else models[0]
 
@@ -327,13 +327,15 @@ class TinaPipeline:
     ) -> list[GeneratedModel]:
         """The classifiers of bodies (B, n_body) and rows (B, K, R); the rest per task."""
         generator = self.generator
-        familiarity = [generator.vocabulary.familiarity(each).tolist() for each in embeddings]
+        words = generator.vocabulary
+        familiarity = [words.familiarity(each).tolist() for each in embeddings]
         return [
             GeneratedModel(
                 theta=generator.theta(body[i], rows[i, : len(task)]),
                 family=generator.family,
                 class_names=task,
                 familiarity=tuple(round(share, 6) for share in familiarity[i]),
+                nearest=tuple(words.nearest(embeddings[i])),
                 seed=seeds[i],
                 steps=steps[i],
                 checkpoint=self.checkpoint,

@@ -292,6 +292,11 @@ class Vocabulary:
         """
         return self._cosines(embeddings, hidden).amax(-1).clamp(0, 1)
 
+    def nearest(self, embeddings: Tensor) -> list[str]:
+        """The trained class that each of K embeddings (K, E) is nearest to, as in `familiarity`."""
+        places = self._cosines(embeddings, None).argmax(-1)
+        return [self.trained_names[i] for i in places.tolist()]
+
     def _cosines(self, embeddings: Tensor, hidden: Tensor | None) -> Tensor:
         found = self._centred(embeddings) @ self._keys.T
         return found if hidden is None else found.masked_fill(hidden, HIDDEN)

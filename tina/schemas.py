@@ -118,6 +118,9 @@ class ModelReply(_Schema):
         list[float],
         Field(description="Per class, 0..1: how well the training classes cover the prompt."),
     ]
+    nearest: Annotated[
+        list[str], Field(description="Per class, the training class nearest to the prompt.")
+    ]
     warnings: list[str]
     seed: int
     steps: int

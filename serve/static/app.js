@@ -4,7 +4,10 @@ import { makeChip } from "./chip.js";
 import { takeDrops } from "./drop.js";
 
 const STARTING_CLASSES = 3;
-const SAMPLES = { digits: ["zero", "three", "five", "eight"] };
+const SAMPLES = {
+  digits: ["digits-zero.png", "digits-three.png", "digits-five.png", "digits-eight.png"],
+  cifar100: ["photo-woman.jpg", "photo-flower.jpg", "photo-pagoda.jpg"],
+};
 
 const $ = (selector, within = document) => within.querySelector(selector);
 let token = sessionStorage.getItem("token") || "";
@@ -229,19 +232,20 @@ function takePictures(panels) {
 }
 
 function offerSamples(dataset, panels) {
-  for (const name of SAMPLES[dataset] || []) {
-    const path = `static/samples/${dataset}-${name}.png`;
+  // of several data sets in one, "a+b", the first has them
+  for (const file of SAMPLES[dataset.split("+")[0]] || []) {
+    const path = `static/samples/${file}`;
     const button = document.createElement("button");
     const image = document.createElement("img");
     image.src = path;
-    image.alt = `Sample: ${name}`;
+    image.alt = `Sample: ${file.split(/[-.]/)[1]}`;
     button.append(image);
     button.addEventListener("click", async () => {
       const turn = ++chosen;
       try {
         const content = await (await call(path)).blob();
         if (turn !== chosen) return;
-        show(new File([content], `${name}.png`, { type: "image/png" }), panels);
+        show(new File([content], file, { type: content.type }), panels);
       } catch (error) {
         if (turn === chosen) panels.forEach((panel) => panel.say(`Sample: ${error.message}`, true));
       }
