@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from ray_jobs.train import PROGRESS, last_state, part_of
+from ray_jobs.rank import PROGRESS
+from ray_jobs.train import last_state, part_of
 from ray_jobs.trial import read_history
 from tina.checkpoint import load_generator
 from tina.configio import config_to_dict

@@ -1,4 +1,4 @@
-"""Train the generator on Ray Train, each rank driving a DeepSpeed engine.
+"""Train the generator on Ray Train; what its ranks do is in `ray_jobs.rank`.
 
 Run again with the same name: the latest state is continued, with the same result at the same number
 of ranks, and with the same samples at another.
@@ -7,176 +7,29 @@ of ranks, and with the same samples at another.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
-import torch
-
-from ray_jobs.engine import WORLD, DeepSpeedEngine, read_world
+from ray_jobs.engine import WORLD, read_world
 from ray_jobs.job import on_gpu, require, run_job, start_ray
-from ray_jobs.process import settle_in
-from ray_jobs.tracking import NOWHERE, check_tracking, open_tracking
+from ray_jobs.rank import PROGRESS, train_on_rank
+from ray_jobs.tracking import check_tracking
 from tina.calibration import calibrate
 from tina.checkpoint import load_generator, save_generator
-from tina.engine import Weights
 from tina.errors import ConfigError, DataError
 from tina.generator import Generator
-from tina.jobconfig import JobConfig
 from tina.run import Run
-from tina.storage import Place
 from tina.stores import Store, below
-from tina.training import Progress, Validate, train
-from tina.zoo import ZOO, open_zoo, read_rows, zoo_of
+from tina.training import Progress
+from tina.zoo import ZOO, open_zoo, read_rows
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, UserCallback
     from ray.train.torch import TorchTrainer
-
-PROGRESS = "progress.safetensors"
-LOG_EVERY = 10  # steps
-VALIDATED = {"val_accuracy", "val_step"}  # figures of a report that are an earlier state's
-MOST_VALIDATED = 32  # trainings whose untrained generator a judge keeps
-
-
-class Judge:
-    """An actor that validates beside trainings: their ranks do not wait for it.
-
-    It keeps nothing that it cannot load again, so one that is lost starts anew and is asked again.
-    All that it is asked of have the same images and validation tasks.
-    """
-
-    def __init__(self) -> None:
-        settle_in(threads=1)
-        self._lender: Run | None = None
-        self._validator = lru_cache(MOST_VALIDATED)(self._new_validator)
-
-    def accuracies(self, config: JobConfig, base: Place, weights: Weights) -> list[float]:
-        """Per validation task, accuracy on its `select` images of what the weights generate."""
-        return self._validator(config, base)(weights)
-
-    def _new_validator(
-        self, config: JobConfig, base: Place
-    ) -> Callable[[Weights | None], list[float]]:
-        run = Run(config, base)
-        self._lender = self._lender or run
-        return self._lender.validator(load_generator(run.start))
-
-
-def start_judge() -> Any:
-    """A judge that lives as long as its handle."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    judge = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=1)(Judge)
-    # an actor that asks for nothing may land anywhere, on a small head that takes no work too
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return judge.options(scheduling_strategy=here).remote()
-
-
-def train_on_rank(settings: dict[str, Any]) -> None:
-    """What each worker of Ray Train runs."""
-    import ray
-    import ray.train
-
-    config, base = settings["config"], settings["base"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    cpus = config.cluster.train_cpus
-    settle_in(threads=None if torch.cuda.is_available() else max(1, int(cpus)))
-    for chatty in ("ray.train", "ray.data"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    run = Run(config, base)
-    zoo = None
-    if settings["judge"] is None:
-        shard = ray.train.get_dataset_shard("zoo")
-        tables = list(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
-        zoo = zoo_of(pa.concat_tables(tables))
-    generator = load_generator(run.start)
-    denoiser = generator.denoiser.train().requires_grad_(True)
-    denoiser.checkpointing = config.cluster.activation_checkpointing
-    start = Progress.start(denoiser)
-    if latest := ray.train.get_checkpoint():
-        with latest.as_directory() as folder:
-            engine = DeepSpeedEngine(denoiser, config, resume=Path(folder))
-            start = Progress.load(Path(folder) / PROGRESS)
-    else:
-        engine = DeepSpeedEngine(denoiser, config, resume=None)
-    log, save, close = open_tracking(run, start=start.step) if rank == 0 else NOWHERE
-    show = progress_bar(config.train.steps, start.step) if rank == 0 else lambda step: None
-
-    def report(progress: Progress, figures: dict[str, float]) -> None:
-        folder = tempfile.mkdtemp()  # Ray removes it after an upload that nobody waits for
-        engine.save(Path(folder))
-        if rank == 0:
-            progress.save(Path(folder) / PROGRESS)
-        ray.train.report(
-            {"step": progress.step, **figures},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        )
-        log(progress.step, {k: v for k, v in figures.items() if k not in VALIDATED})
-        save()
-
-    def on_validated(step: int, accuracy: float) -> None:
-        log(step, {"val_accuracy": accuracy})
-
-    def on_step(step: int, figures: Mapping[str, float]) -> None:
-        show(step)
-        if step % LOG_EVERY == 0:
-            log(step, {f"{name}_of_step": value for name, value in figures.items()})
-
-    train(
-        config.train,
-        engine=engine,
-        source=run.source(generator, config.train, zoo),
-        start=start,
-        report=report,
-        validate=begin_validation(settings["judge"], config, base) if rank == 0 else None,
-        rank=rank,
-        world=world,
-        on_step=on_step,
-        on_validated=on_validated,
-    )
-    close()
-
-
-def begin_validation(judge: Any, config: JobConfig, base: Place) -> Validate:
-    """A validation that runs in a given actor, or in one of its own."""
-    import ray
-
-    judge = judge or start_judge()
-
-    def begin(weights: Weights) -> Callable[[], list[float]]:
-        result = judge.accuracies.remote(config, base, dict(weights))
-        return lambda: list(ray.get(result))
-
-    return begin
-
-
-def progress_bar(steps: int, done: int) -> Callable[[int], None]:
-    """A bar of fifty strokes: each costs a line wherever the output is not a terminal."""
-    from ray.experimental import tqdm_ray
-
-    bar = tqdm_ray.tqdm(total=steps, desc="generator")
-    bar.update(done)
-    shown = done
-
-    def show(step: int) -> None:
-        nonlocal shown
-        if step == steps or step - shown >= steps / 50:
-            bar.update(step - shown)
-            shown = step
-        if step == steps:
-            bar.close()
-
-    return show
 
 
 def check_ready(run: Run) -> None:

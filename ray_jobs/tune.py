@@ -133,7 +133,7 @@ def build_tuner(run: Run, search: Search) -> Tuner:
     from ray import tune
     from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
-    from ray_jobs.train import start_judge
+    from ray_jobs.rank import start_judge
     from ray_jobs.trial import Asha, Counter, distribution, run_trial, searcher
 
     sweep = run.place.below("tune", search.sweep.name)

@@ -42,7 +42,8 @@ from tina.inputs import InputStore
 from tina.metrics import Score, overlap
 from tina.mixer import Mixer, train_mixer
 from tina.novelty import novelty, timing, twin
-from tina.report import FEWEST, ORDER, _points, markdown, plot_report, print_report
+from tina.plots import plot_report
+from tina.report import FEWEST, ORDER, _points, markdown, print_report
 from tina.run import Run
 from tina.tasks import Task
 from tina.training import Progress, train

@@ -44,6 +44,7 @@ STAGES = [
         "evaluation",
         "novelty",
         "report",
+        "plots",
         "provenance",
         "claim",
         "run",

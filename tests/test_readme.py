@@ -27,7 +27,7 @@ from tina.errors import PromptError
 from tina.jobconfig import JobConfig
 from tina.packaged import PRETRAINED
 from tina.pipeline import TinaPipeline
-from tina.report import plot_report
+from tina.plots import plot_report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

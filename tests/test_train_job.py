@@ -16,16 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ray_jobs.engine import deepspeed_config
 from ray_jobs.job import start_ray
+from ray_jobs.rank import PROGRESS, Judge, train_on_rank
 from ray_jobs.tracking import check_tracking, open_tracking
-from ray_jobs.train import (
-    PROGRESS,
-    Judge,
-    build_trainer,
-    check_zoo,
-    last_state,
-    train_generator,
-    train_on_rank,
-)
+from ray_jobs.train import build_trainer, check_zoo, last_state, train_generator
 from tina import TinaPipeline
 from tina.checkpoint import load_generator, save_generator
 from tina.errors import ConfigError, DataError
@@ -200,7 +193,7 @@ def test_a_judge_loads_images_once(tiny_run, tmp_path, monkeypatch):
         run = Run(replace(config, denoiser=denoiser), tiny_run.place)
         save_generator(run.new_generator(), run.start, card="x")
         judged.append(run)
-    monkeypatch.setattr("ray_jobs.train.settle_in", lambda threads: None)
+    monkeypatch.setattr("ray_jobs.rank.settle_in", lambda threads: None)
     monkeypatch.setattr("tina.run.load_dataset", lambda *args: loaded.append(1) or tiny_run.dataset)
     judge = Judge()
     for run in judged * 2:

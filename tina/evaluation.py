@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 GENERIC, UNTRAINED, ZERO_SHOT = "generic", "untrained", "clip_zero_shot"
+NEAREST, CLASS_MEAN, RIDGE = "nearest_pmodel", "class_mean", "ridge"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
 MIXER, REGRESSOR = "taper", "one_step_regressor"
 VALIDATION = "validation"
@@ -221,10 +222,10 @@ class Evaluation:
             TINA: self.generate,
             UNTRAINED: partial(self.generate, untrained=True, seeds=1),
             SELECTION: of(classifier_selection(self.generator)),
-            "nearest_pmodel": of(nearest_pmodel(self.generator, train)),
-            "class_mean": of(class_mean(self.generator, train)),
+            NEAREST: of(nearest_pmodel(self.generator, train)),
+            CLASS_MEAN: of(class_mean(self.generator, train)),
             # these two are tuned or trained when they are first asked for
-            "ridge": of(lambda task: self._tuned_ridge(task)),
+            RIDGE: of(lambda task: self._tuned_ridge(task)),
             **({MIXER: of(lambda task: self._mixer(task))} if self.config.mixer_steps else {}),
             **({REGRESSOR: self._regress} if self.regressor else {}),
             **({ZERO_SHOT: of(clip_zero_shot(self.generator))} if on_clip else {}),

@@ -45,9 +45,10 @@ from tina.inputs import InputStore
 from tina.jobconfig import JobConfig, TrainConfig
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
+from tina.plots import plot_report
 from tina.prompts import Vocabulary, check_distinct
 from tina.provenance import commit, hardware
-from tina.report import model_card, plot_report
+from tina.report import model_card
 from tina.storage import Place
 from tina.stores import below, split
 from tina.tasks import Task, TaskSpace, build_task_space
