@@ -21,6 +21,7 @@ from safetensors.torch import load
 from test_encoders import write_table
 
 from benchmarks import (
+    calibration,
     elsewhere,
     examples,
     generation,
@@ -36,6 +37,7 @@ from benchmarks import (
 )
 from tests.conftest import kept_out
 from tina import TinaPipeline
+from tina.calibration import Answers
 from tina.checkpoint import save_generator
 from tina.datasets import load_dataset
 from tina.encoders import HashEncoder, TableEncoder
@@ -555,3 +557,16 @@ def test_of_equally_familiar_prompts_a_random_one_is_left_out():
     assert prompts.kept([0.5] * 10, accuracies) == pytest.approx(4.5)
     assert prompts.kept([0.1, *[0.5] * 9], accuracies) == pytest.approx(5)
     assert prompts.kept([0.1, 0.1, *[0.5] * 8], accuracies) == pytest.approx((0.5 + 44) / 9)
+
+
+def test_what_is_answered_for_sure_is_scored_so():
+    newness, labels = torch.zeros(3), torch.tensor([0, 1, 2, 0])
+    sure = 100 * torch.eye(3)[[0, 1, 2, 1]]  # the last is wrong
+    found = calibration.figures([Answers(logits=sure, labels=labels, newness=newness)])
+    assert found == {"accuracy": 75.0, "brier": 0.5, "ece": 0.25}
+
+
+def test_a_prompts_settings_are_put_into_a_generator(tiny_generator):
+    prompt = replace(tiny_generator.config.prompt, favour=1.5, doubt=2.5, prior=9.0)
+    found = calibration.under(tiny_generator, prompt).config.prompt
+    assert found == replace(tiny_generator.config.prompt, favour=1.5, doubt=2.5)

@@ -433,7 +433,10 @@ def test_from_images_to_a_report(tmp_path):
     assert set(direct.task_ids) == {task.task_id for task in run.zoo_tasks("direct")}
     assert direct.only("held_out").task_ids == direct.task_ids
     check_manifest(run.checkpoint)
-    assert load_generator(run.checkpoint).config == run.config.generator
+    released = load_generator(run.checkpoint).config
+    prompt = run.config.prompt.settled(released.prompt)
+    assert released == replace(run.config.generator, prompt=prompt)
+    assert (released.prompt.favour, released.prompt.doubt) == (0.0, 0.0)  # no class is kept out
     assert "| tina |" in (run.checkpoint / "README.md").read_text()
 
     # again: all of it is there, nothing is made anew
