@@ -223,7 +223,7 @@ class Vocabulary:
     def _centred(self, embeddings: Tensor) -> Tensor:
         return F.normalize(embeddings - self._centre, dim=-1)
 
-    @property
+    @cached_property
     def trained_names(self) -> list[str]:
         """The names of the trained classes, in their order."""
         return [n for n, seen in zip(self.names, self.trained.tolist(), strict=True) if seen]
