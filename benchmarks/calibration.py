@@ -22,11 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import append, as_command, checkpoint_folder, load
-from tina.calibration import Answers, answer, brier, calibrate
+from tina.calibration import Answers, answer, brier, calibrate, treat
 from tina.checkpoint import load_generator
-from tina.config import PromptConfig
 from tina.configio import parse_config
-from tina.generator import Generator
 from tina.inputs import InputStore
 from tina.jobconfig import JobConfig
 from tina.metrics import Score, calibration_error
@@ -34,12 +32,6 @@ from tina.run import Run
 
 TASKS, NEW = 100, (0, 1, 2, 5, 10)
 PRESETS = Path(__file__).parents[1] / "configs"
-
-
-def under(generator: Generator, prompt: PromptConfig) -> Generator:
-    """The generator with another prompt's favour and doubt."""
-    own = replace(generator.config.prompt, favour=prompt.favour, doubt=prompt.doubt)
-    return replace(generator, config=replace(generator.config, prompt=own))
 
 
 def figures(answers: Sequence[Answers]) -> dict[str, float]:
@@ -78,7 +70,7 @@ def main() -> None:
                 else run.space.sample_fresh(rng, TASKS)
             )
             for row, prompt in prompts.items():
-                mended = under(generator, prompt)
+                mended = treat(generator, favour=prompt.favour, doubt=prompt.doubt)
                 answers = answer(mended, run.dataset, store, tasks, partition="report")
                 found[row][str(new)] = figures(answers)
         append(

@@ -7,7 +7,7 @@ rows of a benchmark are meant. `publish.py` writes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def _report(name: str) -> dict[str, Any]:
 
 
 def _rows(benchmark: str, commits: Sequence[str]) -> list[dict[str, Any]]:
-    """What a benchmark appended at these commits, the later in the place of the earlier."""
+    """What a benchmark appended at these commits, in their order in the file."""
     lines = (ROWS / f"{benchmark}.jsonl").read_text().splitlines()
     found = [row for row in map(json.loads, lines) if row["commit"] in commits]
     assert {row["commit"] for row in found} == set(commits), f"{benchmark} has no such rows"
@@ -57,13 +57,13 @@ def _runs() -> Iterator[tuple[str, str]]:
         yield name, name.removeprefix("tina-").replace("-", "_")
 
 
-def _pair(methods: dict[str, Any], *names: str, scale: float = 100) -> str:
-    first, second = (scale * _accuracy(methods[name]) for name in names)
-    return f"**{first:.1f}** ({second:.1f})"
+def _pair(percent: Mapping[str, float], shown: str = "") -> str:
+    """What Tina and what is inherited have."""
+    return f"**{percent[f'tina{shown}']:.1f}** ({percent[f'untrained{shown}']:.1f})"
 
 
-def _accuracy(method: Any) -> float:
-    return float(method["accuracy"] if isinstance(method, dict) else method)
+def _percent(group: dict[str, Any]) -> dict[str, float]:
+    return {name: 100 * method["accuracy"] for name, method in group["methods"].items()}
 
 
 def packaged(elsewhere: str) -> str:
@@ -79,9 +79,9 @@ def packaged(elsewhere: str) -> str:
         rows.append(
             [
                 f"`{name}`",
-                *(_pair(group["methods"], "tina", "untrained") for group in groups),
-                _pair(other, "tina", "untrained", scale=1),
-                _pair(other, "tina_five_examples", "untrained_five_examples", scale=1),
+                *(_pair(_percent(group)) for group in groups),
+                _pair(other),
+                _pair(other, "_five_examples"),
                 f"{report['timing']['ms_per_model_batch1']:.0f}",
             ]
         )

@@ -37,7 +37,7 @@ from benchmarks import (
 )
 from tests.conftest import kept_out
 from tina import TinaPipeline
-from tina.calibration import Answers
+from tina.calibration import Answers, treat
 from tina.checkpoint import save_generator
 from tina.datasets import load_dataset
 from tina.encoders import HashEncoder, TableEncoder
@@ -567,6 +567,5 @@ def test_what_is_answered_for_sure_is_scored_so():
 
 
 def test_a_prompts_settings_are_put_into_a_generator(tiny_generator):
-    prompt = replace(tiny_generator.config.prompt, favour=1.5, doubt=2.5, prior=9.0)
-    found = calibration.under(tiny_generator, prompt).config.prompt
+    found = treat(tiny_generator, favour=1.5, doubt=2.5).config.prompt
     assert found == replace(tiny_generator.config.prompt, favour=1.5, doubt=2.5)

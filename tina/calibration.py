@@ -105,7 +105,7 @@ def calibrate(
     generator: Generator, dataset: Dataset, store: InputStore, space: TaskSpace
 ) -> Generator:
     """A trained generator with favour and doubt fitted; with none where no class was kept out."""
-    plain = _with(generator, 0.0, 0.0)
+    plain = treat(generator, favour=0.0, doubt=0.0)
     if not space.excluded:
         return plain
     most = min(generator.max_classes, len(space.excluded))
@@ -113,9 +113,11 @@ def calibrate(
     answers: list[Answers] = []
     for unseen in sorted({max(1, most // parts) for parts in (10, 5, 2, 1)}):
         answers += answer(plain, dataset, store, space.sample_unseen(rng, TASKS, unseen))
-    return _with(generator, *fit(answers))
+    favour, doubt = fit(answers)
+    return treat(generator, favour=favour, doubt=doubt)
 
 
-def _with(generator: Generator, favour: float, doubt: float) -> Generator:
+def treat(generator: Generator, *, favour: float | None, doubt: float | None) -> Generator:
+    """The generator with this favour and this doubt of new classes."""
     prompt = replace(generator.config.prompt, favour=favour, doubt=doubt)
     return replace(generator, config=replace(generator.config, prompt=prompt))
