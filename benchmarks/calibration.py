@@ -5,11 +5,14 @@
 For presets whose generators come with the package. Favour and doubt are fitted as at the end of a
 training (`tina.calibration`), on `select` images of tasks with excluded classes; then tasks of
 which none, one, two, five or ten classes were excluded are drawn anew, and their classifiers judged
-on `report` images, on which nothing is chosen: accuracy, Brier score and calibration error.
+on `report` images, on which nothing is chosen: accuracy, Brier score, calibration error, and how
+far the mean confidence is above accuracy.
 
-none    neither favoured nor doubted
-preset  as the package has it, where both were chosen by hand
-fitted  as training would fit them today
+none     neither favoured nor doubted
+preset   as the package has it, where both were chosen by hand
+fitted   as training would fit them today
+crossed  fitted to one half of the excluded classes, and judged on tasks with those of the other, in
+         turn: what is to be expected of a user's new classes, which nothing was fitted to
 """
 
 from __future__ import annotations
@@ -22,26 +25,45 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import append, as_command, checkpoint_folder, load
-from tina.calibration import Answers, answer, brier, calibrate, treat
+from tina.calibration import Answers, answer, brier, calibrate
 from tina.checkpoint import load_generator
 from tina.configio import parse_config
+from tina.generator import Generator
 from tina.inputs import InputStore
 from tina.jobconfig import JobConfig
 from tina.metrics import Score, calibration_error
 from tina.run import Run
 
 TASKS, NEW = 100, (0, 1, 2, 5, 10)
+CROSSED = (1, 2, 5)  # a half may have no more than ten
 PRESETS = Path(__file__).parents[1] / "configs"
 
 
 def figures(answers: Sequence[Answers]) -> dict[str, float]:
-    """Accuracy in percent, Brier score and calibration error, over all images of all tasks."""
+    """Over all images of all tasks; accuracy, and confidence less that, in percent."""
     scores = [Score.of(found.logits.unsqueeze(0), found.labels) for found in answers]
     return {
         "accuracy": round(100 * float(np.mean([score.accuracy for score in scores])), 2),
         "brier": round(float(np.mean([brier(a.logits, a.labels) for a in answers])), 4),
         "ece": round(calibration_error(scores), 4),
+        "overconfidence": round(
+            100 * float(np.mean([score.confidence.mean() - score.accuracy for score in scores])), 2
+        ),
     }
+
+
+def crossed(generator: Generator, run: Run, store: InputStore) -> dict[str, dict[str, float]]:
+    """Figures by the number of new classes, which are none of those that it was fitted to."""
+    order = np.random.default_rng(0).permutation(run.space.excluded).tolist()
+    halves = tuple(sorted(order[::2])), tuple(sorted(order[1::2]))
+    answers: dict[int, list[Answers]] = {new: [] for new in CROSSED}
+    for own, other in (halves, halves[::-1]):
+        mended = calibrate(generator, run.dataset, store, replace(run.space, excluded=own))
+        judged = replace(run.space, excluded=other)
+        for new, found in answers.items():
+            tasks = judged.sample_unseen(np.random.default_rng(new), TASKS // 2, new)
+            found += answer(mended, run.dataset, store, tasks, partition="report")
+    return {str(new): figures(found) for new, found in answers.items()}
 
 
 def main() -> None:
@@ -70,7 +92,7 @@ def main() -> None:
                 else run.space.sample_fresh(rng, TASKS)
             )
             for row, prompt in prompts.items():
-                mended = treat(generator, favour=prompt.favour, doubt=prompt.doubt)
+                mended = generator.with_prompt(favour=prompt.favour, doubt=prompt.doubt)
                 answers = answer(mended, run.dataset, store, tasks, partition="report")
                 found[row][str(new)] = figures(answers)
         append(
@@ -82,6 +104,7 @@ def main() -> None:
                     row: {"favour": prompt.favour, "doubt": prompt.doubt, "new": found[row]}
                     for row, prompt in prompts.items()
                 },
+                "crossed": {"new": crossed(generator, run, store)},
             },
             load_before=before,
         )

@@ -10,8 +10,9 @@ judged on as many images of each class, out of `fit` and `select`, which have tr
 not read. Beside each stand what its prompts inherit without the denoiser, and the same names in a
 random order, which must fall to chance; then five further images of each class as a prompt: in the
 names' place, and beside them (`tina.examples`, whose settings were chosen on the generators'
-own data). What they bring over the names, and differences to the first checkpoint are paired, and
-their standard errors draw sets and images anew. A row is appended to results/elsewhere.jsonl.
+own data, but for a change that was taken back as it lost on Caltech-101). What they bring over the
+names, and differences to the first checkpoint are paired, and their standard errors draw sets and
+images anew. A row is appended to results/elsewhere.jsonl.
 """
 
 from __future__ import annotations

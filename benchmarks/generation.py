@@ -119,7 +119,7 @@ def paper_steps(generator: Generator, tasks: Sequence[Sequence[str]], steps: int
     walk = begin(
         diffusion,
         noise=generator.noise(range(len(tasks)))[:, : generator.codec.body_tokens + mask.shape[1]],
-        cond=vocabulary.condition(embeddings),
+        cond=generator.condition(embeddings),
         mask=mask,
         steps=PAPER_STEPS,
         seeds=range(len(tasks)),

@@ -27,10 +27,13 @@ import yaml
 
 from tina.checkpoint import load_generator, save_generator
 from tina.configio import config_from_dict, config_to_dict
-from tina.files import write_text
+from tina.files import hash_file, write_text
+from tina.generator import Generator
 from tina.jobconfig import EvaluationConfig
-from tina.packaged import PRETRAINED
+from tina.packaged import PRETRAINED, pretrained
 from tina.report import markdown, model_card
+from tina.run import Run
+from tina.storage import MANIFEST
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # where there is no package, and a test loads this file by its path
@@ -123,7 +126,7 @@ def release(run: Path) -> None:
     generator = load_generator(run / "checkpoint")
     words = generator.vocabulary
     kept = words.familiarity(words.embeddings) > STRANGE
-    kept[: int(words.trained.nonzero().max())] = True  # ids of classes are places
+    kept[: len(Run.open(run).dataset.class_names)] = True  # ids of classes are places
     known = replace(
         words,
         names=tuple(name for name, near in zip(words.names, kept.tolist(), strict=True) if near),
@@ -131,14 +134,31 @@ def release(run: Path) -> None:
         trained=words.trained[kept],
     )
     generator = replace(generator, vocabulary=known)
-    card = model_card(run.name, generator, json.loads((run / "report.json").read_text()))
-    note = (
+    card = _card(run.name, generator)
+    if folder.exists():  # only now that there is another to take its place
+        shutil.rmtree(folder)
+    save_generator(generator, folder, card=card, small=True)
+
+
+def _card(name: str, generator: Generator) -> str:
+    """What a packaged checkpoint says of itself, by the published report of its run."""
+    report = json.loads((RESULTS / name / "report.json").read_text())
+    return (
+        f"{model_card(name, generator, report)}\n"
         "The denoiser's matrices and the embeddings are rounded to eight bits, its other weights "
         "to half precision; measured were those before it.\n"
     )
-    if folder.exists():  # only now that there is another to take its place
-        shutil.rmtree(folder)
-    save_generator(generator, folder, card=f"{card}\n{note}", small=True)
+
+
+def rewrite_cards() -> None:
+    """The cards of the packaged checkpoints, whose tables a report writes otherwise by now."""
+    for name in pretrained():
+        folder = PRETRAINED / name
+        card = _card(name.removeprefix("tina-").replace("-", "_"), load_generator(folder))
+        write_text(folder / "README.md", card)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["README.md"] = hash_file(folder / "README.md")
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             release(folder)
     for file in (DOCS.parent / "README.md", DOCS / "results.md"):
         file.write_text(rewrite(file.read_text()))
+    rewrite_cards()
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ray_jobs.job import capacity, on_gpu, run_job, start_ray
+from ray_jobs.job import run_job, start_ray
 from ray_jobs.pool import CPU, GPU, stream
 from ray_jobs.process import settle_in
+from ray_jobs.resources import capacity, on_gpu
 from tina.config import RecipeConfig
 from tina.families import Family
 from tina.files import hash_bytes, write_whole

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_jobs.job import capacity, require
+from ray_jobs.resources import capacity, require
 from tina.jobconfig import ClusterConfig
 
 CPU, GPU = {"CPU": 1.0}, {"GPU": 1.0}

@@ -20,7 +20,7 @@ from tina.configio import config_to_dict
 from tina.errors import ConfigError, DataError
 from tina.files import write_text
 from tina.run import Run
-from tina.space import Search, config_values
+from tina.space import Search
 from tina.storage import Place
 from tina.sweep import (
     Outcome,
@@ -44,11 +44,6 @@ def last_progress(run: Run) -> Progress | None:
         return Progress.load(folder / PROGRESS)
 
 
-def is_default(run: Run, search: Search) -> bool:
-    """Whether a trial is the run's own configuration, in all that the space varies."""
-    return config_values(run.config, search.space) == config_values(search.config, search.space)
-
-
 def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
     """A trial from its folder; None if it ended before its first validation."""
     history, progress = read_history(run.place), last_progress(run)
@@ -62,7 +57,7 @@ def read_outcome(run: Run, search: Search, *, failed: bool) -> Outcome | None:
         seconds=history[-1]["seconds"],
         steps=progress.step,
         parameters=sum(value.numel() for value in progress.best.values()),
-        default=is_default(run, search),
+        default=search.is_default(run.config),
     )
 
 
@@ -137,7 +132,7 @@ def publish(base: Run, search: Search, trials: Mapping[str, Exception | None]) -
     default = next((outcome for outcome in able if outcome.default), None)
     if default is None:
         print(f"the trial of the run's own configuration failed; see {sweep.location}")
-        mine = [trials[name] for name, run in runs.items() if is_default(run, search)]
+        mine = [trials[name] for name, run in runs.items() if search.is_default(run.config)]
         reasons = [error for error in [*mine, *trials.values()] if error]
         raise reasons[0] if reasons else DataError(f"{sweep.location}: it reported nothing")
     best = best_of(able)

@@ -59,62 +59,72 @@ def open_tracking(run: Run, *, start: int) -> Tracker:
         start: Step that training starts or goes on from; what was logged after it TensorBoard
             drops, Weights & Biases and MLflow get a second time.
     """
-    kind = run.config.tracking
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(
-            str(run.folder / "tensorboard"), purge_step=start + 1 if start else 0
-        )
-
-        def log(step: int, figures: Mapping[str, float]) -> None:
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-
-        def save() -> None:
-            writer.flush()
-            run.place.keep("tensorboard")
-
-        return Tracker(log, save, writer.close)
-    if kind == "mlflow":
-        import mlflow
-
-        found = mlflow.search_runs(
-            search_all_experiments=True,
-            filter_string=f"tags.tina_id = '{identity(run)}'",
-            output_format="list",
-        )
-        mlflow.start_run(
-            run_id=found[0].info.run_id if found else None,
-            run_name=run.config.name,
-            tags={"tina_id": identity(run), "tina_run": run.place.location},
-        )
-
-        def log_metrics(step: int, figures: Mapping[str, float]) -> None:
-            mlflow.log_metrics(dict(figures), step=step)
-
-        return Tracker(log_metrics, NOWHERE.save, mlflow.end_run)
-    if kind == "wandb":
-        import wandb
-
-        logged = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tina"),
-            name=run.config.name,
-            id=identity(run),
-            dir=str(run.folder),
-            config=config_to_dict(run.config),
-            resume="allow",
-        )
-        # its own steps never go back, and a validation's accuracy is an earlier state's
-        logged.define_metric("*", step_metric="step")
-
-        def log_row(step: int, figures: Mapping[str, float]) -> None:
-            logged.log({"step": step, **figures})
-
-        def finish() -> None:
-            logged.finish()
-            if (run.folder / "wandb").exists():  # what it has written offline
-                run.place.keep("wandb")
-
-        return Tracker(log_row, NOWHERE.save, finish)
+    match run.config.tracking:
+        case "tensorboard":
+            return _tensorboard(run, start)
+        case "mlflow":
+            return _mlflow(run)
+        case "wandb":
+            return _wandb(run)
     return NOWHERE
+
+
+def _tensorboard(run: Run, start: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1 if start else 0)
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+
+    def save() -> None:
+        writer.flush()
+        run.place.keep("tensorboard")
+
+    return Tracker(log, save, writer.close)
+
+
+def _mlflow(run: Run) -> Tracker:
+    import mlflow
+
+    found = mlflow.search_runs(
+        search_all_experiments=True,
+        filter_string=f"tags.tina_id = '{identity(run)}'",
+        output_format="list",
+    )
+    mlflow.start_run(
+        run_id=found[0].info.run_id if found else None,
+        run_name=run.config.name,
+        tags={"tina_id": identity(run), "tina_run": run.place.location},
+    )
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        mlflow.log_metrics(dict(figures), step=step)
+
+    return Tracker(log, NOWHERE.save, mlflow.end_run)
+
+
+def _wandb(run: Run) -> Tracker:
+    import wandb
+
+    logged = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "tina"),
+        name=run.config.name,
+        id=identity(run),
+        dir=str(run.folder),
+        config=config_to_dict(run.config),
+        resume="allow",
+    )
+    # its own steps never go back, and a validation's accuracy is an earlier state's
+    logged.define_metric("*", step_metric="step")
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        logged.log({"step": step, **figures})
+
+    def close() -> None:
+        logged.finish()
+        if (run.folder / "wandb").exists():  # what it has written offline
+            run.place.keep("wandb")
+
+    return Tracker(log, NOWHERE.save, close)

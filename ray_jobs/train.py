@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_jobs.engine import WORLD, read_world
-from ray_jobs.job import on_gpu, require, run_job, start_ray
+from ray_jobs.job import run_job, start_ray
 from ray_jobs.rank import PROGRESS, train_on_rank
+from ray_jobs.resources import on_gpu, require
 from ray_jobs.tracking import check_tracking
 from tina.calibration import calibrate
 from tina.checkpoint import load_generator, save_generator

@@ -163,7 +163,7 @@ class Asha(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Go on or stop."""
         decision = super().on_trial_result(tune_controller, trial, result)
-        if self.search.trial(trial.config) == self.search.config:
+        if self.search.is_default(self.search.trial(trial.config)):
             return self.CONTINUE
         if decision == self.STOP:
             place = self.sweep.below(trial.trial_id)

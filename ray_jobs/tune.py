@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
-from ray_jobs.job import capacity, layers, leave_ray, on_gpu, require, run_job, start_ray
+from ray_jobs.failures import layers
+from ray_jobs.job import leave_ray, run_job, start_ray
+from ray_jobs.resources import capacity, on_gpu, require
 from ray_jobs.tracking import check_tracking
 from tina.configio import config_to_dict, parse_config, read_yaml
 from tina.errors import ConfigError, NonFiniteError, TinaError

@@ -22,7 +22,7 @@ from tina.prompts import pad
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Sample:
     """A prompt in the making; `embedding` is (K, E), `begun` as `time.perf_counter` has it."""
 
     ticket: int
@@ -43,7 +43,7 @@ class Making:
         self._pipe, self._made = pipe, made
         # prompts choose their number of steps, so that any timestep may come
         self._denoise = pipe.generator.denoise_at(range(pipe.generator.config.diffusion.timesteps))
-        self._tasks: list[Task] = []  # in the order of the walk's samples
+        self._tasks: list[Sample] = []  # in the order of the walk's samples
         self._walk: Walk | None = None
 
     def __call__(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
@@ -70,7 +70,7 @@ class Making:
 
     def _join(self, asked: Mapping[int, Recipe]) -> dict[int, GeneratedModel | Exception]:
         failed: dict[int, GeneratedModel | Exception] = {}
-        alike: dict[tuple[int, float], list[Task]] = {}  # by steps and guidance: begun together
+        alike: dict[tuple[int, float], list[Sample]] = {}  # by steps and guidance: begun together
         known = {task.ticket for task in self._tasks}
         for ticket in [ticket for ticket in asked if ticket not in known]:
             recipe = asked[ticket]
@@ -80,7 +80,7 @@ class Making:
                 failed[ticket] = error
                 continue
             alike.setdefault((recipe.steps, recipe.guidance), []).append(
-                Task(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
+                Sample(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
             )
         walks = [self._walk] if self._walk else []
         for (steps, guidance), tasks in alike.items():

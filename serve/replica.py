@@ -104,8 +104,7 @@ class Replica:
         threshold: float,
     ) -> None:
         torch.set_num_threads(threads)
-        self.pipe = TinaPipeline.from_pretrained(checkpoint, open_clip=open_clip)
-        self.pipe.generator.denoiser.to(device)
+        self.pipe = TinaPipeline.from_pretrained(checkpoint, open_clip=open_clip).to(device)
         diffusion = self.pipe.generator.config.diffusion
         self.most_steps = max(diffusion.sampling_steps, min(max_steps, diffusion.timesteps))
         self.threshold = threshold

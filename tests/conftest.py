@@ -173,12 +173,6 @@ def kept_out(generator: Generator, names: list[str]) -> Generator:
     return replace(generator, vocabulary=vocabulary, generic=generic)
 
 
-def with_prompt(generator: Generator, **values: Any) -> Generator:
-    """The same with other keys of `prompt` in its configuration."""
-    prompt = replace(generator.config.prompt, **values)
-    return replace(generator, config=replace(generator.config, prompt=prompt))
-
-
 class Local:
     """A replica of the endpoint's generator without Ray between: its problems are raised."""
 

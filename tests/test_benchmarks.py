@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -37,15 +38,16 @@ from benchmarks import (
 )
 from tests.conftest import kept_out
 from tina import TinaPipeline
-from tina.calibration import Answers, treat
+from tina.calibration import Answers
 from tina.checkpoint import save_generator
 from tina.datasets import load_dataset
 from tina.encoders import HashEncoder, TableEncoder
 from tina.errors import ConfigError, DataError
 from tina.examples import features
 from tina.finetune import Lesson
-from tina.jobconfig import DataConfig
+from tina.jobconfig import DataConfig, TaskConfig
 from tina.run import Run
+from tina.tasks import build_task_space
 
 ROOT = Path(__file__).parents[1]
 
@@ -563,9 +565,31 @@ def test_what_is_answered_for_sure_is_scored_so():
     newness, labels = torch.zeros(3), torch.tensor([0, 1, 2, 0])
     sure = 100 * torch.eye(3)[[0, 1, 2, 1]]  # the last is wrong
     found = calibration.figures([Answers(logits=sure, labels=labels, newness=newness)])
-    assert found == {"accuracy": 75.0, "brier": 0.5, "ece": 0.25}
+    assert found == {"accuracy": 75.0, "brier": 0.5, "ece": 0.25, "overconfidence": 25.0}
 
 
-def test_a_prompts_settings_are_put_into_a_generator(tiny_generator):
-    found = treat(tiny_generator, favour=1.5, doubt=2.5).config.prompt
-    assert found == replace(tiny_generator.config.prompt, favour=1.5, doubt=2.5)
+def test_crossed_classes_were_fitted_by_none(monkeypatch):
+    """Each half of the excluded classes is fitted to once, and judged with what the other gave."""
+    names = [f"class {i}" for i in range(20)]
+    config = TaskConfig(min_classes=4, max_classes=4, train=2, val=2, held_out=2)
+    space = build_task_space("d", names, None, replace(config, excluded_fraction=0.5))
+    fits, judged = [], []
+
+    def calibrate(generator, dataset, store, space):
+        fits.append(set(space.excluded))
+        return len(fits) - 1
+
+    def answer(which, dataset, store, tasks, *, partition):
+        assert partition == "report"
+        new = {c for task in tasks for c in task} & set(space.excluded)
+        assert new.isdisjoint(fits[which])
+        judged.append(new)
+        return [Answers(logits=torch.eye(2), labels=torch.arange(2), newness=torch.zeros(2))]
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    monkeypatch.setattr(calibration, "answer", answer)
+    monkeypatch.setattr(calibration, "CROSSED", (1, 2))
+    found = calibration.crossed(None, SimpleNamespace(space=space, dataset=None), None)
+    assert found.keys() == {"1", "2"}
+    assert sorted(map(len, fits)) == [5, 5]
+    assert set.union(*fits) == set(space.excluded) == set.union(*judged)

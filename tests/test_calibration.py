@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import tiny_config, with_prompt
+from tests.conftest import tiny_config
 from tina.calibration import Answers, answer, brier, calibrate, fit
 from tina.generic import save_generic, train_generic
 from tina.jobconfig import TaskConfig
@@ -60,7 +60,7 @@ def test_it_finds_what_the_answers_were_made_with(favour, doubt):
 def test_a_score_is_that_of_a_generator_with_such_a_prompt(run, generator):
     tasks = run.space.sample_unseen(np.random.default_rng(0), 3, 2)
     plain = answer(generator, run.dataset, run.store, tasks)
-    mended = answer(with_prompt(generator, favour=2.0, doubt=1.5), run.dataset, run.store, tasks)
+    mended = answer(generator.with_prompt(favour=2.0, doubt=1.5), run.dataset, run.store, tasks)
     for before, after in zip(plain, mended, strict=True):
         found = before.score(torch.tensor(2.0), torch.tensor(1.5))
         assert brier(after.logits, after.labels).item() == pytest.approx(found.item(), abs=1e-6)
@@ -71,7 +71,7 @@ def test_fitted_is_better_than_none_and_does_not_depend_on_what_was(run, generat
     fitted = calibrate(generator, run.dataset, run.store, run.space)
     prompt = fitted.config.prompt
     assert prompt.favour + prompt.doubt > 0
-    other = with_prompt(generator, favour=9.0, doubt=9.0)
+    other = generator.with_prompt(favour=9.0, doubt=9.0)
     assert calibrate(other, run.dataset, run.store, run.space).config == fitted.config
     tasks = run.space.sample_unseen(np.random.default_rng(1), 40, 1)
     before, after = (

@@ -283,6 +283,8 @@ def test_the_token_of_a_file_with_an_end_of_line(kind):
         ("predict", ["an-id", []], {}),
         ("predict", ["an-id", "photo.png"], {}),
         ("predict", ["an-id", b"x"], {}),
+        ("predict", ["an-id", [object()]], {}),
+        ("create", [["a", "b"]], {"images": [[b"x"], [object()]]}),
         ("model", [""], {}),
         ("predict", [ModelReply.model_construct(id="an-id"), [b"x"]], {}),
         ("weights", [""], {}),
@@ -332,6 +334,13 @@ def test_pictures_are_a_list_for_each_class(kind, images):
     with pytest.raises(PromptError, match="list for each class"):
         ask(kind, service, "create", ["a", "b"], images=images)
     assert service.sent == []
+
+
+@kinds
+def test_a_sentence_is_split_as_it_is_everywhere(kind):
+    service = Service()
+    ask(kind, service, "create", "otters, a bicycle and maple trees.")
+    assert json.loads(service.sent[0].content)["classes"] == ["otters", "a bicycle", "maple trees"]
 
 
 def test_both_clients_have_the_same_calls():

@@ -18,8 +18,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs import job
+from ray_jobs import resources
 from ray_jobs.build_zoo import blocks_of
+from ray_jobs.job import run_job
 from tina.configio import config_from_dict
 from tina.errors import ConfigError, DataError
 from tina.jobconfig import JobConfig
@@ -67,7 +68,7 @@ def fail_with(error, config_file):
     def work(run):
         raise error
 
-    return job.run_job(
+    return run_job(
         work, ["--config", str(config_file)], name="build_zoo", about="A job that fails."
     )
 
@@ -205,7 +206,7 @@ def test_a_rank_that_was_killed_is_told_from_those_that_lost_it(config_file, cap
 def test_storage_that_cannot_be_written(storage, tmp_path, config_file, capsys):
     (tmp_path / "file").write_text("")
     flags = ["--config", str(config_file), "--storage", str(tmp_path / storage)]
-    assert job.run_job(lambda run: None, flags, name="build_zoo", about="A job.") == 2
+    assert run_job(lambda run: None, flags, name="build_zoo", about="A job.") == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert str(tmp_path / "file") in printed
@@ -239,19 +240,19 @@ def node(alive=True, name="", **resources):
 def test_capacity_counts_whole_workers_on_living_nodes(nodes, each, expected):
     found, _ = nodes
     found += [node(CPU=8.0, GPU=2.0), node(CPU=5.0, GPU=1.0), node(GPU=4.0), node(False, CPU=64.0)]
-    assert job.capacity(each) == expected
+    assert resources.capacity(each) == expected
 
 
 def test_capacity_leaves_the_job_its_own_process(nodes, monkeypatch):
     """`--entrypoint-num-cpus` holds a worker's place to the end: ranks would wait for ever."""
     found, asked = nodes
     found += [node(name="head"), node(name="a", CPU=2.0), node(name="b", CPU=2.0)]
-    assert job.capacity({"CPU": 1.0}) == 4
-    monkeypatch.setattr(job, "own_share", lambda: {"b": {"CPU": 1.0}})
-    assert job.capacity({"CPU": 1.0}) == 3
-    assert job.capacity({"CPU": 2.0}) == 1
+    assert resources.capacity({"CPU": 1.0}) == 4
+    monkeypatch.setattr(resources, "own_share", lambda: {"b": {"CPU": 1.0}})
+    assert resources.capacity({"CPU": 1.0}) == 3
+    assert resources.capacity({"CPU": 2.0}) == 1
     with pytest.raises(ConfigError, match="holds 1 of them beside the job itself after 0 s"):
-        job.require(2, {"CPU": 2.0}, key="cluster.train_workers", wait_s=0)
+        resources.require(2, {"CPU": 2.0}, key="cluster.train_workers", wait_s=0)
     assert asked[0] == [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}]
 
 
@@ -268,13 +269,13 @@ def test_what_a_submitted_job_holds(monkeypatch, reachable):
 
     monkeypatch.setattr(ray.util.state, "list_actors", list_actors)
     monkeypatch.setenv(
-        job.SUBMITTED, json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
+        resources.SUBMITTED, json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
     )
-    job.own_share.cache_clear()
+    resources.own_share.cache_clear()
     try:
-        assert job.own_share() == ({"b": {"CPU": 1.0}} if reachable else {})
+        assert resources.own_share() == ({"b": {"CPU": 1.0}} if reachable else {})
     finally:
-        job.own_share.cache_clear()
+        resources.own_share.cache_clear()
 
 
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(0, 20))
@@ -294,15 +295,15 @@ def test_blocks_hold_each_task_once_and_none_is_long_at_the_end(n, most, workers
 def test_what_the_cluster_holds_is_not_asked_for(nodes):
     found, asked = nodes
     found.append(node(CPU=4.0))
-    job.require(4, {"CPU": 1.0}, key="cluster.train_workers", wait_s=0)
+    resources.require(4, {"CPU": 1.0}, key="cluster.train_workers", wait_s=0)
     assert asked == []
 
 
 def test_a_cluster_that_grows_is_awaited(nodes, monkeypatch):
     found, asked = nodes
     found.append(node(CPU=1.0))
-    monkeypatch.setattr(job.time, "sleep", lambda seconds: found.append(node(CPU=1.0)))
-    job.require(3, {"CPU": 1.0}, key="cluster.train_workers", wait_s=60)
+    monkeypatch.setattr(resources.time, "sleep", lambda seconds: found.append(node(CPU=1.0)))
+    resources.require(3, {"CPU": 1.0}, key="cluster.train_workers", wait_s=60)
     # each time anew, as others' requests take its place; and nothing is left to be held
     assert asked == [[{"CPU": 1.0}] * 3, [{"CPU": 1.0}] * 3, []]
 
@@ -312,7 +313,7 @@ def test_a_cluster_that_does_not_grow_is_refused(nodes):
     found.append(node(CPU=3.0))
     begin = time.monotonic()
     with pytest.raises(ConfigError) as refused:
-        job.require(4, {"CPU": 2.0}, key="cluster.train_workers", wait_s=1)
+        resources.require(4, {"CPU": 2.0}, key="cluster.train_workers", wait_s=1)
     assert 1 <= time.monotonic() - begin < 5
     assert asked == [[{"CPU": 2.0}] * 4] * (len(asked) - 1) + [[]]
     message = str(refused.value)
@@ -470,7 +471,8 @@ def test_more_workers_than_the_cluster_holds(cluster, config_file, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from ray_jobs.job import require, run_job, start_ray\n"
+        "from ray_jobs.job import run_job, start_ray\n"
+        "from ray_jobs.resources import require\n"
         "def work(run):\n"
         "    start_ray()\n"
         "    require(4, {'CPU': 1.0}, key='cluster.train_workers', wait_s=2)\n"

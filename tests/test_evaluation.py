@@ -27,7 +27,7 @@ from tina.baselines import (
     nearest_pmodel,
     ridge,
 )
-from tina.batches import Source
+from tina.batches import BatchSource
 from tina.checkpoint import save_generator
 from tina.comparison import by_steps, compare
 from tina.config import ClassifierConfig, DenoiserConfig, RecipeConfig
@@ -261,6 +261,7 @@ def test_a_comparison_by_hand():
 
     levels, subset = np.arange(20), [3, 8, 9, 15]
     scores = {"tina": of(40 + levels), "classifier_selection": of(20 + levels)}
+    scores["untrained"] = of(35 + levels)
     scores["direct_finetuning"] = of(60 + levels[subset])
     images = list(np.arange(2000).reshape(20, 100))
     found = compare(scores, images, subset, bootstrap=500)
@@ -268,6 +269,11 @@ def test_a_comparison_by_hand():
     assert found["gap_closed"] == pytest.approx(0.5)
     low, high = found["gap_closed_ci95"]
     assert 0.3 < low < 0.5 < high < 0.7
+    above = found["above_inherited"]  # 5 of the 25 that are left
+    assert above["gap"]["diff"] == pytest.approx(0.25)
+    assert above["gap_closed"] == pytest.approx(0.2)
+    low, high = above["gap_closed_ci95"]
+    assert 0 < low < 0.2 < high < 0.4
     for other, sign, below in (("classifier_selection", 1, 0), ("direct_finetuning", -1, 1)):
         minus = found["tina_minus"][other]
         assert minus["diff"] == pytest.approx(0.2 * sign)
@@ -895,7 +901,7 @@ def test_training_and_zoo_never_read_report_images(tiny_run):
     train(
         config,
         engine=LocalEngine(generator.denoiser, config),
-        source=Source(
+        source=BatchSource(
             generator=generator,
             config=config,
             zoo=run.read_zoo("zoo").only("train"),
@@ -1225,6 +1231,23 @@ def test_few_tasks_have_no_interval(report, tasks, shown):
     assert (f"gap closed 0.40 (0.10 to 0.60, {tasks} tasks)" in caption) == shown
     assert (f"gap closed 0.40 ({tasks} tasks)" in caption) != shown
     assert row.count(" to ") == (2 if shown else 0)
+
+
+def test_what_names_inherit_is_not_counted_as_gained(report):
+    """On the axis of new classes the share of what inheritance leaves stands beside the whole."""
+    report = json.loads(json.dumps(report))
+    axis = report["axes"]["unseen_class"] = report["axes"][AXIS]
+    axis["methods"]["direct_finetuning"]["tasks"] = FEWEST
+    axis |= {"gap_closed": 0.4, "gap_closed_ci95": [0.1, 0.6]}
+    axis["above_inherited"] = {"gap_closed": 0.1, "gap_closed_ci95": [-0.1, 0.3]}
+    said = "gap closed 0.40 (0.10 to 0.60, 10 tasks), 0.10 (-0.10 to 0.30) of what untrained leaves"
+    new, known = (markdown(report, name).splitlines()[0] for name in ("unseen_class", AXIS))
+    assert said in new
+    assert "untrained leaves" not in known
+    axis["above_inherited"]["gap_closed_ci95"] = None
+    assert "untrained leaves" not in markdown(report, "unseen_class")
+    del axis["above_inherited"]  # as in older reports
+    assert "gap closed 0.40" in markdown(report, "unseen_class")
 
 
 @pytest.mark.parametrize("determined", [True, False])

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import kept_out, with_prompt
+from tests.conftest import kept_out
 from tina.errors import NonFiniteError, PromptError
-from tina.examples import covariance_factor, features, learn_from, settle
+from tina.examples import covariance_factor, features, learn_from, posterior_mode
 from tina.families import build_family
 from tina.pipeline import TinaPipeline
 
@@ -89,7 +89,7 @@ def test_rows_settle_where_the_posterior_is_highest(prior):
     newness = torch.tensor([0.0, 0.4, 0.9])
     factor = torch.linalg.cholesky(torch.cov(torch.randn(5, 40, generator=draw)))
     known = (seen, labels, rows, newness, factor)
-    found = settle(*known, prior=prior)
+    found = posterior_mode(*known, prior=prior)
     assert torch.equal(found[0], rows[0])
     at = found.double().requires_grad_(True)
     (slope,) = torch.autograd.grad(posterior(*known, at, prior=prior), at)
@@ -116,7 +116,7 @@ def test_a_configured_prior_holds_what_the_names_give(pipe, pictures):
     plain, task = pipe.generator, pipe(TASK).theta
     moved = []
     for prior in (0.1, plain.config.prompt.prior, 10.0):
-        generator = with_prompt(plain, prior=prior)
+        generator = plain.with_prompt(prior=prior)
         after = learn_from(generator, task, pipe.embed_names(TASK), pictures("fit", 4))
         moved.append(float((after - task).norm()))
     assert moved[0] > 1.2 * moved[1] > 1.2**2 * moved[2] > 0
@@ -194,11 +194,11 @@ def test_rows_that_are_no_numbers_are_not_returned(pipe, pictures):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"examples": [torch.rand(1, 1, 8, 8)] * 2}, "3 classes need examples of as many, got 2"),
+        ({"examples": [torch.rand(1, 1, 8, 8)] * 2}, "3 classes need as many examples, got 2"),
         ({"examples": [torch.rand(1, 1, 8, 8), [], None]}, "of two classes at least"),
         ({"examples": [None] * 3}, "of two classes at least"),
         ({"examples": [torch.rand(1, 3, 8, 8)] * 3}, "must have C = 1"),
-        ({"examples": dict.fromkeys(TASK)}, "lists, in the order of the classes"),
+        ({"examples": dict.fromkeys(TASK)}, "examples are a list, in the order of the classes"),
         (
             {"examples": [torch.rand(1, 1, 8, 8)] * 3, "images": [torch.rand(1, 1, 8, 8)] * 3},
             "images stand alone",

@@ -154,7 +154,7 @@ def test_the_configurations_guidance_is_the_default(pipe):
         (None, {"images": [torch.rand(0, 1, 8, 8)] * 2}, r"got \(0, 1, 8, 8\)"),
         (None, {"images": [torch.rand(1, 3, 8, 8)] * 2}, "C = 1"),
         (None, {"images": [3, 4]}, "must be files, Pillow.s or tensors .* got int"),
-        (TASK, {"images": 3}, "are lists, in the order of the classes"),
+        (TASK, {"images": 3}, "images are a list, in the order of the classes"),
         (TASK, {"images": [torch.rand(1, 1, 8, 8)] * 2}, "3 classes .* got 2"),
         (["a", "b"], {"images": [torch.rand(1, 1, 8, 8)] * 3}, "2 classes .* got 3"),
     ],
@@ -445,6 +445,25 @@ def test_models_are_compared_and_shown(pipe):
         repr(model)
         == f"GeneratedModel(zero, seven, four; cnn5k of {len(model.theta):,} parameters)"
     )
+
+
+def test_a_file_is_called_what_it_is(pipe, tmp_path):
+    model = pipe(TASK)
+    with pytest.raises(DataError, match=r"mine\.onnx must end in \.safetensors"):
+        model.save(tmp_path / "mine.onnx")
+    with pytest.raises(DataError, match=r"mine must end in \.onnx"):
+        model.export_onnx(tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_denoises_on_the_device_that_it_is_told(tiny_checkpoint):
+    pipe = TinaPipeline.from_pretrained(tiny_checkpoint)
+    with pytest.raises(ConfigError, match="cannot denoise on nonsense"):
+        pipe.to("nonsense")
+    assert pipe.to("cpu") is pipe
+    assert pipe(TASK).theta.device.type == "cpu"
+    pipe.to("meta")
+    assert pipe.generator.denoiser.position.device.type == "meta"
 
 
 def test_saved_classifier_gives_the_same_bits(pipe, tiny_checkpoint, tmp_path):

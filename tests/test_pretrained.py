@@ -13,8 +13,8 @@ from tina import TinaPipeline
 from tina.cli import main
 from tina.encoders import EmbeddingSpace, OpenClipEncoder
 from tina.errors import CheckpointError, ConfigError, PromptError
+from tina.names import split_sentence
 from tina.packaged import PRETRAINED, pretrained
-from tina.prompts import split_sentence
 from tina.report import markdown
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

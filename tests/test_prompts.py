@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tina.config import PromptConfig
 from tina.encoders import HashEncoder, build_encoder
 from tina.errors import PromptError
-from tina.names import normalise_name, readings
+from tina.names import normalise_name, readings, split_sentence
 from tina.prompts import (
     MAX_CHARACTERS,
     SHARPNESS,
@@ -20,7 +20,6 @@ from tina.prompts import (
     check_distinct,
     check_task,
     sparsemax,
-    split_sentence,
 )
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
@@ -339,7 +338,7 @@ def test_conditions_have_values_of_about_one(vocabulary):
 @pytest.mark.parametrize("shrinkage", [0.3, 0.5, 1.0])
 def test_shrinkage_leaves_the_conditions_of_trained_names(vocabulary, shrinkage):
     names = vocabulary.embeddings[vocabulary.trained]
-    drawn = dataclasses.replace(vocabulary, shrinkage=shrinkage).condition(names)
+    drawn = vocabulary.condition(names, shrinkage=shrinkage)
     torch.testing.assert_close(drawn, vocabulary.condition(names))
 
 
@@ -352,7 +351,7 @@ def test_shrinkage_draws_the_condition_of_a_synonym_to_its_name(vocabulary):
     assert vocabulary.attention(words)[:, 0].tolist() == [1, 1, 1]
 
     def angles(shrinkage):
-        drawn = dataclasses.replace(vocabulary, shrinkage=shrinkage).condition(words).double()
+        drawn = vocabulary.condition(words, shrinkage=shrinkage).double()
         norms = drawn.norm(dim=1) / first.norm()
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-6, rtol=0)  # of fp32
         return (drawn @ first / first.norm() ** 2).clamp(max=1).arccos()
@@ -367,7 +366,7 @@ def test_shrinkage_keeps_names_apart_that_inherit_the_same(vocabulary):
     word = torch.nn.functional.normalize(first + 0.2 * second, dim=0)
     pair = torch.stack([first, word])
     assert torch.equal(*vocabulary.attention(pair))
-    one, other = dataclasses.replace(vocabulary, shrinkage=0.5).condition(pair)
+    one, other = vocabulary.condition(pair, shrinkage=0.5)
     assert (one - other).abs().max() > 0.05
 
 

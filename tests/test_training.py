@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from tina.batches import OTHERS_HIDDEN, Batch, Source, encode_zoo
+from tina.batches import OTHERS_HIDDEN, Batch, BatchSource, encode_zoo
 from tina.config import DiffusionConfig
 from tina.diffusion import signal_level
 from tina.engine import LocalEngine
@@ -246,7 +246,7 @@ def test_a_rank_without_validation_reports_its_losses(tiny_run, fresh, short):
 def test_a_rank_takes_its_own_parts(tiny_run, fresh, short, rank):
     asked, generator = [], fresh()
 
-    class Noted(Source):
+    class Noted(BatchSource):
         def batch(self, step, *, part=0, parts=1) -> Batch:
             asked.append((step, part, parts))
             return super().batch(step, part=part, parts=parts)
@@ -495,7 +495,7 @@ def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny_run, base, short):
 def test_a_thread_draws_the_next_batch_while_one_is_in_use(tiny_run, base, short):
     drawn = {step: threading.Event() for step in range(4)}
 
-    class Noted(Source):
+    class Noted(BatchSource):
         def batch(self, step, *, part=0, parts=1) -> Batch:
             drawn[step].set()
             if step == 2:
@@ -914,7 +914,7 @@ def test_both_losses_carry_their_factors(tiny_run, fresh, short):
 # --- the loop -------------------------------------------------------------------------------------
 
 
-class Spoilt(Source):
+class Spoilt(BatchSource):
     """Batches with a NaN at one step."""
 
     def batch(self, step, *, part=0, parts=1) -> Batch:

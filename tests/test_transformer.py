@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import with_prompt
 from tina.config import DenoiserConfig, DiffusionConfig
 from tina.diffusion import as_x0, begin, sample
 from tina.transformer import Denoiser, timestep_embedding
@@ -271,7 +270,7 @@ def test_logits_are_divided_by_what_is_unfamiliar(tiny_generator):
     embeddings = torch.stack([known[[0, 1, 2]], known[[3, 4, 5]], new[[0, 4, 8]]])
     embeddings[1, 2] = new[6]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    milder = with_prompt(tiny_generator, doubt=1.5)
+    milder = tiny_generator.with_prompt(doubt=1.5)
     plain, found = (g.generate(embeddings, mask, seeds=[0, 1, 2]) for g in (tiny_generator, milder))
     assert torch.equal(found[0], plain[0])
     # what is padding is unfamiliar, too, and does not count
@@ -290,7 +289,7 @@ def test_a_class_that_is_new_is_favoured(tiny_generator):
     assert 0.1 < familiarity[0, 1] < 0.9
 
     def generate(**values):
-        return with_prompt(tiny_generator, **values).generate(embeddings, mask, seeds=[0])
+        return tiny_generator.with_prompt(**values).generate(embeddings, mask, seeds=[0])
 
     (body, rows), (same_body, favoured) = generate(), generate(favour=3.0)
     assert torch.equal(same_body, body)

@@ -24,7 +24,6 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
 from ray_jobs import tune
-from ray_jobs.sweep_report import is_default
 from ray_jobs.trial import (
     HISTORY,
     STOPPED,
@@ -366,8 +365,8 @@ def test_the_default_is_known_by_what_the_space_varies(search, tmp_path):
         cluster=replace(search.config.cluster, max_failures=7),
         evaluation=replace(search.config.evaluation, seeds=9),
     )
-    assert is_default(Run(other), search)
-    assert not is_default(Run(replace(other, train=replace(other.train, lr=2e-3))), search)
+    assert search.is_default(other)
+    assert not search.is_default(replace(other, train=replace(other.train, lr=2e-3)))
 
 
 def test_the_verdict_says_what_is(search):

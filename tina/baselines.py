@@ -67,7 +67,7 @@ def class_mean(generator: Generator, zoo: Zoo) -> Baseline:
 def nearest_pmodel(generator: Generator, zoo: Zoo) -> Baseline:
     """The p-model whose classes' embeddings lie nearest to the task's, with the rows it shares."""
     bodies, rows = _split(generator, zoo)
-    names = generator.vocabulary.condition(generator.vocabulary.embeddings)
+    names = generator.condition(generator.vocabulary.embeddings)
     similar = F.normalize(names, dim=-1)
     similar = similar @ similar.T
 
@@ -95,7 +95,7 @@ def ridge(generator: Generator, zoo: Zoo, *, penalty: float) -> Baseline:
     The body is regressed on the task's mean condition, a row on its own condition and the mean.
     """
     bodies, rows = _split(generator, zoo)
-    conditions = generator.vocabulary.condition(generator.vocabulary.embeddings)
+    conditions = generator.condition(generator.vocabulary.embeddings)
 
     def features(class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         own = conditions[list(class_ids)]

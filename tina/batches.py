@@ -76,7 +76,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class BatchSource:
     """Where batches come from.
 
     Args:
@@ -165,7 +165,7 @@ class Source:
         scale = noise_scale(generator.config.diffusion)
         return Batch(
             tokens=self._tokens[picks],
-            cond=generator.vocabulary.condition(embeddings),
+            cond=generator.condition(embeddings),
             mask=mask,
             body=generator.generic.body,
             rows=inherited,

@@ -12,7 +12,7 @@ Axes: B tasks, K classes, N images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def calibrate(
     generator: Generator, dataset: Dataset, store: InputStore, space: TaskSpace
 ) -> Generator:
     """A trained generator with favour and doubt fitted; with none where no class was kept out."""
-    plain = treat(generator, favour=0.0, doubt=0.0)
+    plain = generator.with_prompt(favour=0.0, doubt=0.0)
     if not space.excluded:
         return plain
     most = min(generator.max_classes, len(space.excluded))
@@ -114,10 +114,4 @@ def calibrate(
     for unseen in sorted({max(1, most // parts) for parts in (10, 5, 2, 1)}):
         answers += answer(plain, dataset, store, space.sample_unseen(rng, TASKS, unseen))
     favour, doubt = fit(answers)
-    return treat(generator, favour=favour, doubt=doubt)
-
-
-def treat(generator: Generator, *, favour: float | None, doubt: float | None) -> Generator:
-    """The generator with this favour and this doubt of new classes."""
-    prompt = replace(generator.config.prompt, favour=favour, doubt=doubt)
-    return replace(generator, config=replace(generator.config, prompt=prompt))
+    return generator.with_prompt(favour=favour, doubt=doubt)

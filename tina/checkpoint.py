@@ -194,7 +194,6 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         names=tuple(header["class_names"]),
         embeddings=prompts["embeddings"],
         trained=prompts["trained"],
-        shrinkage=config.prompt.shrinkage,
     )
     shapes = {
         "generic_body": (layout.body_size,),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tina.errors import DataError, PromptError, TinaError, UnfamiliarWarning
+from tina.files import check_suffix
 from tina.packaged import pretrained
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def generate(args: argparse.Namespace) -> None:
     from tina.files import write_whole
     from tina.images import read_image, shrink
     from tina.model import GeneratedModel
-    from tina.names import normalise_name
-    from tina.prompts import check_examples, split_sentence
+    from tina.names import normalise_name, split_sentence
+    from tina.prompts import check_examples
 
     pairs = args.image or args.description or args.example
     extras = [(normalise_name(name), value) for name, value in pairs]
@@ -97,7 +98,7 @@ def generate(args: argparse.Namespace) -> None:
     assert isinstance(model, GeneratedModel)
 
     def write(temporary: Path) -> None:
-        model.save(temporary)
+        temporary.write_bytes(model.to_safetensors())
         if args.onnx:  # complete before the first file gets its name: both or none
             model.export_onnx(args.onnx)
 
@@ -215,8 +216,7 @@ def _check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> list[P
     """The files that were asked for, by what they must end in."""
     files = {suffix: file for suffix, file in outputs.items() if file}
     for suffix, file in files.items():
-        if file.suffix != suffix:
-            raise DataError(f"{file} must end in {suffix}")
+        check_suffix(file, suffix)
         if file.exists() and not (force and file.is_file()):
             raise DataError(f"{file} exists already; --force replaces it if it is a regular file")
     return list(files.values())

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from tina.checks import visible
 from tina.errors import ConfigError, PromptError, TinaError
+from tina.names import split_sentence
 from tina.schemas import (
     MEDIA_TYPES,
     Info,
@@ -121,7 +122,10 @@ def _check_shots(
         raise PromptError(f"pictures are needed of at least {least} of the classes, not of {found}")
 
 
-def _file(picture: Picture) -> bytes:
+def _file(picture: object) -> bytes:
+    if not isinstance(picture, Picture):
+        kind = type(picture).__name__
+        raise PromptError(f"a picture is the path of a file, or its content, got a {kind}")
     return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
 
 
@@ -205,9 +209,9 @@ class _Calls:
     def _model(self, id: str) -> Flow[ModelReply]:
         return self._read(ModelReply, "GET", _path(id))
 
-    def _create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
+    def _create(self, classes: str | Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         if isinstance(classes, str):
-            raise PromptError(f"classes are a list of names, got {classes!r}")
+            classes = split_sentence(classes)
         pictures = {
             "images": options.pop("images", None),
             "examples": options.pop("examples", None),
@@ -284,8 +288,11 @@ class Client(_Calls):
         """What is served, and its limits."""
         return self._run(self._info())
 
-    def create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> ModelReply:
+    def create(self, classes: str | Sequence[str], **options: Unpack[Prompt]) -> ModelReply:
         """Generate a classifier.
+
+        Args:
+            classes: Their names, or a sentence, see `tina.names.split_sentence`.
 
         Raises:
             PromptError: The prompt is refused before it is sent.
@@ -344,7 +351,7 @@ class AsyncClient(_Calls):
         """See `Client.info`."""
         return await self._run(self._info())
 
-    async def create(self, classes: Sequence[str], **options: Unpack[Prompt]) -> ModelReply:
+    async def create(self, classes: str | Sequence[str], **options: Unpack[Prompt]) -> ModelReply:
         """See `Client.create`."""
         return await self._run(self._create(classes, **options))
 

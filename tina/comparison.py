@@ -16,6 +16,8 @@ from tina.metrics import Array, Score, calibration_error, interval, resample
 
 Images = Sequence[NDArray[np.int64]]
 TINA, SELECTION, DIRECT = "tina", "classifier_selection", "direct_finetuning"
+UNTRAINED = "untrained"
+"""What the prompt inherits: for known classes selection's rows, for new ones more than these."""
 
 
 def compare(
@@ -32,6 +34,9 @@ def compare(
         images: Per task which images it is scored on.
         subset: Places of the tasks that direct fine-tuning was run on; may be empty.
         bootstrap: B.
+
+    Returns:
+        Figures of a report; `above_inherited` has the gap from there instead of from selection.
     """
     others = {name: found for name, found in scores.items() if name != DIRECT}
     boot = _resampled(others, images, bootstrap)
@@ -44,12 +49,15 @@ def compare(
         "gap_closed_ci95": None,
     }
     if subset:
-        same = {name: [scores[name][i] for i in subset] for name in (TINA, SELECTION)}
+        bases = [name for name in (SELECTION, UNTRAINED) if name in scores]
+        same = {name: [scores[name][i] for i in subset] for name in (TINA, *bases)}
         same[DIRECT] = list(scores[DIRECT])
         boot = _resampled(same, [images[i] for i in subset], bootstrap)
         methods[DIRECT] = _summary(same[DIRECT], boot[DIRECT]) | {"tasks": len(subset)}
         minus[DIRECT] = _minus(same, boot, TINA, DIRECT)
-        figures |= _gap(same, boot)
+        figures |= _gap(same, boot, SELECTION)
+        if UNTRAINED in bases:
+            figures["above_inherited"] = _gap(same, boot, UNTRAINED)
     return figures
 
 
@@ -81,20 +89,23 @@ def mean_accuracy(scores: Sequence[Score]) -> float:
     return mean(score.accuracy for score in scores)
 
 
-def _gap(scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array]) -> dict[str, Any]:
-    """How far direct fine-tuning is above selection, and how much of that Tina gains."""
-    base = mean_accuracy(scores[SELECTION])
-    gap = mean_accuracy(scores[DIRECT]) - base
-    ci95 = interval(boot[DIRECT] - boot[SELECTION])
+def _gap(
+    scores: Mapping[str, Sequence[Score]], boot: Mapping[str, Array], base: str
+) -> dict[str, Any]:
+    """How far direct fine-tuning is above a base, and how much of that Tina gains."""
+    least = mean_accuracy(scores[base])
+    gap = mean_accuracy(scores[DIRECT]) - least
+    ci95 = interval(boot[DIRECT] - boot[base])
     figures: dict[str, Any] = {
         "gap": {"diff": gap, "ci95": ci95},
-        "gap_closed": (mean_accuracy(scores[TINA]) - base) / gap if gap else None,
+        "gap_closed": (mean_accuracy(scores[TINA]) - least) / gap if gap else None,
+        "gap_closed_ci95": None,
     }
     # where the gap itself may be zero, the ratio's interval is unbounded: it has none
     if ci95[0] > 0:
-        drawn = boot[DIRECT] > boot[SELECTION]
-        ratio = (boot[TINA] - boot[SELECTION])[drawn]
-        figures["gap_closed_ci95"] = interval(ratio / (boot[DIRECT] - boot[SELECTION])[drawn])
+        drawn = boot[DIRECT] > boot[base]
+        ratio = (boot[TINA] - boot[base])[drawn]
+        figures["gap_closed_ci95"] = interval(ratio / (boot[DIRECT] - boot[base])[drawn])
     return figures
 
 

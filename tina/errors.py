@@ -37,7 +37,15 @@ class DataError(TinaError, ValueError):
 
 
 class PromptError(TinaError, ValueError):
-    """A prompt that names no task."""
+    """A prompt that names no task.
+
+    Args:
+        field: The part at fault: classes, descriptions, images or examples.
+    """
+
+    def __init__(self, message: str, *, field: str = "classes") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class CheckpointError(TinaError, ValueError):

@@ -28,7 +28,7 @@ from tina.baselines import (
     ridge,
 )
 from tina.classifiers import narrow, predict
-from tina.comparison import DIRECT, SELECTION, TINA, by_steps, compare, mean_accuracy
+from tina.comparison import DIRECT, SELECTION, TINA, UNTRAINED, by_steps, compare, mean_accuracy
 from tina.configio import config_to_dict
 from tina.controls import nothing, other_classes, shuffled_classes
 from tina.datasets import Dataset
@@ -57,7 +57,7 @@ __all__ = [
     "Spread",
 ]
 
-GENERIC, UNTRAINED, ZERO_SHOT = "generic", "untrained", "clip_zero_shot"
+GENERIC, ZERO_SHOT = "generic", "clip_zero_shot"
 NEAREST, CLASS_MEAN, RIDGE = "nearest_pmodel", "class_mean", "ridge"
 SWAPPED, SHUFFLED = "tina_swapped_condition", "tina_shuffled_prompt"
 MIXER, REGRESSOR = "taper", "one_step_regressor"

@@ -73,7 +73,7 @@ def features(family: Family, body: Tensor, images: Tensor) -> Tensor:
     return F.pad(family.logits(theta, family.embed(images), num_classes=count), (0, 1), value=1.0)
 
 
-def settle(
+def posterior_mode(
     seen: Tensor, labels: Tensor, rows: Tensor, newness: Tensor, factor: Tensor, *, prior: float
 ) -> Tensor:
     """Head rows (K, R) at the mode of the posterior, in double precision but for what comes out.
@@ -136,7 +136,9 @@ def learn_from(
     rows = rows.clone()
     newness = 1 - familiarity[list(shown)]
     factor, prior = covariance_factor(generator), generator.config.prompt.prior
-    rows[list(shown)] = settle(seen, labels, rows[list(shown)], newness, factor, prior=prior)
+    rows[list(shown)] = posterior_mode(
+        seen, labels, rows[list(shown)], newness, factor, prior=prior
+    )
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError("examples led to NaN or infinite weights; nothing is returned")
     return layout.join(body, rows)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tina.errors import TinaError
+from tina.errors import DataError, TinaError
 
 
 def hash_file(file: Path) -> str:
@@ -22,6 +22,16 @@ def hash_file(file: Path) -> str:
 def hash_bytes(content: bytes) -> str:
     """sha256 of bytes, hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def check_suffix(file: Path, suffix: str) -> None:
+    """Make sure that a file is called what it will be.
+
+    Raises:
+        DataError: It is not.
+    """
+    if file.suffix != suffix:
+        raise DataError(f"{file} must end in {suffix}")
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:

@@ -27,7 +27,7 @@ from tina.families import Family
 from tina.inputs import InputStore
 from tina.precision import in_bf16
 
-Progress = Callable[[int], object]
+OnSteps = Callable[[int], object]
 """Called with the number of steps that have been done since the last call."""
 
 
@@ -86,7 +86,7 @@ def finetune(
     recipe: RecipeConfig,
     *,
     stacked: bool,
-    progress: Progress = lambda steps: None,
+    progress: OnSteps = lambda steps: None,
 ) -> list[Tensor]:
     """Train M classifiers from given weights, all parameters of each.
 
@@ -159,7 +159,7 @@ def _train_loop(
     lessons: Sequence[Lesson],
     store: InputStore,
     recipe: RecipeConfig,
-    progress: Progress,
+    progress: OnSteps,
 ) -> list[Tensor]:
     trained = []
     for theta, lesson in zip(thetas, lessons, strict=True):
@@ -185,7 +185,7 @@ def _train_stacked(
     lessons: Sequence[Lesson],
     store: InputStore,
     recipe: RecipeConfig,
-    progress: Progress,
+    progress: OnSteps,
 ) -> list[Tensor]:
     k_max = max(len(lesson.class_ids) for lesson in lessons)
     counts = torch.tensor([len(lesson.class_ids) for lesson in lessons])
@@ -236,7 +236,7 @@ def train_trunk(
     recipe: RecipeConfig,
     *,
     seed: int,
-    progress: Progress = lambda steps: None,
+    progress: OnSteps = lambda steps: None,
 ) -> nn.Module:
     """Train a trunk together with a head on all given classes; the head is thrown away."""
     lesson = Lesson.of(dataset, class_ids, seed=seed)

@@ -7,7 +7,8 @@ a head row, N images, V trained classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class Generator:
     def takes_guidance(self) -> bool:
         """Whether it was trained without condition too; else zeros stand in the place of one."""
         return bool(self.denoiser.null_cond.any())
+
+    def with_prompt(self, **values: Any) -> Generator:
+        """The same with other values in `config.prompt`."""
+        prompt = replace(self.config.prompt, **values)
+        return replace(self, config=replace(self.config, prompt=prompt))
+
+    def condition(self, embeddings: Tensor) -> Tensor:
+        """What the denoiser sees of embeddings (..., E); see `Vocabulary.condition`."""
+        return self.vocabulary.condition(embeddings, shrinkage=self.config.prompt.shrinkage)
 
     def inherit(self, embeddings: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone.
@@ -96,7 +106,7 @@ class Generator:
             )
         device = self.denoiser.position.device
         length = self.codec.body_tokens + embeddings.shape[1]
-        cond, mask = self.vocabulary.condition(embeddings).to(device), mask.to(device)
+        cond, mask = self.condition(embeddings).to(device), mask.to(device)
         return begin(
             diffusion,
             noise=self.noise(seeds)[:, :length].to(device),

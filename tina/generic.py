@@ -19,7 +19,7 @@ from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import DataError, one_line
 from tina.families import Family
-from tina.finetune import Lesson, Progress, finetune, initial_theta, train_trunk
+from tina.finetune import Lesson, OnSteps, finetune, initial_theta, train_trunk
 from tina.inputs import InputStore
 from tina.tensors import write_tensors
 from tina.views import Views
@@ -60,7 +60,7 @@ def train_generic(
     recipe: RecipeConfig,
     *,
     seed: int,
-    progress: Progress = lambda steps: None,
+    progress: OnSteps = lambda steps: None,
 ) -> GenericModel:
     """Train on all `fit` images of the given classes; first the trunk that a family trains.
 

@@ -56,7 +56,7 @@ class Mixer(nn.Module):
         """Body (n_body,) and rows (K, R) for a task."""
         vocabulary, ids = self.generator.vocabulary, list(class_ids)
         own_body, own_rows = self.generator.inherit_classes(ids)
-        task = vocabulary.condition(vocabulary.embeddings[ids]).mean(0)
+        task = self.generator.condition(vocabulary.embeddings[ids]).mean(0)
         *layers, head = cast(Tensor, self.shares(task)).view(-1, len(self.bodies))  # (J, Z)
         parts = [
             share @ self.bodies[:, slot.offset : slot.offset + slot.numel]

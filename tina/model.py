@@ -17,7 +17,7 @@ from tina.classifiers import Classifier
 from tina.errors import CheckpointError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
 from tina.families import Family, build_family
-from tina.files import write_bytes
+from tina.files import check_suffix, write_bytes
 from tina.names import FAMILIAR
 from tina.tensors import pack_tensors
 
@@ -88,16 +88,26 @@ class GeneratedModel:
         return pack_tensors(self.family.with_trunk(self.tensors), metadata)
 
     def save(self, file: str | Path) -> None:
-        """Write weights as safetensors."""
+        """Write weights as safetensors.
+
+        Raises:
+            DataError: The file's name says that it is something else.
+        """
+        check_suffix(Path(file), ".safetensors")
         write_bytes(Path(file), self.to_safetensors())
 
     def export_onnx(self, file: str | Path) -> None:
-        """Write an ONNX graph with the resizing and normalising inside, any N, H and W."""
+        """Write an ONNX graph with the resizing and normalising inside, any N, H and W.
+
+        Raises:
+            DataError: The file's name says that it is something else.
+        """
         export_onnx(self.classifier, Path(file))
 
 
 def export_onnx(classifier: Classifier, file: Path) -> None:
     """Write a classifier as ONNX; see `tina.export`."""
+    check_suffix(file, ".onnx")
     tensors, family = dict(classifier.network.named_parameters()), classifier.family
     write_bytes(file, OnnxGraph(family, export_graph(family)).fill(tensors, classifier.class_names))
 

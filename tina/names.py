@@ -1,4 +1,4 @@
-"""How names are written and compared, and from where on one is strange to a generator."""
+"""How names are written, split and compared, and from where on one is strange to a generator."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ PLURALS = (
 )
 """Endings of English plurals and of their singulars. The least change comes first: "tapes" are of
 "tape" where "tap" is known too."""
+
+SEPARATOR = re.compile(
+    r"[,;\n]"
+    r"|(?<![\w-])(?:vs\.|(?:and/or|and|or|vs|versus)(?![\w-]))"
+    r"|(?<!\S)[&/](?!\S)",  # not in "cabinet/shelf", "AT&T"
+    flags=re.IGNORECASE,
+)
 
 
 def clean(text: str) -> str:
@@ -42,3 +49,13 @@ def readings(name: str) -> Iterator[str]:
         for plural, singular in PLURALS:
             if spelling.endswith(plural) and not spelling.endswith("ss"):
                 yield spelling.removesuffix(plural) + singular
+
+
+def split_sentence(prompt: str) -> list[str]:
+    """The class names in a sentence: split at commas, semicolons, "and", "or" and "versus".
+
+    At "&" and "/" too, where white space stands around them. Underscores hold a name together:
+    "bow_and_arrow".
+    """
+    parts = SEPARATOR.split(prompt.strip().rstrip(".?!"))
+    return [part.strip() for part in parts if part.strip()]

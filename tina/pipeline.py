@@ -27,15 +27,14 @@ from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, square
 from tina.model import GeneratedModel
-from tina.names import normalise_name
+from tina.names import normalise_name, split_sentence
 from tina.prompts import (
     check_apart,
     check_distinct,
-    check_examples,
     check_pictures,
-    check_task,
+    check_prompt,
+    has_some,
     pad,
-    split_sentence,
 )
 from tina.storage import MANIFEST, named
 
@@ -90,6 +89,18 @@ class TinaPipeline:
             checkpoint = hash_file(directory / MANIFEST)
         return cls(generator, checkpoint=checkpoint, card=card, open_clip=open_clip)
 
+    def to(self, device: str | torch.device) -> TinaPipeline:
+        """Denoise on a device, such as "cuda"; what comes out lies on the CPU as before.
+
+        Raises:
+            ConfigError: There is none such.
+        """
+        try:
+            self.generator.denoiser.to(device)
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(f"cannot denoise on {device}: {one_line(error)}") from error
+        return self
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint directory, with its card; see `tina.checkpoint`."""
         save_generator(self.generator, Path(directory), card=self.card or "A Tina checkpoint.\n")
@@ -129,7 +140,7 @@ class TinaPipeline:
 
         Args:
             prompt: One task (`["otter", "bicycle"]`), a batch of tasks (a list of lists; the result
-                is then a list), or one sentence, see `tina.prompts.split_sentence`.
+                is then a list), or one sentence, see `tina.names.split_sentence`.
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: a text per class that takes the place of its name.
@@ -141,8 +152,8 @@ class TinaPipeline:
             guidance_scale: Classifier-free guidance; 1 is none.
 
         Raises:
-            PromptError: The prompt names no task; see `tina.prompts.check_task`. Or one picture is
-                given for two classes.
+            PromptError: The prompt names no task; see `tina.prompts.check_prompt`. Or one picture
+                is given for two classes.
             DataError: A picture's file cannot be read.
             ConfigError: Steps or guidance that the generator has not.
             NonFiniteError: What it generated holds NaN or infinity.
@@ -151,45 +162,27 @@ class TinaPipeline:
             UnfamiliarWarning: A class is not close to anything the generator was trained on.
         """
         batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
-        extras = (images, descriptions, examples)
-        if batched and any(extra is not None for extra in extras):
-            raise PromptError(
-                "images, descriptions and examples go with one task, not with a batch"
-            )
-        if images is not None and (descriptions is not None or examples is not None):
-            raise PromptError("images stand alone: descriptions and examples go with words")
-        given = [extra for extra in extras if extra is not None]
-        if any(isinstance(extra, str) or not isinstance(extra, Sequence) for extra in given):
-            raise PromptError(
-                "images, descriptions and examples are lists, in the order of the classes"
-            )
+        extras = {"images": images, "descriptions": descriptions, "examples": examples}
+        for field, given in extras.items():
+            if given is None:
+                continue
+            if batched:
+                raise PromptError(f"{field} go with one task, not with a batch", field=field)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise PromptError(f"{field} are a list, in the order of the classes", field=field)
         tasks = list(prompt) if batched else [self._one(prompt, images)]  # type: ignore[arg-type]
         most = self.generator.max_classes
-        names = [check_task(task, max_classes=most) for task in tasks]
+        names = [check_prompt(task, **extras, max_classes=most) for task in tasks]  # type: ignore[arg-type]
         seeds = _seeds(seed, len(tasks))
-        if len(seeds) != len(tasks):
-            raise PromptError(f"{len(tasks)} tasks need as many seeds, got {len(seeds)}")
-        if odd := [s for s in seeds if not 0 <= s < 2**63]:
-            raise PromptError(f"a seed must lie in 0..2^63 - 1, got {odd[0]}")
-        k = len(names[0])  # of the one task that may have them
         if images is not None:
-            if len(images) != k:
-                raise PromptError(f"{k} classes need pictures of as many, got {len(images)}")
             seen = [self._see(shots) for shots in images]
             check_apart(names[0], [_contents(small) for _, small in seen])
             embeddings = [torch.stack([embedding for embedding, _ in seen])]
-        elif descriptions is not None:
-            if len(descriptions) != k:
-                raise PromptError(f"{k} classes need as many descriptions, got {len(descriptions)}")
-            check_task(descriptions, max_classes=most)
-            embeddings = [self.embed_names(descriptions)]
         else:
-            embeddings = [self.embed_names(task) for task in names]
+            words = names if descriptions is None else [descriptions]
+            embeddings = [self.embed_names(task) for task in words]
         shown = None
         if examples is not None:
-            if len(examples) != k:
-                raise PromptError(f"{k} classes need examples of as many, got {len(examples)}")
-            check_examples([_some(shots) for shots in examples])  # before any is read
             shown = [self._small(self._pictures(x)) if _some(x) else None for x in examples]
             check_apart(names[0], [_contents(small) for small in shown])
         models = self.generate(
@@ -352,7 +345,7 @@ def _read_card(directory: Path) -> str:
 
 
 def _some(shots: Shots | None) -> TypeGuard[Shots]:
-    return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
+    return has_some(shots)
 
 
 def _contents(images: Tensor | None) -> list[bytes]:
@@ -375,7 +368,13 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One per task, of any type of integer."""
     try:
         if hasattr(seed, "__index__") and not getattr(seed, "shape", ()):
-            return [operator.index(seed)] * count
-        return [operator.index(s) for s in seed]  # type: ignore[union-attr]
+            seeds = [operator.index(seed)] * count
+        else:
+            seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
     except TypeError:
         raise PromptError(f"a seed is an integer, or one per task, got {seed!r}") from None
+    if len(seeds) != count:
+        raise PromptError(f"{count} tasks need as many seeds, got {len(seeds)}")
+    if odd := [s for s in seeds if not 0 <= s < 2**63]:
+        raise PromptError(f"a seed must lie in 0..2^63 - 1, got {odd[0]}")
+    return seeds

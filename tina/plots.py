@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tina.evaluation import DIRECT, SELECTION, TINA
+from tina.evaluation import DIRECT, SELECTION, TINA, UNTRAINED
 from tina.files import write_whole
-from tina.report import FEWEST, ORDER, Report, axes_of, span
+from tina.report import FEWEST, ORDER, Report, above_inherited, axes_of, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,10 +72,15 @@ def _draw_gap_closed(panel: Axes, axes: Mapping[str, Any]) -> None:
         panel.text(
             0.5, 0.5, "undetermined: no measurable gap", ha="center", transform=panel.transAxes
         )
-    for x, axis in enumerate(gaps.values()):
-        value, tasks = axis["gap_closed"], axis["methods"][DIRECT]["tasks"]
-        spread = _spread(value, axis["gap_closed_ci95"], tasks)
-        panel.errorbar(x, value, yerr=spread, fmt="o", color="tab:red", capsize=4)
+    for x, (name, axis) in enumerate(gaps.items()):
+        marks: list[tuple[float, Report, dict[str, Any]]] = [(x, axis, {"fillstyle": "full"})]
+        if above := above_inherited(name, axis):
+            said = f"of what {UNTRAINED} leaves"
+            marks.append((x + 0.1, above, {"fillstyle": "none", "label": said}))
+        for place, gap, look in marks:
+            value, tasks = gap["gap_closed"], axis["methods"][DIRECT]["tasks"]
+            bar = _spread(value, gap["gap_closed_ci95"], tasks)
+            panel.errorbar(place, value, yerr=bar, fmt="o", color="tab:red", capsize=4, **look)
     panel.axhline(0, color="grey", label="classifier selection")
     panel.axhline(1, color="grey", linestyle="--", label="direct fine-tuning")
     panel.set_ylim(bottom=min(panel.get_ylim()[0], -0.05))  # the frame would hide the line at 0

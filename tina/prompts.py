@@ -5,7 +5,6 @@ Axes: B batch, K classes, V vocabulary, E embedding width, R values of a head ro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,22 +26,46 @@ are closer to each other than that sharpen it."""
 HIDDEN = -1e6  # far below any cosine
 SAME = 1 - 1e-5
 """Cosine above which two names are one to the prompt encoder."""
-SEPARATOR = re.compile(
-    r"[,;\n]"
-    r"|(?<![\w-])(?:vs\.|(?:and/or|and|or|vs|versus)(?![\w-]))"
-    r"|(?<!\S)[&/](?!\S)",  # not in "cabinet/shelf", "AT&T"
-    flags=re.IGNORECASE,
-)
 
 
-def split_sentence(prompt: str) -> list[str]:
-    """The class names in a sentence: split at commas, semicolons, "and", "or" and "versus".
+def check_prompt(
+    names: Sequence[str],
+    *,
+    descriptions: Sequence[str] | None,
+    images: Sequence[object] | None,
+    examples: Sequence[object] | None,
+    max_classes: int,
+) -> tuple[str, ...]:
+    """The names of a task as `check_task` has them, if what goes with them does.
 
-    At "&" and "/" too, where white space stands around them. Underscores hold a name together:
-    "bow_and_arrow".
+    Of pictures it only looks which classes have some: so much can be refused before any is read.
+
+    Raises:
+        PromptError: See `check_task` and `check_examples`; or there are not as many of something as
+            there are classes, or something beside images.
     """
-    parts = SEPARATOR.split(prompt.strip().rstrip(".?!"))
-    return [part.strip() for part in parts if part.strip()]
+    names = check_task(names, max_classes=max_classes)
+    extras = {"descriptions": descriptions, "images": images, "examples": examples}
+    for field, given in extras.items():
+        if given is not None and len(given) != len(names):
+            count = f"{len(names)} classes need as many {field}, got {len(given)}"
+            raise PromptError(count, field=field)
+    if images is not None and (descriptions is not None or examples is not None):
+        alone = "images stand alone: descriptions and examples go with words"
+        raise PromptError(alone, field="images")
+    if descriptions is not None:
+        try:
+            check_task(descriptions, max_classes=max_classes)
+        except PromptError as error:
+            raise PromptError(str(error), field="descriptions") from None
+    if examples is not None:
+        check_examples([has_some(shots) for shots in examples])
+    return names
+
+
+def has_some(shots: object) -> bool:
+    """Whether a class has pictures: neither None nor an empty list."""
+    return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
 
 
 def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
@@ -85,7 +108,8 @@ def check_examples(shown: Sequence[bool]) -> None:
         PromptError: There are some of fewer than two classes.
     """
     if sum(shown) < 2:
-        raise PromptError("examples are needed of two classes at least: they tell these apart")
+        few = "examples are needed of two classes at least: they tell these apart"
+        raise PromptError(few, field="examples")
 
 
 def check_apart(names: Sequence[str], shown: Sequence[Collection[bytes]]) -> None:
@@ -167,24 +191,15 @@ class Vocabulary:
         names: V names, as `normalise_name` writes them: the data set's classes, then further words.
         embeddings: (V, E), unit norm.
         trained: bool (V,), false for classes kept out of all training and for further words.
-        shrinkage: How far conditions are drawn to the trained names that they inherit of, 0..1.
     """
 
     space: EmbeddingSpace
     names: tuple[str, ...]
     embeddings: Tensor
     trained: Tensor
-    shrinkage: float = 0.0
 
     @classmethod
-    def by(
-        cls,
-        encoder: PromptEncoder,
-        names: Sequence[str],
-        trained: Sequence[int],
-        *,
-        shrinkage: float = 0.0,
-    ) -> Vocabulary:
+    def by(cls, encoder: PromptEncoder, names: Sequence[str], trained: Sequence[int]) -> Vocabulary:
         """The names of a data set's classes as an encoder has them.
 
         With all words of a table: where a checkpoint is used, the table need not be at hand.
@@ -199,7 +214,6 @@ class Vocabulary:
             names=tuple(normalise_name(name) for name in names),
             embeddings=encoder.encode_text(names),
             trained=mask,
-            shrinkage=shrinkage,
         )
         if isinstance(encoder, TableEncoder):
             vocabulary = vocabulary.with_words(*encoder.words())
@@ -262,16 +276,19 @@ class Vocabulary:
         """Embeddings (B, K, E) of tasks' class ids, padded to `length`, and the mask (B, K)."""
         return pad([self.embeddings[list(class_ids)] for class_ids in tasks], length)
 
-    def condition(self, embeddings: Tensor) -> Tensor:
+    def condition(self, embeddings: Tensor, *, shrinkage: float = 0.0) -> Tensor:
         """What the denoiser sees of embeddings (..., E): centred, values of about 1.
 
         It was trained on those of the trained names alone, and a synonym's lies between them.
-        `shrinkage` draws each to what its row is mixed of; a trained name's stays where it is.
+
+        Args:
+            shrinkage: How far each is drawn to what its row is mixed of, 0..1; a trained name's
+                stays where it is.
         """
         units = self._centred(embeddings)
-        if self.shrinkage:
+        if shrinkage:
             mixture = self.attention(embeddings) @ self._keys
-            units = F.normalize(units.lerp(mixture, self.shrinkage), dim=-1)
+            units = F.normalize(units.lerp(mixture, shrinkage), dim=-1)
         return units * embeddings.shape[-1] ** 0.5
 
     def attention(self, embeddings: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -89,17 +89,32 @@ def _gap(axis: Mapping[str, Any]) -> str:
             "gap closed: undetermined, as direct fine-tuning is not measurably above selection: "
             f"{_points(axis['gap'], on)} points on {on} tasks"
         )
-    low, high = axis["gap_closed_ci95"]
-    interval = f"{low:.2f} to {high:.2f}, " if on >= FEWEST else ""
-    return f"gap closed {axis['gap_closed']:.2f} ({interval}{on} tasks)"
+    return f"gap closed {_share(axis, on, f'{on} tasks')}"
+
+
+def _share(gap: Mapping[str, Any], tasks: int, *more: str) -> str:
+    """What part of a gap is closed, with its interval on so many tasks."""
+    low, high = gap["gap_closed_ci95"]
+    said = [f"{low:.2f} to {high:.2f}"] if tasks >= FEWEST else []
+    said += more
+    return f"{gap['gap_closed']:.2f}" + (f" ({', '.join(said)})" if said else "")
+
+
+def above_inherited(name: str, axis: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The gap above what names inherit, where they inherit more than selection has."""
+    found: Mapping[str, Any] | None = axis.get("above_inherited")  # older reports have none
+    measurable = found is not None and found["gap_closed_ci95"] is not None
+    return found if measurable and name == "unseen_class" else None
 
 
 def _caption(name: str, axis: Mapping[str, Any]) -> str:
-    below = axis["tina_minus"][SELECTION]["tasks_below"]
+    below, gap = axis["tina_minus"][SELECTION]["tasks_below"], _gap(axis)
+    if above := above_inherited(name, axis):
+        gap += f", {_share(above, axis['methods'][DIRECT]['tasks'])} of what {UNTRAINED} leaves"
     return (
         f"{name.replace('_', ' ')}: {axis['tasks']} tasks, "
         f"at least {axis['images_per_class']} report images per class, "
-        f"chance {_percent(axis['chance'])} %; {_gap(axis)}; "
+        f"chance {_percent(axis['chance'])} %; {gap}; "
         f"below selection on {100 * below:.0f} % of the tasks"
     )
 
@@ -146,12 +161,12 @@ def markdown(report: Report, only: str | None = None) -> str:
 
 def _unseen_table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Accuracy by the number of a task's classes that nothing was trained on."""
-    header = ["unseen classes", "tasks", TINA, UNTRAINED, SELECTION, "Tina minus it, points"]
+    header = ["unseen classes", "tasks", TINA, SELECTION, UNTRAINED, "Tina minus it, points"]
     rows = []
     for found in counts:
         row = [str(found["unseen"]), str(found["tasks"])]
-        row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, UNTRAINED, SELECTION)]
-        rows.append([*row, _points(found["tina_minus"][SELECTION], found["tasks"])])
+        row += [_percent(found["methods"][m]["accuracy"]) for m in (TINA, SELECTION, UNTRAINED)]
+        rows.append([*row, _points(found["tina_minus"][UNTRAINED], found["tasks"])])
     return _table(header, rows)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tina.batches import Source
+from tina.batches import BatchSource
 from tina.checkpoint import attach_clip, load_generator, save_generator
 from tina.claim import CONFIG, claim, give_up
 from tina.codec import fit_codec
@@ -254,7 +254,7 @@ class Run:
         """The untrained generator, its codec fitted to the generic model's curvature."""
         config, encoder = self.config.generator, build_encoder(self.config.prompt)
         names, trained = self.dataset.class_names, self.generic.class_ids
-        vocabulary = Vocabulary.by(encoder, names, trained, shrinkage=config.prompt.shrinkage)
+        vocabulary = Vocabulary.by(encoder, names, trained)
         layout = self.family.layout(self.config.tasks.max_classes)
         seed = self.config.train.seed
         curvature = measure_curvature(
@@ -286,14 +286,13 @@ class Run:
         """
         found, config = load_generator(self.trained), self.config.generator
         config = replace(config, prompt=config.prompt.settled(found.config.prompt))
-        if found.config == config:
-            return found
-        vocabulary = replace(found.vocabulary, shrinkage=config.prompt.shrinkage)
-        return replace(found, config=config, vocabulary=vocabulary, tower=self.tower)
+        return found if found.config == config else replace(found, config=config, tower=self.tower)
 
-    def source(self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None) -> Source:
+    def source(
+        self, generator: Generator, config: TrainConfig, zoo: Zoo | None = None
+    ) -> BatchSource:
         """Training batches for a generator; the zoo is read here unless it is given."""
-        return Source(
+        return BatchSource(
             generator=generator,
             config=config,
             zoo=(zoo or self.read_zoo("zoo")).only("train"),

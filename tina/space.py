@@ -139,6 +139,10 @@ class Search:
         own = config_values(self.config, self.space)
         return {key: domain.label(own[key]) for key, domain in self.space.items()}
 
+    def is_default(self, config: JobConfig) -> bool:
+        """Whether a trial's is the run's own configuration, in all that the space varies."""
+        return config_values(config, self.space) == config_values(self.config, self.space)
+
     def trial(self, point: Mapping[str, Any]) -> JobConfig:
         """The configuration of a point in labels."""
         return changed(self.config, {key: self.space[key].value(x) for key, x in point.items()})

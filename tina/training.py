@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tina.batches import Batch, Source
+from tina.batches import Batch, BatchSource
 from tina.diffusion import add_noise, as_x0, signal_level
 from tina.engine import Engine, Weights
 from tina.errors import CheckpointError, NonFiniteError, one_line
@@ -173,7 +173,7 @@ def train(
     config: TrainConfig,
     *,
     engine: Engine,
-    source: Source,
+    source: BatchSource,
     start: Progress,
     report: Callable[[Progress, dict[str, float]], None],
     validate: Validate | None,

@@ -25,7 +25,7 @@ from tina.datasets import Dataset
 from tina.errors import DataError, one_line
 from tina.families import Family
 from tina.files import read_table, write_text
-from tina.finetune import Lesson, Progress, accuracy, finetune
+from tina.finetune import Lesson, OnSteps, accuracy, finetune
 from tina.generic import GenericModel
 from tina.inputs import InputStore
 from tina.tasks import Task
@@ -215,7 +215,7 @@ def build_rows(
     recipe: RecipeConfig,
     max_classes: int,
     stacked: bool,
-    progress: Progress = lambda steps: None,
+    progress: OnSteps = lambda steps: None,
 ) -> list[dict[str, Any]]:
     """Fine-tune one p-model per task from the generic model; rows as `zoo_schema` says."""
     starts = [
