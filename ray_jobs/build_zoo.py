@@ -86,6 +86,7 @@ class Teacher:
     def load(self) -> None:
         """All that a block needs, on the device."""
         run, device = self.run, self.device
+        run.check_images()
         generic = run.generic
         self.tasks = {task.task_id: task for task in run.zoo_tasks(self.kind)}
         self.tools = {
@@ -189,9 +190,10 @@ def finetuned(run: Run, kind: str, task_ids: list[str]) -> Iterator[pa.Table]:
         assert run.store  # here once, for all workers
     # a stacked block takes a GPU about as long however few it holds
     workers = 1 if gpu else min(cluster.zoo_workers, capacity(CPU))
+    most = cluster.zoo_block_gpu if gpu else cluster.zoo_block
     blocks = [
         {"task_ids": " ".join(task_ids[place])}
-        for place in blocks_of(len(task_ids), most=cluster.zoo_block, workers=workers)
+        for place in blocks_of(len(task_ids), most=most, workers=workers)
     ]
     arguments = (run.config, run.base, kind, "cuda" if gpu else "cpu")
     return stream(Teacher, arguments, blocks, each=GPU if gpu else CPU, cluster=cluster)

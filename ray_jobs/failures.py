@@ -12,7 +12,7 @@ from tina.errors import TinaError
 
 MOST_CHARACTERS = 500  # of a last line; the traceback above it has them all
 LESS_MEMORY = {
-    "a pool worker": "lower cluster.zoo_block or cluster.zoo_workers",
+    "a pool worker": "lower cluster.zoo_block (on a GPU zoo_block_gpu) or cluster.zoo_workers",
     "training rank": "raise train.accumulation or cluster.zero_stage, set cluster.offload or "
     "cluster.activation_checkpointing, or lower cluster.train_workers",
     "the job's own process": "run it on a machine with more memory",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 from ray_jobs.build_zoo import build_zoo, ensure_generic
 from ray_jobs.evaluate import evaluate
@@ -19,12 +20,24 @@ from tina.report import print_report
 from tina.run import Run
 
 
+def on_its_gpus(run: Run) -> Run:
+    """With no more ranks than the cluster has GPUs, if it has some: a workstation has one."""
+    import ray
+
+    gpus, cluster = int(ray.cluster_resources().get("GPU", 0)), run.config.cluster
+    if not 0 < gpus < cluster.train_workers:
+        return run
+    print(f"note: cluster.train_workers is {gpus}, not {cluster.train_workers}: a rank has a GPU")
+    return Run(replace(run.config, cluster=replace(cluster, train_workers=gpus)), run.base)
+
+
 def work(run: Run) -> None:
     """The whole job."""
     begin = time.monotonic()
     if not run.checkpoint.exists():
         run.regressor()  # a wrong one must not be told of at the end
         start_ray()
+        run = on_its_gpus(run)
         check_ready(run)
         ensure_generic(run)
         build_zoo(run, "zoo")

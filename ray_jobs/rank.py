@@ -6,6 +6,7 @@ Ray Train runs `train_on_rank` in its workers, each with a DeepSpeed engine of i
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from ray_jobs.engine import DeepSpeedEngine
 from ray_jobs.process import settle_in
@@ -52,7 +52,9 @@ class Judge:
         self, config: JobConfig, base: Place
     ) -> Callable[[Weights | None], list[float]]:
         run = Run(config, base)
-        self._lender = self._lender or run
+        if self._lender is None:
+            run.check_images()
+            self._lender = run
         return self._lender.validator(load_generator(run.start))
 
 
@@ -76,10 +78,14 @@ def train_on_rank(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     cpus = config.cluster.train_cpus
-    settle_in(threads=None if torch.cuda.is_available() else max(1, int(cpus)))
+    gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # its node may have GPUs that are not for it
+    settle_in(threads=None if gpu else max(1, int(cpus)))
     for chatty in ("ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     run = Run(config, base)
+    run.check_images()
     zoo = None
     if settings["judge"] is None:
         shard = ray.train.get_dataset_shard("zoo")

@@ -55,6 +55,10 @@ def capacity(each: Mapping[str, float]) -> int:
     return room
 
 
+def _said(name: str, need: float) -> str:
+    return f"{need / 2**30:g} GiB of memory" if name == "memory" else f"{need:g} {name}"
+
+
 def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float) -> None:
     """Make sure that the cluster can hold some workers; one that can grow is asked and awaited.
 
@@ -78,7 +82,7 @@ def require(workers: int, each: Mapping[str, float], *, key: str, wait_s: float)
             # again and again: Ray Data's own requests take the place of it
             request_resources(bundles=wanted)
             if time.monotonic() >= limit:
-                what = " and ".join(f"{need:g} {name}" for name, need in each.items())
+                what = " and ".join(_said(name, need) for name, need in each.items())
                 lower = f"lower {key}, " if workers > 1 else ""
                 raise ConfigError(
                     f"{key} needs {workers} x {what}, and the cluster holds {room} of them"

@@ -21,7 +21,7 @@ from ray_jobs.resources import on_gpu, require
 from ray_jobs.tracking import check_tracking
 from tina.calibration import calibrate
 from tina.checkpoint import load_generator, save_generator
-from tina.errors import ConfigError, DataError
+from tina.errors import ConfigError, DataError, one_line
 from tina.generator import Generator
 from tina.run import Run
 from tina.stores import Store, below
@@ -90,9 +90,9 @@ def last_state(run: Run) -> Checkpoint | None:
         return None
     except RayTrainError as error:
         raise DataError(
-            f"Ray cannot read which states {run.place.below('train').location} holds; a crash may "
-            "have cut off its list (checkpoint_manager_snapshot.json): remove that folder to train "
-            "anew"
+            f"Ray cannot read which states {run.place.below('train').location} holds: "
+            f"{one_line(error)}; if a crash has cut off its list (checkpoint_manager_snapshot.json)"
+            ", remove that folder to train anew"
         ) from error
     return cast("Checkpoint | None", checkpoint)
 

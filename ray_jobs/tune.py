@@ -39,9 +39,9 @@ from tina.stores import below
 if TYPE_CHECKING:
     from ray.tune import ResultGrid, Tuner
 
-DRIVER = {"memory": 1.0}
-"""Of a trial's own process, which starts its ranks and waits for them; Tune wants something, and a
-byte takes no place of theirs."""
+DRIVER = {"memory": 1.5 * 2**30}
+"""Of a trial's own process, which starts its ranks and waits for them, and Ray Train's controller
+beside it (0.7 GB each). No CPUs: Ray spreads them by their share of a node's memory."""
 
 SNAPSHOT_S = "2"
 SWEEP = "sweep.yaml"
@@ -125,7 +125,8 @@ def at_once(search: Search) -> int:
     sweep = search.sweep
     each = {"CPU": sweep.cpus} | ({"GPU": 1.0} if on_gpu() else {})
     require(sweep.workers, each, key="sweep.workers", wait_s=search.config.cluster.wait_s)
-    fit = capacity(each) // sweep.workers
+    require(1, DRIVER, key="a trial's own process", wait_s=search.config.cluster.wait_s)
+    fit = min(capacity(each) // sweep.workers, capacity(DRIVER))
     return min(fit, sweep.concurrent or fit)
 
 

@@ -8,6 +8,7 @@ Two deployments: a light ingress that speaks HTTP, and the generator, which alon
 # Annotations are not put off here: Serve looks at `build_app`'s for what its arguments are,
 # and passes a plain dictionary where it finds a string.
 
+import logging
 import math
 import os
 import time
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -42,6 +44,8 @@ ATTEMPTS = 3  # on another replica each, where one dies; every call may be repea
 LOOKS = 8  # for a replica of an id's checkpoint: in a rolling update some have another
 LATELY_S = 60  # for which it counts that a checkpoint was found, or that it was not
 INGRESS_ONGOING, INGRESS_QUEUED = 256, 64
+
+log = logging.getLogger("ray.serve")
 
 
 class ServeArgs(BaseModel):
@@ -249,6 +253,8 @@ def build_app(args: ServeArgs) -> "Application":
     if "/" not in name and name not in pretrained():
         raise ConfigError(f"checkpoint {name} is none of {', '.join(pretrained())}, and no path")
 
+    if args.gpus and ray.is_initialized() and not ray.cluster_resources().get("GPU"):
+        log.warning("no node has a GPU now: replicas of the generator wait until one joins")
     shared: dict[str, Any] = {
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,

@@ -65,7 +65,8 @@ def faults_of(errors: Sequence[Any]) -> Problem:
         loc = error["loc"]
         parts = (f"[{part}]" if isinstance(part, int) else f".{brief(part)}" for part in loc)
         faults.append(Fault(field="".join(parts).lstrip("."), detail=error["msg"]))
-    detail = "; ".join(f"{fault.field}: {fault.detail}" for fault in faults[:3])
+    # what is wrong with the whole body is in no field
+    detail = "; ".join(": ".join(filter(None, [x.field, x.detail])) for x in faults[:3])
     return Problem("invalid", detail, faults)
 
 
@@ -127,6 +128,8 @@ async def read_form(
     if charset not in CHARSETS:
         raise Problem("unsupported-media-type", f"a form is utf-8, not {brief(charset)!r}")
     body = await read_body(request)
+    if (boundary := options.get(b"boundary")) and b"--" + boundary + b"--" not in body:
+        raise Problem("malformed", "the form is cut off: it has no closing boundary")
     starts = iter(range(0, len(body), PIECE))
 
     async def receive() -> Message:
@@ -143,6 +146,8 @@ async def read_form(
     try:
         async with Request(request.scope, receive).form(**limits) as form:
             for name, value in form.multi_items():
+                if name in texts:
+                    raise Problem.of_field(name, "is there twice")
                 if isinstance(value, str):
                     texts[name] = value.encode()
                 elif name == "prompt":  # to browsers whatever has a content type is a file

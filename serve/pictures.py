@@ -13,6 +13,7 @@ import warnings
 from PIL import Image
 
 from tina.errors import DataError
+from tina.schemas import MAX_PIXELS
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_READS = 50_000  # of a file: some for each segment, chunk or run, which may be of a single byte
@@ -31,6 +32,9 @@ MARKS = {
 }
 
 warnings.filterwarnings("ignore", module="PIL")  # one for each odd tag: longer than all else
+# A GIF's first frame is made when it is opened, before anyone can ask for its size; Pillow refuses
+# twice as many pixels as this.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 class _Pieces(io.BytesIO):
@@ -46,12 +50,20 @@ class _Pieces(io.BytesIO):
         return super().read(size)
 
 
+def _in_runs(file: bytes) -> bool:
+    """Whether a BMP is run-length encoded: Pillow fills its rows byte by byte, holding the GIL."""
+    has_compression = file[14:15] != b"\x0c"  # the oldest header, of 12 bytes, has no such field
+    return file.startswith(b"BM") and has_compression and file[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
+
+
 def bounded(file: bytes) -> io.BytesIO:
     """A picture file as Pillow may open it; to read it in too many pieces raises the same error.
 
     Raises:
-        DataError: It has too many parts of one kind.
+        DataError: It has too many parts of one kind, or is a BMP of runs.
     """
+    if _in_runs(file):
+        raise DataError("it is a BMP in run-length encoding, which is not read")
     for start, marks in MARKS.items():
         for mark, name in marks.items():
             if file.startswith(start) and (count := file.count(mark)) > MAX_MARKS:

@@ -263,7 +263,7 @@ class Replica:
             try:
                 model = await made
             except PromptError as error:  # two names that are one to the prompt encoder
-                raise Problem.of_field("classes", f"are refused: {error}") from None
+                raise Problem.of_field(_words_of(recipe), f"are refused: {error}") from None
             finally:
                 self.metrics.waiting.set(len(self._generations))
             if size_of(model) <= self._cache.maxsize:
@@ -312,7 +312,7 @@ class Replica:
         texts, lookup = recipe.descriptions or recipe.classes, self.pipe.generator.vocabulary.lookup
         if recipe.embeddings or all(lookup(text) is not None for text in texts):
             return
-        field = "descriptions" if recipe.descriptions else "classes"
+        field = _words_of(recipe)
         if self.pipe.reads_text and not self._reads_text:
             raise Problem.of_field(field, "cannot be encoded: this server has no encoder for it")
         try:
@@ -381,6 +381,11 @@ class Replica:
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+def _words_of(recipe: Recipe) -> str:
+    """The field of a request with the words that are encoded."""
+    return "descriptions" if recipe.descriptions else "classes"
 
 
 def size_of(model: GeneratedModel) -> int:

@@ -100,10 +100,47 @@ def test_what_is_done_to_one_classifier_does_not_reach_another():
     theta, images = theta_of(family), pictures(4, 1, 8, 8) / 255
     one, other = (Classifier(family, theta, tuple("abcde")) for _ in range(2))
     before = other(images)
-    one.train()(images)  # moves the trunk's running statistics
+    one.trunk.train()(images)  # moves its running statistics
     one.double()
     assert torch.equal(other(images), before)
     assert torch.equal(Classifier(family, theta, tuple("abcde"))(images), before)
+
+
+def test_what_is_saved_of_a_trained_head_goes_with_the_familys_trunk():
+    """Else the statistics of the trunk here would have moved, and those in the file not."""
+    family = family_of("resnet20_head")
+    images = pictures(4, 1, 8, 8) / 255
+    classifier = Classifier(family, theta_of(family), tuple("abcde"))
+    before = classifier(images)
+    classifier.train()(images)
+    assert classifier.network.training
+    assert torch.equal(classifier.eval()(images), before)
+
+
+@pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
+def test_it_may_be_of_another_precision_than_its_images(family, change):
+    images = pictures(2, family.channels, 8, 8)
+    classifier = Classifier(family, theta_of(family), tuple("abcde"))
+    want = classifier(images)
+    for same in (images, images / 255, (images / 255).half(), (images / 255).double()):
+        torch.testing.assert_close(classifier(same), want, atol=0.02, rtol=0.02)
+    if family.on_clip:  # its stand-in here is no module, and stays what it is
+        return
+    found = getattr(classifier, change)()(images)
+    torch.testing.assert_close(found.float(), want, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_other_numbers_are_no_images(family, dtype):
+    classifier = Classifier(family, theta_of(family), tuple("abcde"))
+    with pytest.raises(DataError, match=f"got {str(dtype)[6:]}"):
+        classifier(pictures(2, family.channels, 8, 8).to(dtype))
+
+
+def test_images_of_no_pixels_are_refused(family):
+    classifier = Classifier(family, theta_of(family), tuple("abcde"))
+    with pytest.raises(DataError, match="images of 0 x 8 pixels"):
+        classifier(torch.rand(2, family.channels, 0, 8))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

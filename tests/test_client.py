@@ -13,7 +13,7 @@ import pytest
 
 from tina import client as client_module
 from tina.client import AsyncClient, Client, ServiceError
-from tina.errors import ConfigError, PromptError
+from tina.errors import ConfigError, DataError, PromptError
 from tina.schemas import ModelReply, Prediction, PredictReply, ProblemDocument
 
 REPLY = ModelReply(
@@ -253,6 +253,16 @@ def test_an_id_is_one_part_of_the_path(kind, id):
 def test_a_base_url_that_is_none(kind):
     with pytest.raises(ConfigError, match="base_url"):
         kind("http://[::1")
+
+
+@kinds
+def test_what_cannot_be_asked_at_all(kind, tmp_path):
+    with pytest.raises(ConfigError, match="retries must not be negative"):
+        kind("http://tina", retries=-1)
+    service = Service()
+    with pytest.raises(DataError, match=r"cannot read image .*/a\.png: No such file"):
+        ask(kind, service, "predict", "an-id", [tmp_path / "a.png"])
+    assert service.sent == []
 
 
 @kinds

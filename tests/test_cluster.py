@@ -319,6 +319,8 @@ def test_a_cluster_that_does_not_grow_is_refused(nodes):
     message = str(refused.value)
     assert message.startswith("cluster.train_workers needs 4 x 2 CPU, and the cluster holds 1 of")
     assert "lower cluster.train_workers" in message
+    with pytest.raises(ConfigError, match=r"needs 1 x 1\.5 GiB of memory, and the cluster holds 0"):
+        resources.require(1, {"memory": 1.5 * 2**30}, key="it", wait_s=0)
     assert "cluster.wait_s" in message
 
 

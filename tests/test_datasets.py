@@ -29,6 +29,7 @@ from tina.datasets import PARTITIONS, _Decoded, load_dataset
 from tina.errors import ConfigError, DataError
 from tina.images import fit, read_image
 from tina.jobconfig import DataConfig
+from tina.sources import TORCHVISION_FOLDERS, _download
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -565,6 +566,32 @@ def test_roots_are_config_then_variable_then_user_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TINA_DATA", str(tmp_path / "variable"))
     assert len(load_dataset(DataConfig(name="mini_imagenet")).labels) == 12 + 9
     assert len(load(tmp_path / "config", "mini_imagenet").labels) == 15 + 9
+
+
+@pytest.mark.parametrize("name", ["cifar100", "caltech101"])
+def test_a_download_that_is_cut_off_leaves_nothing(monkeypatch, tmp_path, name):
+    """What it had unpacked would be taken for the whole: fewer images, parted otherwise."""
+
+    def unpack(root, *, train=True, download=False):
+        folder = Path(root) / TORCHVISION_FOLDERS[name]
+        (folder / "ant").mkdir(parents=True)
+        (folder / "ant" / "a.jpg").write_text("")
+        if not whole:
+            raise KeyboardInterrupt  # as a kill, but that this test goes on
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", unpack)
+    monkeypatch.setattr("torchvision.datasets.Caltech101", unpack)
+    whole = False
+    with pytest.raises(KeyboardInterrupt):
+        _download(name, tmp_path, "")
+    assert not (tmp_path / TORCHVISION_FOLDERS[name]).exists()
+    whole = True
+    _download(name, tmp_path, "")
+    assert (tmp_path / TORCHVISION_FOLDERS[name] / "ant" / "a.jpg").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        TORCHVISION_FOLDERS[name].split("/")[0],
+        f".{name}.lock",
+    }
 
 
 @pytest.mark.parametrize("name", ["cifar100", "caltech101"])

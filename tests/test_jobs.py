@@ -13,12 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 
 from ray_jobs import build_zoo
 from ray_jobs.job import run_job
-from ray_jobs.quickstart import work
-from tina.checkpoint import check_manifest, load_generator
+from ray_jobs.quickstart import on_its_gpus, work
+from ray_jobs.rank import Judge
+from tina.checkpoint import check_manifest, load_generator, save_generator
 from tina.config import RecipeConfig
 from tina.configio import config_from_dict, config_to_dict
 from tina.errors import ConfigError, DataError
@@ -325,6 +327,32 @@ def test_a_report_of_other_settings_is_said(claimed, monkeypatch, capsys, tmp_pa
         run.report_file.write_text(json.dumps({"evaluation": config_to_dict(made)}))
         work(run)
         assert ("other evaluation settings" in capsys.readouterr().out) == said
+
+
+def test_workers_look_whether_their_nodes_images_are_the_runs(tiny_run, tiny_generator, tmp_path):
+    """Others would be parted otherwise, and a row be taught by images of its own report."""
+    config = replace(tiny_run.config, storage=str(tmp_path))
+    run = Run(replace(config, data=replace(config.data, select_fraction=0.3)))
+    run.claim()
+    shutil.copy(tiny_run.generic_file, run.generic_file)
+    save_generator(tiny_generator, run.start, card="Untrained.\n")
+    for begin in (
+        build_zoo.Teacher(run.config, run.base, "zoo", "cpu").load,
+        lambda: Judge()._new_validator(run.config, run.base),
+    ):
+        with pytest.raises(DataError, match="was trained on other images"):
+            begin()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "ranks"), [(0, 2, 2), (1, 2, 1), (2, 2, 2), (1, 1, 1), (4, 2, 2)]
+)
+def test_the_demo_has_no_more_ranks_than_gpus(tiny_run, monkeypatch, capsys, gpus, asked, ranks):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    cluster = replace(tiny_run.config.cluster, train_workers=asked)
+    run = Run(replace(tiny_run.config, cluster=cluster))
+    assert on_its_gpus(run).config.cluster.train_workers == ranks
+    assert ("note: cluster.train_workers is" in capsys.readouterr().out) is (ranks < asked)
 
 
 def test_a_run_may_be_moved(claimed, tmp_path):

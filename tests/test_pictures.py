@@ -86,10 +86,40 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_what_takes_long_for_its_bytes_is_not_read(kind):
     content = LONG[kind]
-    with pytest.raises(DataError, match=r"too many small parts|, more than 100"):
+    with pytest.raises(DataError, match=r"too many small parts|, more than 100|run-length"):
         read_image(bounded(content), channels=3, formats=PICTURES)
-    at_the_end = kind in ("chunks at the end", "runs")  # its header is what it says
+    at_the_end = kind == "chunks at the end"  # its header is what it says
     assert bool(pixels_of(content)) is at_the_end
+
+
+@pytest.mark.parametrize("compression", [1, 2])
+def test_one_run_may_stand_for_a_row_of_millions(compression):
+    """Pillow fills up the row byte by byte: seconds for these 68 bytes."""
+    head = struct.pack("<2sIHHI", b"BM", 68, 0, 0, 62)
+    bits = 8 if compression == 1 else 4
+    info = struct.pack("<IiiHHIIiiII", 40, 24_000_000, 1, 1, bits, compression, 6, 0, 0, 2, 0)
+    with pytest.raises(DataError, match="run-length"):
+        bounded(head + info + bytes(8) + b"\1\0\0\0\0\1")
+
+
+def test_a_bmp_of_the_oldest_kind_has_colours_where_others_say_how_they_are_packed():
+    palette = [(0, 0, 0), (0, 1, 0), (0, 0, 0), *[(9, 9, 9)] * 253]
+    info = struct.pack("<IHHHH", 12, 4, 1, 1, 8)
+    start = 14 + len(info) + 3 * len(palette)
+    head = struct.pack("<2sIHHI", b"BM", start + 4, 0, 0, start)
+    content = head + info + b"".join(map(bytes, palette)) + bytes(4)
+    assert content[30:34] == b"\1\0\0\0"
+    assert read_image(bounded(content), channels=3, formats=PICTURES).shape == (1, 3, 1, 4)
+
+
+def test_a_gif_is_not_made_before_its_size_is_known():
+    """Pillow clears the first frame when the file is opened: 169 MiB for these 43 bytes."""
+    side = struct.pack("<HH", 13_300, 13_300)
+    control, frame = b"!\xf9\4\x08\0\0\0\0", b"," + bytes(4) + side + b"\0"
+    content = b"GIF89a" + side + b"\x80\0\0" + bytes(6) + control + frame + b"\2\2\x44\1\0;"
+    assert pixels_of(content) == 0
+    with pytest.raises(DataError, match="limit"):
+        read_image(bounded(content), channels=3, formats=PICTURES)
 
 
 @pytest.mark.parametrize("format", PICTURES)

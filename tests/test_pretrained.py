@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_encoders import TINY
 
-from tina import TinaPipeline
+from tina import TinaPipeline, load_classifier
 from tina.cli import main
 from tina.encoders import EmbeddingSpace, OpenClipEncoder
-from tina.errors import CheckpointError, ConfigError, PromptError
+from tina.errors import CheckpointError, ConfigError, NonFiniteError, PromptError
 from tina.names import split_sentence
 from tina.packaged import PRETRAINED, pretrained
 from tina.report import markdown
@@ -166,6 +167,25 @@ def test_guidance_that_nothing_has_trained_is_refused(name):
     pipe = TinaPipeline.from_pretrained(name)
     with pytest.raises(ConfigError, match="guidance"):
         pipe(list(pipe.generator.vocabulary.trained_names[:3]), guidance_scale=2.0)
+
+
+def test_a_head_whose_trunk_is_spoilt_is_refused(tmp_path):
+    model = TinaPipeline.from_pretrained("tina-cifar100-resnet20-head")(["otter", "rose"])
+    model.save(tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", "pt") as stream:
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        metadata = stream.metadata()
+    name = next(name for name in tensors if name.startswith("trunk") and name.endswith("bias"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(NonFiniteError, match=re.escape(name)):
+        load_classifier(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", 300 * "y"])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        TinaPipeline.from_pretrained(name)
 
 
 @pytest.mark.parametrize("name", pretrained())

@@ -1119,6 +1119,7 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, m
         {"files": [("images[0]", ("a", picture()))]},
         {"files": [("images[0]", ("a", b""))], "data": {"prompt": json.dumps(THREE)}},
         {"files": {"prompt": (None, json.dumps(THREE)), "seed": (None, "7")}},
+        {"files": [("prompt", (None, json.dumps(THREE)))] * 2},
     ],
     ids=[
         "no such class",
@@ -1128,6 +1129,7 @@ def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, m
         "no prompt",
         "empty",
         "seed apart",
+        "two prompts",
     ],
 )
 def test_forms_that_cannot_be_served(post, parts):
@@ -1189,6 +1191,28 @@ def test_broken_multipart(post):
     kind = {"content-type": "multipart/form-data; boundary=b"}
     response = post("/v1/models", content=b"--b\r\nnonsense", headers=kind)
     assert response.status_code in (400, 422)
+
+
+def test_a_form_that_is_cut_off_is_not_answered_for_a_part_of_it(post, model):
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    head = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    parts = 2 * (head + picture() + b"\r\n")
+    path = f"/v1/models/{model.id}/predict"
+    assert post(path, content=parts + b"--b--\r\n", headers=kind).status_code == 200
+    problem = refused(post(path, content=parts, headers=kind), 400)
+    assert "cut off" in problem.detail
+
+
+def test_descriptions_that_are_one_to_the_encoder_are_named(post):
+    body = {"classes": ["a", "b"], "descriptions": ["three", "threes"]}
+    refused(post("/v1/models", json=body), 422, "descriptions")
+
+
+@pytest.mark.parametrize("body", ["null", "[]", "3"])
+def test_what_is_wrong_with_the_whole_body_is_said_of_no_field(post, body):
+    kind = {"content-type": "application/json"}
+    problem = refused(post("/v1/models", content=body, headers=kind), 422)
+    assert problem.detail[0].isalpha()
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,17 @@ def test_arguments_are_checked(tmp_path):
         build_app(ServeArgs(checkpoint="tina-cifar", storage="/tmp"))
 
 
+def test_replicas_on_gpus_that_no_node_has_are_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    for found, told in (({"CPU": 2.0}, True), ({"CPU": 2.0, "GPU": 1.0}, False)):
+        monkeypatch.setattr(ray, "cluster_resources", lambda found=found: found)
+        caplog.clear()
+        build_app(ServeArgs(checkpoint=str(tmp_path), gpus=1))
+        assert ("no node has a GPU now" in caplog.text) is told
+    build_app(ServeArgs(checkpoint=str(tmp_path)))
+    assert not caplog.text
+
+
 def test_arguments_are_checked_where_serve_reads_them_from_a_file(tmp_path):
     given = {"checkpoint": str(tmp_path), "max_batch": "8"}  # `serve run` has only text
     assert call_user_app_builder_with_args_if_necessary(build_app, given)

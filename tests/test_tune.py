@@ -560,10 +560,16 @@ def check(run, folder, printed):
 def test_trials_fill_the_cluster_to_its_last_cpu(search, monkeypatch, workers, most, fit):
     monkeypatch.setattr(tune, "require", lambda *_, **__: None)
     monkeypatch.setattr(tune, "on_gpu", lambda: False)
-    monkeypatch.setattr(tune, "capacity", lambda each: int(2 / each["CPU"]))
+    room = {"CPU": 2.0, "memory": 9 * 2**30}
+    monkeypatch.setattr(
+        tune, "capacity", lambda x: min(int(room[k] / need) for k, need in x.items())
+    )
     sweep = replace(search.sweep, workers=workers, cpus=1.0, concurrent=most)
-    assert tune.at_once(replace(search, sweep=sweep)) == fit
+    search = replace(search, sweep=sweep)
+    assert tune.at_once(search) == fit
     assert "CPU" not in tune.DRIVER
+    room["memory"] = 2 * 2**30  # of one trial's own process
+    assert tune.at_once(search) == 1
 
 
 @pytest.mark.ray

@@ -262,9 +262,13 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         CheckpointError: There is none of that name.
     """
-    directory = at_hand(name)
-    if directory.is_dir() or is_uri(name):
-        return directory
+    if is_uri(name):
+        return at_hand(name)
+    try:
+        if (directory := Path(name).expanduser()).is_dir():
+            return directory
+    except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
+        raise CheckpointError(f"no checkpoint at {name[:200]}: {one_line(error)}") from error
     return PRETRAINED / name if name in pretrained() else _download(name)
 
 

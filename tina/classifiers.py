@@ -47,7 +47,14 @@ class Classifier(nn.Module):
         """Logits (N, K); cuts the centre square, resizes (antialiased bilinear), normalises."""
         images = checked(images, channels=self.family.channels)
         x = self.family.scale(fit(images, self.family.image_size))
-        return cast(Tensor, self.network(self.trunk(x)))
+        kind = next(self.network.parameters()).dtype  # it may have been made another, as by half()
+        return cast(Tensor, self.network(self.trunk(x.to(kind))))
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As torch has it; but a trunk is not trained, and its statistics stay what they were."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     from tina.files import write_whole
-    from tina.images import read_image, shrink
+    from tina.images import fit, read_image, shrink
     from tina.model import GeneratedModel
     from tina.names import normalise_name, split_sentence
     from tina.prompts import check_examples
@@ -81,9 +82,10 @@ def generate(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image or args.example:
-        channels = pipe.generator.family.channels
+        family = pipe.generator.family
+        small = shrink if args.image else partial(fit, side=family.image_size)  # as an endpoint
         options["images" if args.image else "examples"] = [
-            [shrink(read_image(v, channels=channels)) for k, v in extras if k == key]
+            [small(read_image(v, channels=family.channels)) for k, v in extras if k == key]
             for key in keys
         ]
     elif given:

@@ -25,7 +25,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from tina.checks import visible
-from tina.errors import ConfigError, PromptError, TinaError
+from tina.errors import ConfigError, DataError, PromptError, TinaError
 from tina.names import split_sentence
 from tina.schemas import (
     MEDIA_TYPES,
@@ -126,7 +126,12 @@ def _file(picture: object) -> bytes:
     if not isinstance(picture, Picture):
         kind = type(picture).__name__
         raise PromptError(f"a picture is the path of a file, or its content, got a {kind}")
-    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    if isinstance(picture, bytes):
+        return picture
+    try:
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read image {picture}: {error.strerror}") from error
 
 
 def _path(id: str) -> str:
@@ -146,12 +151,14 @@ class _Calls:
         retries: Attempts after the first.
 
     Raises:
-        ConfigError: `base_url` is no URL, or `token` none that a header carries.
+        ConfigError: `base_url` is no URL, `token` none that a header carries, or `retries` below 0.
     """
 
     def __init__(
         self, base_url: str, *, token: str = "", timeout: float = 65.0, retries: int = 5
     ) -> None:
+        if retries < 0:
+            raise ConfigError(f"retries must not be negative, got {retries}")
         self._retries = retries
         token = token.strip()
         visible("token", token)

@@ -28,8 +28,9 @@ from torch import Tensor
 from tina.errors import DataError, one_line
 from tina.files import write_whole
 from tina.jobconfig import DataConfig
+from tina.listing import Item, Listing, Source
 from tina.names import clean, normalise_name
-from tina.sources import Item, Listing, Source, find_source, root_of
+from tina.sources import find_source, root_of
 from tina.storage import named, user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
 from tina.views import Views

@@ -87,11 +87,11 @@ def flatten(image: Image.Image, mode: str | None = None) -> Image.Image:
 
 
 def checked(images: Tensor, *, channels: int) -> Tensor:
-    """Images (N, C, H, W) as they are, those of double precision, NumPy's, as float32.
+    """Images (N, C, H, W), uint8 ones as they are, floats as float32.
 
     Raises:
-        DataError: They are none, or of other channels; or floats far above 1, if their values can
-            be looked at.
+        DataError: They are none, or of other channels or numbers; or floats far above 1, if their
+            values can be looked at.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -99,11 +99,16 @@ def checked(images: Tensor, *, channels: int) -> Tensor:
             f"a classifier takes tensors (N, {channels}, H, W), as tina.images.read_image makes "
             f"them of pictures, got {got}"
         )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.")
+        raise DataError(f"a classifier takes floats in [0, 1] or uint8 up to 255, got {kind}")
+    if not torch.compiler.is_exporting() and 0 in images.shape[-2:]:
+        raise DataError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels show nothing")
     if images.is_floating_point() and (high := _highest(images)) > FAR:
         raise DataError(
             f"a classifier takes floats in [0, 1] or uint8 up to 255, got floats up to {high:g}"
         )
-    return images.float() if images.dtype == torch.float64 else images
+    return images.float() if images.is_floating_point() else images
 
 
 def _highest(images: Tensor) -> float:

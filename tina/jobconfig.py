@@ -187,6 +187,7 @@ class ClusterConfig:
     Args:
         zoo_workers: Most actors of a pool; on a GPU each to fine-tune where one is, else on a CPU.
         zoo_block: Most tasks that an actor fine-tunes at once and that are then written together.
+        zoo_block_gpu: The same of an actor on a GPU, which takes about as long for one as for many.
         train_workers: Ranks of the generator's training.
         train_cpus: CPUs of each rank; without a GPU also its threads.
         zero_stage: DeepSpeed's partitioning: 0 none, 1 optimiser, 2 and gradients, 3 and weights.
@@ -198,6 +199,7 @@ class ClusterConfig:
 
     zoo_workers: int = 2
     zoo_block: int = 4
+    zoo_block_gpu: int = 64
     train_workers: int = 2
     train_cpus: float = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -207,7 +209,7 @@ class ClusterConfig:
     wait_s: float = 30.0
 
     def __post_init__(self) -> None:
-        positive(self, "zoo_workers", "zoo_block", "train_workers", "train_cpus")
+        positive(self, "zoo_workers", "zoo_block", "zoo_block_gpu", "train_workers", "train_cpus")
         not_negative(self, "max_failures", "wait_s")
         if self.offload and not self.zero_stage:
             raise ConfigError("cluster.offload needs cluster.zero_stage 1, 2 or 3")

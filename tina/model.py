@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tina.classifiers import Classifier
-from tina.errors import CheckpointError, TinaError, one_line
+from tina.errors import CheckpointError, NonFiniteError, TinaError, one_line
 from tina.export import OnnxGraph, export_graph
 from tina.families import Family, build_family
 from tina.files import check_suffix, write_bytes
@@ -152,5 +153,7 @@ def _rebuild(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Classifier
     family = build_family(metadata["family"], channels=shape[0], image_size=shape[1])
     if family.on_clip:
         raise CheckpointError(f"a {family.name} classifier needs CLIP's image tower beside it")
+    if odd := [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]:
+        raise NonFiniteError(f"{odd[0]} holds NaN or infinity; no classifier is made of it")
     theta = family.layout(len(names)).flatten(family.take_trunk(tensors))
     return Classifier(family, theta, tuple(names))

@@ -25,7 +25,7 @@ from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_enc
 from tina.errors import CheckpointError, ConfigError, PromptError, UnfamiliarWarning, one_line
 from tina.files import hash_file
 from tina.generator import Generator
-from tina.images import fit, read_image, square
+from tina.images import fit, read_image, shrink
 from tina.model import GeneratedModel
 from tina.names import normalise_name, split_sentence
 from tina.prompts import (
@@ -261,10 +261,10 @@ class TinaPipeline:
 
     def _see(self, shots: Shots) -> tuple[Tensor, Tensor]:
         """Of one class's pictures the embedding (E,), and what `_small` makes of them."""
-        parts = self._pictures(shots)
+        parts = [shrink(part) for part in self._pictures(shots)]  # as they are sent to an endpoint
         small = self._small(parts)
         if self.generator.config.prompt.encoder == "open_clip":
-            seen = [self.encoder.encode_images(square(part)) for part in parts]
+            seen = [self.encoder.encode_images(part) for part in parts]
             return F.normalize(torch.cat(seen).mean(0), dim=-1), small
         return self.generator.embed_shots(small), small
 

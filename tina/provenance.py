@@ -37,8 +37,11 @@ def _git(*words: str) -> str:
     return found.stdout.strip()
 
 
-def hardware() -> str:
+def hardware(*, gpu: bool = True) -> str:
     """What ran: processor, cores and how many of them torch uses, GPU, torch.
+
+    Args:
+        gpu: Whether one that is there is named: not where all ran beside it.
 
     Family and model stand behind a processor's name, which may be that of several generations.
     """
@@ -49,10 +52,10 @@ def hardware() -> str:
         if name := facts.get("model name"):
             numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
             processor = f"{name} ({', '.join(numbers)})" if numbers else name
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    named = f", {torch.cuda.get_device_name()}" if gpu and torch.cuda.is_available() else ""
     count, threads = cores(), torch.get_num_threads()
     used = "" if threads == count else f" ({threads} used)"
-    return f"{count} cores of {processor}{used}{gpu}, torch {torch.__version__}"
+    return f"{count} cores of {processor}{used}{named}, torch {torch.__version__}"
 
 
 def cores() -> int:

@@ -232,10 +232,18 @@ class Run:
         Raises:
             DataError: The data set is not the one that all else was made of.
         """
-        for file in (self.generic_file, self.tower_file):
-            check_trained_on(file, self.dataset)
+        self.check_images()
         for kind in ("zoo", "direct"):
             check_images(self.base.fetch(kind), self.dataset)
+
+    def check_images(self) -> None:
+        """Make sure that this machine's are those that the generic model was trained on.
+
+        Raises:
+            DataError: They are others, and would be parted otherwise.
+        """
+        for file in (self.generic_file, self.tower_file):
+            check_trained_on(file, self.dataset)
 
     def read_zoo(self, kind: str) -> Zoo:
         """The rows of a folder."""
@@ -369,7 +377,7 @@ class Run:
             scores,
             checkpoint=hash_bytes(pack_tensors(generator.denoiser.state_dict())),
             commit=commit(),
-            hardware=hardware(),
+            hardware=hardware(gpu=False),  # reports are made on processors
             novelty=novelty(evaluation),
             timing=timing(evaluation),
         )

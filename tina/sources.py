@@ -7,70 +7,24 @@ its images when they are wanted. Nothing here decodes, resizes or partitions.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from filelock import FileLock
 
 from tina.errors import ConfigError, DataError, one_line
+from tina.hub_parquet import parquet_source
 from tina.jobconfig import DataConfig
+from tina.listing import CLUTTER, Item, Listing, Source
 from tina.names import normalise_name
 from tina.storage import at_hand, named, user_cache
 
-__all__ = ["Item", "Listing", "Source", "find_source", "root_of"]
-
-CLUTTER = "BACKGROUND_Google"  # Caltech-101's folder of random pictures is no class
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-ROWS_AT_ONCE = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One image before decoding.
-
-    Attributes:
-        content: Encoded bytes, an image file, or uint8 pixels (H, W) or (H, W, 3).
-        label: Class id, a position in `Listing.class_names`.
-        test: Whether it belongs to the data set's own test split.
-        where: Names the image in an error message.
-    """
-
-    content: bytes | Path | np.ndarray
-    label: int
-    test: bool
-    where: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What a source holds; `items` yields at most `count` images."""
-
-    class_names: Sequence[str]
-    count: int
-    items: Iterator[Item]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A data set that was found.
-
-    Attributes:
-        kind: Name of the way it is read.
-        folder: What the names of `files` are relative to.
-        files: All files that its content depends on.
-        read: Lists the images; raises DataError where a file is corrupt.
-    """
-
-    kind: str
-    folder: Path
-    files: Sequence[Path]
-    read: Callable[[], Listing]
 
 
 def root_of(config: DataConfig) -> str:
@@ -177,106 +131,13 @@ def _read_digits() -> Listing:
 def _find_parquet(name: str, root: Path, may_download: bool) -> Source:
     places = [root / name, *([root] if name == "parquet" else [])]
     for folder in places:
-        if source := _parquet_source(folder):
+        if source := parquet_source(folder):
             return source
     raise DataError(
         f"data set {name!r} not found: no train-*.parquet in {' or '.join(map(str, places))}; "
         "put the parquet files of a Hugging Face image data set there (train-*, test-*), or set "
         "data.root or TINA_DATA to where they are"
     )
-
-
-def _parquet_source(folder: Path) -> Source | None:
-    """The hub keeps shards at the top of a repository or in its folder data."""
-    for place in (folder, folder / "data"):
-        if train := sorted(place.glob("train-*.parquet")):
-            test = sorted(place.glob("test-*.parquet"))
-            test = test or sorted(place.glob("validation-*.parquet"))
-            read = partial(_read_parquet, train, test)
-            return Source(kind="parquet", folder=place, files=train + test, read=read)
-    return None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A parquet file, closed behind: there may be more than a process can hold open."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the system's own, which says nothing of its content
-            raise
-        raise DataError(f"corrupt parquet file {path}: {one_line(error)}") from error
-
-
-def _read_parquet(train: Sequence[Path], test: Sequence[Path]) -> Listing:
-    count, columns = 0, []
-    for path in (*train, *test):
-        with _opened(path) as file:
-            columns.append(_columns(path, file.schema_arrow))
-            count += file.metadata.num_rows
-        if columns[-1] != columns[0]:
-            raise DataError(f"{path} has other columns or class names than {train[0]}")
-    names = columns[0].class_names
-    kept = [class_id for class_id, name in enumerate(names) if name != CLUTTER]
-    new_id = {class_id: position for position, class_id in enumerate(kept)}
-
-    def items() -> Iterator[Item]:
-        for path in (*train, *test):
-            for row, (content, label) in enumerate(_rows(path, columns[0])):
-                where = f"{path} row {row}"
-                if not content:
-                    raise DataError(f"no image bytes in {where}")
-                if label is None or not 0 <= label < len(names):
-                    raise DataError(f"label {label} is none of {len(names)} classes in {where}")
-                if label in new_id:
-                    yield Item(content=content, label=new_id[label], test=path in test, where=where)
-
-    return Listing(class_names=[names[old] for old in kept], count=count, items=items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Columns:
-    image: str
-    label: str
-    class_names: list[str]
-
-
-def _columns(path: Path, schema: Any) -> _Columns:
-    """Image column, label column and class names of a Hugging Face parquet schema."""
-    from pyarrow import types
-
-    try:
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = dict(metadata.get("info", {}).get("features", {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} has metadata that are not the hub's: {one_line(error)}") from error
-    kinds = {key: value.get("_type") for key, value in features.items() if isinstance(value, dict)}
-    images = [key for key, kind in kinds.items() if kind == "Image"]
-    labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
-    # fine_label: what the hub's CIFAR-100 has beside a coarse one.
-    usual = [key for key in ("label", "fine_label") if key in labels][:1] or labels
-    if len(images) != 1 or len(usual) != 1 or not {*images, *usual} <= set(schema.names):
-        raise DataError(f"{path} needs one Image and one ClassLabel feature, has {kinds}")
-    kind = schema.field(images[0]).type
-    if not types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise DataError(f"{path} has images without their bytes: column {images[0]!r} is {kind}")
-    if not isinstance(names := features[usual[0]].get("names"), list):
-        raise DataError(f"{path} has no names for the classes of {usual[0]}")
-    return _Columns(image=images[0], label=usual[0], class_names=names)
-
-
-def _rows(path: Path, columns: _Columns) -> Iterator[tuple[bytes | None, int | None]]:
-    """Image bytes and label of each row."""
-    wanted = [f"{columns.image}.bytes", columns.label]
-    with _opened(path) as file:
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
-            images, labels = batch[columns.image].to_pylist(), batch[columns.label].to_pylist()
-            for image, label in zip(images, labels, strict=True):
-                yield image and image["bytes"], label
 
 
 # --- folders of image files -----------------------------------------------------------------------
@@ -341,7 +202,7 @@ TORCHVISION_FOLDERS = {
 
 def _find_torchvision(name: str, root: Path, may_download: bool) -> Source:
     """Parquet files, else what torchvision keeps or can download."""
-    if source := _parquet_source(root / name):
+    if source := parquet_source(root / name):
         return source
     folder = root / TORCHVISION_FOLDERS[name]
     if not folder.is_dir():
@@ -362,11 +223,17 @@ def _find_torchvision(name: str, root: Path, may_download: bool) -> Source:
 
 
 def _download(name: str, root: Path, looked: str) -> None:
+    """Whole or not at all, and once for all processes: what is cut off has fewer images."""
     from torchvision.datasets import CIFAR100, Caltech101
 
+    folder = root / TORCHVISION_FOLDERS[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        {"cifar100": CIFAR100, "caltech101": Caltech101}[name](root, download=True)
+        with FileLock(root / f".{name}.lock"), TemporaryDirectory(dir=root) as half:
+            if not folder.is_dir():
+                {"cifar100": CIFAR100, "caltech101": Caltech101}[name](half, download=True)
+                folder.parent.mkdir(exist_ok=True)
+                os.replace(Path(half) / TORCHVISION_FOLDERS[name], folder)
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"data set {name!r} not found: {looked}, and the download failed: {one_line(error)}"

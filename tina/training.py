@@ -108,7 +108,8 @@ class Progress:
         return cls(
             step=int(tensors["step"]),
             ema={k[4:]: v for k, v in tensors.items() if k.startswith("ema.")},
-            best={k[5:]: v for k, v in tensors.items() if k.startswith("best.")},
+            # its own: on a shared file system the file may be gone while it is still to be read
+            best={k[5:]: v.clone() for k, v in tensors.items() if k.startswith("best.")},
             best_accuracy=float(tensors["best_accuracy"]),
             top=tensors["top"],
         )

@@ -16,6 +16,8 @@ trap 'echo "error: the cluster did not come up, logs in $STATE" >&2; "$ROOT/clus
 
 # A worker that is ended here need not be drained first.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
+# Each node would count the machine's GPUs as its own, and two ranks would be given the same one.
+export CUDA_VISIBLE_DEVICES=
 # Left over from another shell, it would name another cluster.
 unset RAY_ADDRESS
 ray get-auth-token --generate >/dev/null
