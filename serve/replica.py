@@ -40,7 +40,7 @@ from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
 from tina.model import GeneratedModel
-from tina.pipeline import TinaPipeline
+from tina.pipeline import ADVICE, TinaPipeline
 from tina.schemas import (
     MAX_CLASSES,
     MAX_PIXELS,
@@ -318,7 +318,8 @@ class Replica:
         try:
             await _run(self._encoders, partial(self.pipe.embed_names, texts))
         except PromptError as error:
-            raise Problem.of_field(field, f"cannot be encoded: {error}") from None
+            why = str(error).removesuffix(ADVICE)
+            raise Problem.of_field(field, f"cannot be encoded: {why}") from None
 
     async def _refuse_large(self, files: Sequence[bytes], field: str) -> None:
         """Refuse pictures that would be decoded for long, before the first of them is."""

@@ -1071,6 +1071,13 @@ def test_without_its_encoder_a_replica_serves_what_the_checkpoint_knows(
         assert "/a/path" not in refused(answer, 422, "classes").detail
 
 
+def test_who_asks_over_http_is_not_told_of_flags(backend, post, monkeypatch):
+    monkeypatch.setattr(TinaPipeline, "reads_text", False)
+    answer = post("/v1/models", json={"classes": ["three", "a further word"]})
+    problem = refused(answer, 422, "classes")
+    assert problem.detail.endswith("the checkpoint does not know 'a further word'")
+
+
 def test_a_family_without_onnx_says_so(backend, post, monkeypatch):
     monkeypatch.setattr(backend.replica.pipe.generator.family, "on_clip", True)
     refused(post("/v1/models?format=onnx", json=THREE), 406)

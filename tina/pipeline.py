@@ -42,6 +42,11 @@ Picture = Tensor | str | Path | Image.Image
 Shots = Picture | Sequence[Picture]
 """The pictures of a class."""
 FILES = (str, Path, Image.Image)
+ADVICE = (
+    "; `tina info --words CHECKPOINT` lists what it knows, and for any other text take --open-clip "
+    "(open_clip=True), or a checkpoint trained with open_clip or sentence"
+)
+"""For who has the checkpoint: those whom it is served to can do neither."""
 
 
 class TinaPipeline:
@@ -241,11 +246,7 @@ class TinaPipeline:
             close = ", ".join(difflib.get_close_matches(normalise_name(name), known))
             said.append(f"{shorten(name, 60)!r}" + (f" (closest: {close})" if close else ""))
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return PromptError(
-            f"the checkpoint does not know {', '.join(said)}{more}; `tina info --words CHECKPOINT` "
-            "lists what it knows, and for any other text take --open-clip (open_clip=True), or a "
-            "checkpoint trained with open_clip or sentence"
-        )
+        return PromptError(f"the checkpoint does not know {', '.join(said)}{more}{ADVICE}")
 
     def embed_images(self, images: Sequence[Shots]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, see `__call__`.
