@@ -216,26 +216,33 @@ def calibration() -> str:
     return _table(header, rows)
 
 
+HOW = {
+    "none": "none",
+    "preset": "by hand",
+    "fitted": "fitted",
+    "crossed": "fitted to others",
+}
+
+
 def fitted(commit: str) -> str:
     """What fitting favour and doubt brings, and what choosing them by hand had brought."""
     found = _rows("calibration", [commit])
     rows = []
     for row in found:
-        for said in ("none", "preset", "fitted"):
-            of = row[said]
-            figures = [of["new"][new] for new in ("1", "2", "5", "10")]
-            rows.append(
-                [
-                    f"`{row['run']}`",
-                    {"preset": "by hand"}.get(said, said),
-                    f"{of['favour']:g}",
-                    f"{of['doubt']:g}",
-                    *(f"{each['accuracy']:.1f}, {each['ece']:.3f}" for each in figures),
-                ]
-            )
+        for key, said in HOW.items():
+            of = row[key]
+            cells = [_calibrated(of["new"].get(new)) for new in ("1", "2", "5", "10")]
+            pair = [f"{of[name]:g}" if name in of else "" for name in ("favour", "doubt")]
+            rows.append([f"`{row['run']}`", said, *pair, *cells])
     header = ["run", "chosen", "favour", "doubt", *(f"{n} new" for n in ("one", "two", "five"))]
     names = " ".join(row["run"] for row in found)
     return _table([*header, "ten new"], rows, words=2) + "\n" + _said(f"calibration {names}", found)
+
+
+def _calibrated(figures: Mapping[str, float] | None) -> str:
+    if figures is None:
+        return ""
+    return f"{figures['accuracy']:.1f}, {figures['ece']:.3f} ({figures['overconfidence']:+.1f})"
 
 
 TABLES: dict[str, Callable[..., str]] = {
