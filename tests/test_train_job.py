@@ -181,7 +181,9 @@ def test_a_list_of_states_that_was_cut_off(tiny_run, tmp_path):
     file = run.folder / "train" / "checkpoint_manager_snapshot.json"
     file.parent.mkdir()
     file.write_text('{"ray_version": "2')
-    with pytest.raises(DataError, match=r"holds: Unterminated .*; if a crash has .* remove that folder"):
+    with pytest.raises(
+        DataError, match=r"holds: Unterminated .*; if a crash .* remove that folder"
+    ):
         last_state(run)
 
 
