@@ -51,7 +51,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _runs() -> Iterator[tuple[str, str]]:
+def packaged_runs() -> Iterator[tuple[str, str]]:
     """Name of each packaged checkpoint and of the run that it was released from."""
     for name in sorted(pretrained(), key=lambda name: ("imagenet" in name, name)):
         yield name, name.removeprefix("tina-").replace("-", "_")
@@ -70,7 +70,7 @@ def packaged(elsewhere: str) -> str:
     """The generators that come with the package, and how often they are right."""
     (there,) = _rows("elsewhere", [elsewhere])
     rows, commits = [], []
-    for name, run in _runs():
+    for name, run in packaged_runs():
         report = _report(run)
         commits.append(report["commit"])
         known, two = (report["axes"][axis] for axis in ("unseen_combination", "unseen_class"))
@@ -99,7 +99,7 @@ def packaged(elsewhere: str) -> str:
 def words() -> str:
     """The same generators: what they make, and of which words."""
     rows = []
-    for name, run in _runs():
+    for name, run in packaged_runs():
         report, vocabulary = _report(run), load_generator(PRETRAINED / name).vocabulary
         trained = len(vocabulary.trained_names)
         rows.append(

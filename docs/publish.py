@@ -30,14 +30,14 @@ from tina.configio import config_from_dict, config_to_dict
 from tina.files import hash_file, write_text
 from tina.generator import Generator
 from tina.jobconfig import EvaluationConfig
-from tina.packaged import PRETRAINED, pretrained
+from tina.packaged import PRETRAINED
 from tina.report import markdown, model_card
 from tina.run import Run
 from tina.storage import MANIFEST
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # where there is no package, and a test loads this file by its path
-from across import TABLES  # noqa: E402
+from across import TABLES, packaged_runs  # noqa: E402
 
 RESULTS = DOCS / "results"
 STRANGE = 0.25  # less familiar words make classifiers that know little, and take room
@@ -152,9 +152,9 @@ def _card(name: str, generator: Generator) -> str:
 
 def rewrite_cards() -> None:
     """The cards of the packaged checkpoints, whose tables a report writes otherwise by now."""
-    for name in pretrained():
+    for name, run in packaged_runs():
         folder = PRETRAINED / name
-        card = _card(name.removeprefix("tina-").replace("-", "_"), load_generator(folder))
+        card = _card(run, load_generator(folder))
         write_text(folder / "README.md", card)
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["README.md"] = hash_file(folder / "README.md")

@@ -26,13 +26,10 @@ def check_request(
             examples=request.examples,
             max_classes=generator.max_classes,
         )
+        for field in ("images", "examples"):
+            check_apart(names, getattr(request, field) or [()] * len(names), field=field)
     except PromptError as error:
         raise Problem.of_field(error.field, f"are refused: {error}") from None
-    for field in ("images", "examples"):
-        try:
-            check_apart(names, getattr(request, field) or [()] * len(names))
-        except PromptError as error:
-            raise Problem.of_field(field, f"are refused: {error}") from None
     if request.guidance not in (None, 1) and not generator.takes_guidance:
         raise Problem.of_field("guidance", "must be 1: this generator takes no other")
     if request.steps is not None and request.steps > most_steps:

@@ -265,7 +265,7 @@ def find_checkpoint(name: str) -> Path:
     if is_uri(name):
         return at_hand(name)
     try:
-        if (directory := Path(name).expanduser()).is_dir():
+        if (directory := at_hand(name)).is_dir():
             return directory
     except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
         raise CheckpointError(f"no checkpoint at {name[:200]}: {one_line(error)}") from error

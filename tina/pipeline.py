@@ -181,7 +181,7 @@ class TinaPipeline:
         seeds = _seeds(seed, len(tasks))
         if images is not None:
             seen = [self._see(shots) for shots in images]
-            check_apart(names[0], [_contents(small) for _, small in seen])
+            check_apart(names[0], [_contents(small) for _, small in seen], field="images")
             embeddings = [torch.stack([embedding for embedding, _ in seen])]
         else:
             words = names if descriptions is None else [descriptions]
@@ -189,7 +189,7 @@ class TinaPipeline:
         shown = None
         if examples is not None:
             shown = [self._small(self._pictures(x)) if _some(x) else None for x in examples]
-            check_apart(names[0], [_contents(small) for small in shown])
+            check_apart(names[0], [_contents(small) for small in shown], field="examples")
         models = self.generate(
             embeddings, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )

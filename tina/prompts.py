@@ -112,11 +112,12 @@ def check_examples(shown: Sequence[bool]) -> None:
         raise PromptError(few, field="examples")
 
 
-def check_apart(names: Sequence[str], shown: Sequence[Collection[bytes]]) -> None:
+def check_apart(names: Sequence[str], shown: Sequence[Collection[bytes]], *, field: str) -> None:
     """Make sure that no picture stands for two classes, as no name does.
 
     Args:
         shown: Per class its pictures, by whatever bytes tell them apart.
+        field: The part of the prompt that they are.
 
     Raises:
         PromptError: One does.
@@ -125,7 +126,8 @@ def check_apart(names: Sequence[str], shown: Sequence[Collection[bytes]]) -> Non
     for name, pictures in zip(names, shown, strict=True):
         for picture in pictures:
             if (other := first.setdefault(picture, name)) != name:
-                raise PromptError(f"a picture may show one class: {other!r} and {name!r} share one")
+                shared = f"a picture may show one class: {other!r} and {name!r} share one"
+                raise PromptError(shared, field=field)
 
 
 def check_distinct(names: Sequence[str], embeddings: Tensor) -> None:
