@@ -30,6 +30,7 @@ from serve.ids import Ids, Recipe, load_key
 from serve.made import Made
 from serve.problems import RETRY_AFTER_S, Problem, overloaded
 from tina.checks import visible
+from tina.config import TextEncoder
 from tina.errors import ConfigError
 from tina.names import FAMILIAR
 from tina.packaged import pretrained
@@ -58,7 +59,7 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = Field(description="Absolute path, URI, packaged name, or hub id.")
-    open_clip: bool = Field(False, description="Encode words it does not know with open_clip.")
+    encoder: TextEncoder | None = Field(None, description="Of words that it does not know.")
     storage: str = Field("", description="Folder all nodes share; default: beside the checkpoint.")
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(2, ge=1)
@@ -279,7 +280,7 @@ def build_app(args: ServeArgs) -> "Application":
         **shared,
     )(Replica).bind(
         args.checkpoint,
-        open_clip=args.open_clip,
+        encoder=args.encoder,
         device="cuda" if args.gpus else "cpu",
         threads=args.threads,
         max_batch=args.max_batch,

@@ -35,6 +35,7 @@ from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
 from serve.shown import pack_rows, shift_by, shifted
 from tina.classifiers import predict_many
+from tina.config import TextEncoder
 from tina.errors import DataError, PromptError, TinaError
 from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
@@ -82,7 +83,7 @@ class Replica:
 
     Args:
         checkpoint: What `TinaPipeline.from_pretrained` takes.
-        open_clip: Whether open_clip encodes the words that it does not know.
+        encoder: Of the words that it does not know, as `from_pretrained` takes it.
         device: cpu or cuda.
         threads: Of torch.
         max_batch: Prompts of one denoising step, and models of one forward pass.
@@ -95,7 +96,7 @@ class Replica:
         self,
         checkpoint: str,
         *,
-        open_clip: bool = False,
+        encoder: TextEncoder | None = None,
         device: str,
         threads: int,
         max_batch: int,
@@ -104,7 +105,7 @@ class Replica:
         threshold: float,
     ) -> None:
         torch.set_num_threads(threads)
-        self.pipe = TinaPipeline.from_pretrained(checkpoint, open_clip=open_clip).to(device)
+        self.pipe = TinaPipeline.from_pretrained(checkpoint, encoder=encoder).to(device)
         diffusion = self.pipe.generator.config.diffusion
         self.most_steps = max(diffusion.sampling_steps, min(max_steps, diffusion.timesteps))
         self.threshold = threshold
@@ -195,7 +196,7 @@ class Replica:
             families=[generator.family.name],
             dataset=generator.dataset,
             classes=vocabulary.trained_names,
-            encoder=vocabulary.space.model,
+            encoder=(self.pipe.encoder if self._reads_text else vocabulary).space.model,
             semantic=self.pipe.is_semantic,
             free_text=self._reads_text,
             steps=diffusion.sampling_steps,

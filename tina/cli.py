@@ -24,6 +24,7 @@ from tina.files import check_suffix
 from tina.packaged import pretrained
 
 if TYPE_CHECKING:
+    from tina.config import TextEncoder
     from tina.pipeline import TinaPipeline
 
 DEMO = Path("runs/quickstart/checkpoint")
@@ -58,6 +59,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from tina.files import write_whole
     from tina.images import fit, read_image, shrink
+    from tina.mapped import NOTE, MappedEncoder
     from tina.model import GeneratedModel
     from tina.names import normalise_name, split_sentence
     from tina.prompts import check_examples
@@ -77,7 +79,7 @@ def generate(args: argparse.Namespace) -> None:
         raise PromptError(f"with --image every class needs one; none has {', '.join(bare)}")
     if args.example:
         check_examples([key in given for key in keys])
-    pipe = _load(args.checkpoint, open_clip=args.open_clip)
+    pipe = _load(args.checkpoint, encoder=args.encoder)
     # one prompt is made as fast by one thread, and a second waits where it finds no core
     torch.set_num_threads(1)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
@@ -117,10 +119,12 @@ def generate(args: argparse.Namespace) -> None:
 
         if not teach(model.familiarity, [key in given for key in keys]):
             print(f"note: {NEEDLESS}", file=sys.stderr)
-    lookup = pipe.generator.vocabulary.lookup
-    new = not args.image and (args.description or any(lookup(key) is None for key in keys))
-    if new and not pipe.is_semantic:
-        print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
+    lookup, texts = pipe.generator.vocabulary.lookup, options.get("descriptions", names)
+    if not args.image and any(lookup(text) is None for text in texts):
+        if not pipe.is_semantic:
+            print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
+        elif isinstance(pipe.encoder, MappedEncoder):
+            print(f"note: {NOTE}", file=sys.stderr)
 
 
 def classify(args: argparse.Namespace) -> int:
@@ -203,7 +207,7 @@ def info(args: argparse.Namespace) -> None:
         _print_table({"parameters": f"{size:,}"} | stream.metadata())
 
 
-def _load(name: str | Path | None, *, open_clip: bool = False) -> TinaPipeline:
+def _load(name: str | Path | None, *, encoder: TextEncoder | None = None) -> TinaPipeline:
     """The checkpoint that is named, or that of `make demo`, or one that comes with Tina."""
     from tina.pipeline import TinaPipeline
 
@@ -211,7 +215,7 @@ def _load(name: str | Path | None, *, open_clip: bool = False) -> TinaPipeline:
     if not name:
         name = DEMO if DEMO.is_dir() else pretrained()[0]
         print(f"note: no checkpoint is named, taking {name}", file=sys.stderr)
-    return TinaPipeline.from_pretrained(name, open_clip=open_clip)
+    return TinaPipeline.from_pretrained(name, encoder=encoder)
 
 
 def _check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> list[Path]:
@@ -318,8 +322,9 @@ def _parser() -> argparse.ArgumentParser:
     arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")
     arg("--onnx", **onnx)
     arg("--checkpoint", **folder)
-    unknown = "encode words that the checkpoint does not know with open_clip, downloaded once"
-    arg("--open-clip", action="store_true", help=f"{unknown} (default: they are refused)")
+    unknown = "what encodes words that the checkpoint does not know: sentence is MiniLM, nearly as "
+    unknown += "good as open_clip, which is downloaded once (default: they are refused)"
+    arg("--encoder", choices=("sentence", "open_clip"), help=unknown)
     arg("--seed", type=_number(0), default=0, help="of the initial noise (default: 0)")
     arg("--steps", type=_number(1), help="denoising steps (default: the checkpoint's)")
     trained = "factor, of a generator trained for it; 1 is none"

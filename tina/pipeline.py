@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import TypeGuard, cast
+from typing import TypeGuard, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
+from tina.config import TextEncoder
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
 from tina.errors import CheckpointError, ConfigError, PromptError, UnfamiliarWarning, one_line
 from tina.files import hash_file
 from tina.generator import Generator
 from tina.images import fit, read_image, shrink
+from tina.mapped import MappedEncoder
 from tina.model import GeneratedModel
 from tina.names import normalise_name, split_sentence
 from tina.prompts import (
@@ -43,8 +45,8 @@ Shots = Picture | Sequence[Picture]
 """The pictures of a class."""
 FILES = (str, Path, Image.Image)
 ADVICE = (
-    "; `tina info --words CHECKPOINT` lists what it knows, and for any other text take --open-clip "
-    "(open_clip=True), or a checkpoint trained with open_clip or sentence"
+    "; `tina info --words CHECKPOINT` lists what it knows, and for any other text take --encoder "
+    'sentence or open_clip (encoder="sentence"), or a checkpoint trained with one of them'
 )
 """For who has the checkpoint: those whom it is served to can do neither."""
 
@@ -55,7 +57,10 @@ class TinaPipeline:
     Args:
         checkpoint: sha256 of the manifest, written into every model.
         card: Its model card.
-        open_clip: See `from_pretrained`.
+        encoder: See `from_pretrained`.
+
+    Raises:
+        ConfigError: It is none of these.
     """
 
     def __init__(
@@ -64,10 +69,13 @@ class TinaPipeline:
         *,
         checkpoint: str,
         card: str = "",
-        open_clip: bool = False,
+        encoder: TextEncoder | None = None,
     ) -> None:
+        if encoder not in (None, *get_args(TextEncoder)):
+            kinds = ", ".join(get_args(TextEncoder))
+            raise ConfigError(f"encoder must be one of {kinds}, got {encoder!r}")
         self.generator, self.checkpoint, self.card = generator, checkpoint, card
-        self._open_clip = open_clip
+        self._encoder = encoder
 
     def __repr__(self) -> str:
         generator = self.generator
@@ -75,24 +83,28 @@ class TinaPipeline:
         return f"TinaPipeline({generator.dataset}, {generator.family.name}; {words} words)"
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, open_clip: bool = False) -> TinaPipeline:
+    def from_pretrained(
+        cls, name: str | Path, *, encoder: TextEncoder | None = None
+    ) -> TinaPipeline:
         """Load a checkpoint.
 
         Args:
             name: A checkpoint's folder or URI (`s3://...`); the name of one that comes with Tina,
                 as `tina-cifar100-cnn5k`; or a repository of the Hugging Face hub, `owner/name`.
-            open_clip: Encode words that the checkpoint does not know with open_clip's model of its
-                embedding space, instead of the encoder that it names; the first such word downloads
-                it, once.
+            encoder: What encodes words that the checkpoint does not know, instead of the encoder
+                that it names. "open_clip": open_clip's model of its embedding space, which the
+                first such word downloads, once. "sentence": MiniLM, from the extra of that name,
+                mapped into that space (`tina.mapped`).
 
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
+            ConfigError: There is no such encoder.
         """
         with named(str(name)):
             directory = find_checkpoint(str(name))
             generator, card = load_generator(directory), _read_card(directory)
             checkpoint = hash_file(directory / MANIFEST)
-        return cls(generator, checkpoint=checkpoint, card=card, open_clip=open_clip)
+        return cls(generator, checkpoint=checkpoint, card=card, encoder=encoder)
 
     def to(self, device: str | torch.device) -> TinaPipeline:
         """Denoise on a device, such as "cuda"; what comes out lies on the CPU as before.
@@ -115,14 +127,16 @@ class TinaPipeline:
         """The encoder of the checkpoint's space; only built when a prompt needs it.
 
         Raises:
-            ConfigError: The encoder's space is not the checkpoint's, or open_clip has no model of
-                that.
+            ConfigError: The encoder's space is not the checkpoint's, open_clip has no model of
+                that, or MiniLM cannot be mapped into it.
             DataError: Its weights cannot be had.
         """
-        space = self.generator.vocabulary.space
-        if self._open_clip:
+        own, space = self.generator.config.prompt, self.generator.vocabulary.space
+        if self._encoder not in (None, own.encoder):
+            if self._encoder == "sentence":
+                return MappedEncoder(self.generator.vocabulary)
             return OpenClipEncoder.of(space)
-        encoder = build_encoder(self.generator.config.prompt)
+        encoder = build_encoder(own)
         if encoder.space != space:
             raise ConfigError(
                 f"the prompt encoder's space is {encoder.space}, "
@@ -237,7 +251,7 @@ class TinaPipeline:
     @property
     def reads_text(self) -> bool:
         """Whether words that the checkpoint does not know can be encoded."""
-        return self._open_clip or self.generator.config.prompt.encoder != "table"
+        return bool(self._encoder) or self.generator.config.prompt.encoder != "table"
 
     def _unknown(self, names: Sequence[str]) -> PromptError:
         """What to say of names that nothing here can embed."""

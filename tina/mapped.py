@@ -1,0 +1,98 @@
+"""Free text for a checkpoint that knows words alone: MiniLM's vectors, mapped into its space.
+
+Kernel ridge regression from MiniLM's vectors of the words that a checkpoint knows to its own of
+them, so that a new text lands among the words that it is like. That is not where the encoder of the
+checkpoint's space would put it; `benchmarks.words` says what the difference costs.
+
+Axes: B texts, W known words, S MiniLM's width, E the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tina.encoders import PromptEncoder, SentenceEncoder
+from tina.errors import ConfigError, one_line
+from tina.files import hash_bytes, write_whole
+from tina.prompts import Vocabulary
+from tina.storage import user_cache
+
+log = logging.getLogger(__name__)
+
+GAMMA, ALPHA = 1.5, 0.1
+"""Of the kernel and of the ridge, by cross-validation over the packaged vocabularies
+(docs/log.md)."""
+LEAST_WORDS = 500
+"""With fewer a new text's place has little to do with its meaning (docs/log.md)."""
+NOTE = (
+    "MiniLM placed what the checkpoint does not know among its words, near where the encoder of "
+    "its embedding space would"
+)
+
+
+class MappedEncoder(PromptEncoder):
+    """Any English text -> unit vectors (B, E) in a checkpoint's space, nearly.
+
+    Attributes:
+        keys: Float64 (W, S), what the kernel compares a text with.
+        duals: Float64 (W, E), by which its values are summed.
+
+    Raises:
+        ConfigError: The vocabulary is too small to learn from, or the extra `sentence` is not
+            installed.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        space, known = vocabulary.space, len(vocabulary.names)
+        if known < LEAST_WORDS:
+            raise ConfigError(
+                f"MiniLM places a text among {LEAST_WORDS} known words or more, and the "
+                f"checkpoint, whose space is {space.model}, knows {known}"
+            )
+        self._sentences = SentenceEncoder(template="{}")
+        sentences = _read(vocabulary.names, self._sentences).double()  # (W, S)
+        vectors = vocabulary.embeddings.double()  # (W, E)
+        self._middle, self._mean = sentences.mean(0), vectors.mean(0)
+        self.keys = self._centred(sentences)
+        gram = self.kernel(self.keys) + ALPHA * torch.eye(known, dtype=torch.double)  # (W, W)
+        self.duals = torch.linalg.solve(gram, vectors - self._mean)  # (W, E)
+        model = f"{self._sentences.space.model} mapped into {space.model}"
+        self.space = replace(space, model=model, template="{}")
+
+    def _centred(self, sentences: Tensor) -> Tensor:
+        return F.normalize(sentences - self._middle, dim=-1)
+
+    def kernel(self, queries: Tensor) -> Tensor:
+        """exp(-gamma |q - k|^2) of unit vectors: (..., S) -> (..., W)."""
+        return torch.exp(-2 * GAMMA * (1 - queries @ self.keys.T))
+
+    def _encode(self, phrase: str) -> Tensor:
+        query = self._centred(self._sentences.encode_text([phrase])[0].double())  # (S,)
+        return F.normalize(self.kernel(query) @ self.duals + self._mean, dim=-1).float()
+
+
+def _read(names: Sequence[str], encoder: SentenceEncoder) -> Tensor:
+    """Vectors (W, S) of a vocabulary, kept in the user cache: reading thousands takes seconds."""
+    key = "\n".join((encoder.space.model, *names))
+    file = user_cache() / "sentences" / f"{hash_bytes(key.encode())[:32]}.safetensors"
+    if file.is_file():
+        try:
+            return load_file(file)["sentences"]
+        except Exception as error:  # whatever is wrong with it, it can be made again
+            log.warning("cache file %s is corrupt, rebuilding it: %s", file, one_line(error))
+    words = tqdm(names, desc="reading what the checkpoint knows", delay=1, disable=None)
+    sentences = torch.cat([encoder.encode_text([name]) for name in words])
+    try:
+        write_whole(file, lambda temporary: save_file({"sentences": sentences}, temporary))
+    except OSError as error:
+        log.warning("cannot keep sentences in %s: %s", file.parent, one_line(error))
+    return sentences
