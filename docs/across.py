@@ -161,6 +161,29 @@ def examples(*commits: str) -> str:
     return _table(header, rows, words=2) + "\n" + _said("examples RUN", found)
 
 
+ASKED = {
+    "own": "their own vectors",
+    "placed": "their names, placed as if not known",
+    "apart": "the same, without words that share a part",
+    "described": "descriptions without the names",
+}
+
+
+def texts(commit: str) -> str:
+    """What a generator makes of texts that it does not know, placed among its words by MiniLM."""
+    found = _rows("texts", [commit])
+    rows = []
+    for row in found:
+        groups = [row["ten_known"], *row["new_of_ten"].values()]
+        for kind, said in ASKED.items():
+            if kind in row["ten_known"]:
+                rows.append([f"`{row['checkpoint']}`", said, *(_pair(of[kind]) for of in groups)])
+    header = ["generator", "these classes asked for by", "ten known classes"]
+    header += [f"{new} new of ten" for new in found[0]["new_of_ten"]]
+    names = " ".join(row["checkpoint"] for row in found)
+    return _table(header, rows, words=2) + "\n" + _said(f"texts {names}", found)
+
+
 KINDS = {
     "pictures": "five pictures",
     "picture": "one picture",
@@ -247,5 +270,5 @@ def _calibrated(figures: Mapping[str, float] | None) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     table.__name__: table
-    for table in (packaged, words, elsewhere, examples, prompts, calibration, fitted)
+    for table in (packaged, words, elsewhere, examples, texts, prompts, calibration, fitted)
 }

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.kernel_ridge import KernelRidge
 
-from benchmarks.words import placed
+from benchmarks.texts import placed
 from tina import TinaPipeline, mapped
 from tina.cli import main
 from tina.encoders import SentenceEncoder

@@ -66,8 +66,10 @@ def test_prompts_of_every_kind_are_taken(tmp_path: Path, monkeypatch: pytest.Mon
     *most, described = calls
     for call in most:
         eval(call, scope)
-    with pytest.raises(PromptError, match="open_clip=True"):  # as it says, it needs CLIP
+    with pytest.raises(PromptError, match='encoder="sentence"'):  # as it says, it needs one
         eval(described, scope)
+    scope["pipe"] = TinaPipeline.from_pretrained("tina-cifar100-cnn5k", encoder="sentence")
+    eval(described, scope)
 
 
 def test_command_lines_run(

@@ -2,7 +2,7 @@
 
 Kernel ridge regression from MiniLM's vectors of the words that a checkpoint knows to its own of
 them, so that a new text lands among the words that it is like. That is not where the encoder of the
-checkpoint's space would put it; `benchmarks.words` says what the difference costs.
+checkpoint's space would put it; `benchmarks.texts` says what the difference costs.
 
 Axes: B texts, W known words, S MiniLM's width, E the checkpoint's.
 """

@@ -1,6 +1,6 @@
 """What is a text worth that a checkpoint does not know, placed among its words by MiniLM?
 
-    python -m benchmarks.words tina-cifar100-cnn5k  # appends a row to results/words.jsonl
+    python -m benchmarks.texts tina-cifar100-cnn5k  # appends a row to results/texts.jsonl
 
 Of sets of ten classes some are asked for by a text that MiniLM places among the checkpoint's words
 (`tina.mapped`), others by their own vectors. Accuracy on `select` images, and the difference to the
@@ -77,8 +77,9 @@ def compare(name: str) -> dict[str, object]:
     classes = dataset.class_names
     own = vocabulary.embeddings[: len(classes)]
     ways = {
-        kind: placed(encoder, vocabulary, len(classes), apart=kind == "apart")
-        for kind in ("placed", "apart")
+        "own": own,
+        "placed": placed(encoder, vocabulary, len(classes), apart=False),
+        "apart": placed(encoder, vocabulary, len(classes), apart=True),
     }
     if DESCRIPTIONS.keys() >= set(classes):
         ways["described"] = encoder.encode_text([DESCRIPTIONS[name] for name in classes])
@@ -95,16 +96,16 @@ def compare(name: str) -> dict[str, object]:
             thetas = prompted(generator, embeddings, mask, **options)
             return measure(generator, store, lessons, thetas)
 
-        base = answers(own)
-        rows: dict[str, object] = {"own": round(float(by_set(base)[:, 0].mean()), 2)}
+        base, rows = answers(own), dict[str, object]()
         for kind, vectors in ways.items():
-            tina, untrained = answers(vectors), answers(vectors, denoise=nothing)
+            tina = base if kind == "own" else answers(vectors)
+            untrained = answers(vectors, denoise=nothing)
             difference = against(tina, base, lessons)
             rows[kind] = {
-                "accuracy": round(float(by_set(tina)[:, 0].mean()), 2),
+                "tina": round(float(by_set(tina)[:, 0].mean()), 2),
+                "untrained": round(float(by_set(untrained)[:, 0].mean()), 2),
                 "points": difference["accuracy_points"],
                 "points_se": difference["accuracy_points_se"],
-                "untrained": round(float(by_set(untrained)[:, 0].mean()), 2),
             }
         return rows
 
@@ -121,8 +122,7 @@ def compare(name: str) -> dict[str, object]:
             for kind, v in ways.items()
         },
         "familiarity_of_new": {
-            kind: round(float(vocabulary.familiarity(v[new]).mean()), 3)
-            for kind, v in {"own": own, **ways}.items()
+            kind: round(float(vocabulary.familiarity(v[new]).mean()), 3) for kind, v in ways.items()
         },
         "new_of_ten": {str(n): score(draw(generator, len(classes), n), new) for n in NEW},
         "ten_known": score(known_sets(known), known),
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", help="packaged names or folders")
     for name in parser.parse_args().checkpoints:
         before = load()
-        append("words", {"checkpoint": name} | compare(name), load_before=before)
+        append("texts", {"checkpoint": name} | compare(name), load_before=before)
 
 
 if __name__ == "__main__":
