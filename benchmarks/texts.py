@@ -147,7 +147,7 @@ woman: a grown female person with long hair
 worm: a long thin soft animal that lives in the soil
 """.strip().splitlines()
 )
-"""As somebody would say it who does not say the name; written once, before anything was measured."""
+"""As somebody says them who does not say their names; written once, before any measurement."""
 
 
 def placed(encoder: MappedEncoder, vocabulary: Vocabulary, count: int, *, apart: bool) -> Tensor:
