@@ -379,6 +379,14 @@ def test_sentence_encoder_gives_the_same_bits_alone_and_in_company(sentence):
     assert torch.equal(alone.encode_text(["otter"])[0], together[0])
 
 
+def test_many_sentences_together_are_the_same_to_rounding(sentence):
+    texts = [word + " x" * (i % 4) for i, word in enumerate(["otter", "bus", "pine tree"] * 40)]
+    found = torch.full((len(texts), 384), torch.nan)
+    for places, vectors in sentence.encode_many(texts):
+        found[places] = vectors
+    assert_close(found, sentence.encode_text(texts), tolerance=1e-6)
+
+
 def test_sentence_encoder_puts_names_but_no_descriptions_into_the_template(sentence):
     templated = build_encoder(PromptConfig(encoder="sentence", template="a photo of a {}"))
     assert templated.space != sentence.space

@@ -4,7 +4,7 @@ Each text is encoded alone, never padded to its neighbours: a prompt's vector is
 for bit whatever was asked before or beside it. On a CPU a batch of CLIP texts is no faster.
 
 Axes: B texts, E embedding width, V wordings of one name, N images, C channels, H x W pixels,
-T word pieces of one text, D model width, A attention heads.
+T word pieces of one text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError, one_line
 from tina.files import hash_bytes, hash_file
+from tina.minilm import minilm
 from tina.names import clean, normalise_name
 from tina.storage import at_hand, named, user_cache
 from tina.stores import below
@@ -35,6 +36,7 @@ from tina.stores import below
 NAME_WORDS = 4
 CACHED_TEXTS = 4096
 IMAGE_BATCH = 256
+TEXT_BATCH = 32
 COMMON_NAMES = 10  # fewer say little about how two sets of vectors differ
 TABLE_FILE = "clip_vitb32_text_vectors.parquet"
 
@@ -229,10 +231,27 @@ class SentenceEncoder(PromptEncoder):
         self._tokenizer.enable_truncation(256)
         self.space = EmbeddingSpace(model="minilm-l6-v2", dim=384, template=template)
 
-    @torch.no_grad()
     def _encode(self, phrase: str) -> Tensor:
-        pieces = torch.tensor(self._tokenizer.encode(phrase).ids)  # (T,)
-        return F.normalize(_minilm(pieces, weights=self._weights).mean(dim=0), dim=0)  # (E,)
+        return self._read(torch.tensor(self._tokenizer.encode(phrase).ids))
+
+    def encode_many(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
+        """Vectors (n, E) of n texts at a time, after their places; texts of one length together.
+
+        Several times as fast as `encode_text`, whose last bits they may lack; no template.
+        """
+        lengths: dict[int, list[int]] = {}
+        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(_normalise(texts))]
+        for place, ids in enumerate(pieces):
+            lengths.setdefault(len(ids), []).append(place)
+        for places in lengths.values():
+            for i in range(0, len(places), TEXT_BATCH):
+                some = places[i : i + TEXT_BATCH]
+                yield some, self._read(torch.tensor([pieces[place] for place in some]))
+
+    @torch.no_grad()
+    def _read(self, pieces: Tensor) -> Tensor:
+        """Word pieces (..., T) -> unit vectors (..., E)."""
+        return F.normalize(minilm(pieces, weights=self._weights).mean(dim=-2), dim=-1)
 
 
 class OpenClipEncoder(PromptEncoder):
@@ -339,29 +358,6 @@ def _table_template(rows: Sequence[tuple[str, str, str]]) -> str:
     if len(forms) > 1:
         raise DataError(f"one set of prompts must have one template, got {sorted(forms)[:3]}")
     return forms.pop()
-
-
-def _minilm(pieces: Tensor, *, weights: Mapping[str, Tensor]) -> Tensor:
-    """BERT with 6 layers of 12 heads: word pieces (T,) -> features (T, D)."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (384,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-12)
-
-    kinds = ("word", "position", "token_type")
-    words, positions, types = (weights[f"embeddings.{k}_embeddings.weight"] for k in kinds)
-    x = norm(words[pieces] + positions[: len(pieces)] + types[0], "embeddings.LayerNorm")  # (T, D)
-    for layer in (f"encoder.layer.{index}" for index in range(6)):
-        qkv = (linear(x, f"{layer}.attention.self.{part}") for part in ("query", "key", "value"))
-        heads = (part.unflatten(1, (12, -1)).transpose(0, 1) for part in qkv)  # (A, T, D / A) each
-        mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)  # (T, D)
-        x = x + linear(mixed, f"{layer}.attention.output.dense")
-        x = norm(x, f"{layer}.attention.output.LayerNorm")
-        hidden = F.gelu(linear(x, f"{layer}.intermediate.dense"))  # (T, 4 D)
-        x = norm(x + linear(hidden, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-    return x
 
 
 def _open_clip_weights(name: str, *, weights: str) -> tuple[str, dict[str, Any]]:

@@ -89,8 +89,11 @@ def _read(names: Sequence[str], encoder: SentenceEncoder) -> Tensor:
             return load_file(file)["sentences"]
         except Exception as error:  # whatever is wrong with it, it can be made again
             log.warning("cache file %s is corrupt, rebuilding it: %s", file, one_line(error))
-    words = tqdm(names, desc="reading what the checkpoint knows", delay=1, disable=None)
-    sentences = torch.cat([encoder.encode_text([name]) for name in words])
+    sentences = torch.empty(len(names), encoder.space.dim)
+    with tqdm(total=len(names), desc="reading known words", delay=1, disable=None) as bar:
+        for places, vectors in encoder.encode_many(names):
+            sentences[places] = vectors
+            bar.update(len(places))
     try:
         write_whole(file, lambda temporary: save_file({"sentences": sentences}, temporary))
     except OSError as error:
