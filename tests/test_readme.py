@@ -279,6 +279,17 @@ def test_what_it_concludes_is_what_the_tables_say() -> None:
     ones = [found["1_of_each"]["tina_examples"] for found in cnn["new_of_ten"].values()]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 
+    found = [row["new_of_ten"] for row in rows_of("texts", "ac4fa1f4700f")]
+
+    def lost(kind, new, digits):
+        points = [-row[new][kind]["points"] for row in found if kind in row[new]]
+        return f"{min(points):.{digits}f} to {max(points):.{digits}f}"
+
+    assert f"costs {lost('placed', '2', 1)} points where two" in README
+    assert f"asked for so and {lost('placed', '10', 0)} with all ten" in README
+    described = f"{lost('described', '2', 1)} and {lost('described', '10', 0)}"
+    assert f"a description without the name {described} (" in README
+
 
 def test_published_reports_name_their_commit() -> None:
     for file in (ROOT / "docs" / "results").glob("*/report.json"):
