@@ -53,6 +53,11 @@ class Recipe:
     steps: int
     guidance: float
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is encoded; nothing where pictures are."""
+        return () if self.embeddings else self.descriptions or self.classes
+
     def pack(self) -> bytes:
         """Canonical: equal recipes give equal bytes."""
         found = {key: value for key, value in vars(self).items() if value or key != "shift"}

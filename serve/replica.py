@@ -40,6 +40,7 @@ from tina.errors import DataError, PromptError, TinaError
 from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
+from tina.mapped import NOTE, MappedEncoder
 from tina.model import GeneratedModel
 from tina.pipeline import ADVICE, TinaPipeline
 from tina.schemas import (
@@ -281,12 +282,14 @@ class Replica:
             if model.family.on_clip:
                 raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
-        family = model.family
+        family, warnings = model.family, [*model.unfamiliar(self.threshold).values()]
+        if self._has_unknown(recipe) and isinstance(self.pipe.encoder, MappedEncoder):
+            warnings.append(NOTE)
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,
             nearest=model.nearest,
-            warnings=tuple(model.unfamiliar(self.threshold).values()),
+            warnings=tuple(warnings),
             family=family.name,
             parameters=model.theta.numel(),
             input_shape=(family.channels, family.image_size, family.image_size),
@@ -304,20 +307,22 @@ class Replica:
             log.error("no encoder: %s", error)
             return False
 
+    def _has_unknown(self, recipe: Recipe) -> bool:
+        return any(self.pipe.generator.vocabulary.lookup(text) is None for text in recipe.texts)
+
     async def _encode_unknown(self, recipe: Recipe) -> None:
         """Encode new texts beside the denoising pass, which finds them among those remembered.
 
         Raises:
             Problem: They cannot be encoded.
         """
-        texts, lookup = recipe.descriptions or recipe.classes, self.pipe.generator.vocabulary.lookup
-        if recipe.embeddings or all(lookup(text) is not None for text in texts):
+        if not self._has_unknown(recipe):
             return
         field = _words_of(recipe)
         if self.pipe.reads_text and not self._reads_text:
             raise Problem.of_field(field, "cannot be encoded: this server has no encoder for it")
         try:
-            await _run(self._encoders, partial(self.pipe.embed_names, texts))
+            await _run(self._encoders, partial(self.pipe.embed_names, recipe.texts))
         except PromptError as error:
             why = str(error).removesuffix(ADVICE)
             raise Problem.of_field(field, f"cannot be encoded: {why}") from None

@@ -40,7 +40,7 @@ def embedding_of(pipe: TinaPipeline, recipe: Recipe) -> Tensor:
     """
     if recipe.embeddings:
         return unpack_rows(recipe.embeddings, len(recipe.classes))
-    return pipe.embed_names(recipe.descriptions or recipe.classes)
+    return pipe.embed_names(recipe.texts)
 
 
 def shift_by(

@@ -41,6 +41,7 @@ from tina import TinaPipeline
 from tina.classifiers import Classifier
 from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
+from tina.mapped import NOTE
 from tina.prompts import MAX_CHARACTERS, Vocabulary
 from tina.schemas import (
     MAX_BODY_BYTES,
@@ -1089,6 +1090,10 @@ def test_it_says_who_places_what_it_does_not_know(
     made = request("POST", "/v1/models", json={"classes": ["three", "a number after six"]}).json()
     found = replica.pipe(["three", "a number after six"])
     assert made["familiarity"] == list(found.familiarity)
+    assert made["warnings"] == [NOTE]
+    again = request("GET", f"/v1/models/{made['id']}").json()
+    assert again["warnings"] == [NOTE]
+    assert request("POST", "/v1/models", json=THREE).json()["warnings"] == []
 
 
 def test_who_asks_over_http_is_not_told_of_flags(backend, post, monkeypatch):
