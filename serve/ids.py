@@ -42,6 +42,8 @@ class Recipe:
         descriptions: A text per class in place of its name, or none.
         embeddings: base64 of float32 (K, E), from pictures in place of names, or empty.
         shift: base64 of float32 (K, R), what examples added to the head's rows, or empty.
+        encoder: Of texts that the checkpoint does not know, where it is not of its own space, or
+            empty.
     """
 
     checkpoint: str
@@ -49,6 +51,7 @@ class Recipe:
     descriptions: tuple[str, ...] = ()
     embeddings: str = ""
     shift: str = ""
+    encoder: str = ""
     seed: int
     steps: int
     guidance: float
@@ -58,9 +61,15 @@ class Recipe:
         """What is encoded; nothing where pictures are."""
         return () if self.embeddings else self.descriptions or self.classes
 
+    @property
+    def text_field(self) -> str:
+        """The field of a request that they come in."""
+        return "descriptions" if self.descriptions else "classes"
+
     def pack(self) -> bytes:
         """Canonical: equal recipes give equal bytes."""
-        found = {key: value for key, value in vars(self).items() if value or key != "shift"}
+        younger = ("shift", "encoder")  # than the first ids
+        found = {key: value for key, value in vars(self).items() if value or key not in younger}
         return json.dumps(found, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -33,16 +32,17 @@ from serve.making import Making
 from serve.metrics import Metrics
 from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
+from serve.reader import Reader
 from serve.shown import pack_rows, shift_by, shifted
 from tina.classifiers import predict_many
 from tina.config import TextEncoder
-from tina.errors import DataError, PromptError, TinaError
+from tina.errors import DataError, PromptError
 from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
-from tina.mapped import NOTE, MappedEncoder
+from tina.mapped import NOTE
 from tina.model import GeneratedModel
-from tina.pipeline import ADVICE, TinaPipeline
+from tina.pipeline import TinaPipeline
 from tina.schemas import (
     MAX_CLASSES,
     MAX_PIXELS,
@@ -57,8 +57,6 @@ from tina.schemas import (
 
 DECODERS = 2  # threads
 OVERHEAD = 1024  # bytes of a cached model beside its theta and names
-
-log = logging.getLogger("ray.serve")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,8 +112,7 @@ class Replica:
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._exporter = ThreadPoolExecutor(1, thread_name_prefix="export")
-        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._reads_text = self._find_encoder()
+        self._reader = Reader(self.pipe)
         self._cache: LRUCache[bytes, GeneratedModel] = LRUCache(cache_bytes, getsizeof=size_of)
         making = Making(self.pipe, made=partial(self.metrics.batch, "generate"))
         self._in_hand = asyncio.Semaphore(DECODERS)  # classes whose pictures are in memory
@@ -143,6 +140,7 @@ class Replica:
             steps=request.steps or diffusion.sampling_steps,
             guidance=diffusion.guidance if request.guidance is None else request.guidance,
         )
+        recipe = replace(recipe, encoder=self._reader.placing(recipe))
         model, anew = await self._model(recipe)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := model.unfamiliar(self.threshold)):
@@ -152,7 +150,7 @@ class Replica:
             ]
             raise Problem("unfamiliar", f"the threshold is {self.threshold:g}", faults)
         if examples and teach(model.familiarity, [shots is not None for shots in examples]):
-            await self._encode_unknown(recipe)  # it may have left the encoder's memory
+            await self._reader.encode(recipe)  # it may have left the encoder's memory
             learn = partial(shift_by, self.pipe, model, recipe, examples)
             recipe = replace(recipe, shift=await _run(self._torch, learn))
             model, anew = shifted(model, recipe.shift), True
@@ -197,9 +195,9 @@ class Replica:
             families=[generator.family.name],
             dataset=generator.dataset,
             classes=vocabulary.trained_names,
-            encoder=(self.pipe.encoder if self._reads_text else vocabulary).space.model,
+            encoder=self._reader.encoder,
             semantic=self.pipe.is_semantic,
-            free_text=self._reads_text,
+            free_text=self._reader.reads_text,
             steps=diffusion.sampling_steps,
             guidance=diffusion.guidance,
             familiarity_threshold=self.threshold,
@@ -248,6 +246,8 @@ class Replica:
     def _refuse_gone(self, recipe: Recipe) -> None:
         if recipe.checkpoint != self.pipe.checkpoint:
             raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
+        if recipe.encoder != self._reader.placing(recipe):
+            raise Problem("checkpoint-gone", "another encoder reads its texts now")
 
     async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
         """A recipe's model, and whether it was generated now."""
@@ -259,13 +259,13 @@ class Replica:
         anew = model is None
         self.metrics.lookup(hit=not anew)
         if model is None:
-            await self._encode_unknown(recipe)
+            await self._reader.encode(recipe)
             made = self._generations(recipe)
             self.metrics.waiting.set(len(self._generations))
             try:
                 model = await made
             except PromptError as error:  # two names that are one to the prompt encoder
-                raise Problem.of_field(_words_of(recipe), f"are refused: {error}") from None
+                raise Problem.of_field(recipe.text_field, f"are refused: {error}") from None
             finally:
                 self.metrics.waiting.set(len(self._generations))
             if size_of(model) <= self._cache.maxsize:
@@ -282,50 +282,18 @@ class Replica:
             if model.family.on_clip:
                 raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
-        family, warnings = model.family, [*model.unfamiliar(self.threshold).values()]
-        if self._has_unknown(recipe) and isinstance(self.pipe.encoder, MappedEncoder):
-            warnings.append(NOTE)
+        family, placed = model.family, [NOTE] if recipe.encoder else []
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,
             nearest=model.nearest,
-            warnings=tuple(warnings),
+            warnings=(*model.unfamiliar(self.threshold).values(), *placed),
             family=family.name,
             parameters=model.theta.numel(),
             input_shape=(family.channels, family.image_size, family.image_size),
             content=content,
             anew=anew,
         )
-
-    def _find_encoder(self) -> bool:
-        """Whether there is one for texts that the checkpoint does not know; it is loaded now."""
-        if not self.pipe.reads_text:
-            return False
-        try:
-            return self.pipe.encoder is not None
-        except TinaError as error:  # what the checkpoint knows can be served
-            log.error("no encoder: %s", error)
-            return False
-
-    def _has_unknown(self, recipe: Recipe) -> bool:
-        return any(self.pipe.generator.vocabulary.lookup(text) is None for text in recipe.texts)
-
-    async def _encode_unknown(self, recipe: Recipe) -> None:
-        """Encode new texts beside the denoising pass, which finds them among those remembered.
-
-        Raises:
-            Problem: They cannot be encoded.
-        """
-        if not self._has_unknown(recipe):
-            return
-        field = _words_of(recipe)
-        if self.pipe.reads_text and not self._reads_text:
-            raise Problem.of_field(field, "cannot be encoded: this server has no encoder for it")
-        try:
-            await _run(self._encoders, partial(self.pipe.embed_names, recipe.texts))
-        except PromptError as error:
-            why = str(error).removesuffix(ADVICE)
-            raise Problem.of_field(field, f"cannot be encoded: {why}") from None
 
     async def _refuse_large(self, files: Sequence[bytes], field: str) -> None:
         """Refuse pictures that would be decoded for long, before the first of them is."""
@@ -388,11 +356,6 @@ class Replica:
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, work)
-
-
-def _words_of(recipe: Recipe) -> str:
-    """The field of a request with the words that are encoded."""
-    return "descriptions" if recipe.descriptions else "classes"
 
 
 def size_of(model: GeneratedModel) -> int:

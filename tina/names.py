@@ -24,8 +24,6 @@ SEPARATOR = re.compile(
     flags=re.IGNORECASE,
 )
 
-QUOTED = re.compile(r"""["'“„‘«](.+)["'”“’»]""")
-
 
 def clean(text: str) -> str:
     """Letters composed with their accents; underscores and runs of white space as one space."""
@@ -57,7 +55,7 @@ def split_sentence(prompt: str) -> list[str]:
     """The class names in a sentence: split at commas, semicolons, "and", "or" and "versus".
 
     At "&" and "/" too, where white space stands around them. Underscores hold a name together:
-    "bow_and_arrow". A name may stand in quotation marks.
+    "bow_and_arrow".
     """
-    parts = [part.strip() for part in SEPARATOR.split(prompt.strip().rstrip(".?!"))]
-    return [quoted[1] if (quoted := QUOTED.fullmatch(part)) else part for part in parts if part]
+    parts = SEPARATOR.split(prompt.strip().rstrip(".?!"))
+    return [part.strip() for part in parts if part.strip()]

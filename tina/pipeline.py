@@ -60,7 +60,7 @@ class TinaPipeline:
         encoder: See `from_pretrained`.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: There is no such encoder, or the checkpoint has one that reads any text.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class TinaPipeline:
         card: str = "",
         encoder: TextEncoder | None = None,
     ) -> None:
-        if encoder not in (None, *get_args(TextEncoder)):
-            kinds = ", ".join(get_args(TextEncoder))
-            raise ConfigError(f"encoder must be one of {kinds}, got {encoder!r}")
+        own = generator.config.prompt.encoder
+        if encoder not in (None, own) and own != "table":
+            raise ConfigError(f"encoder {encoder}: the checkpoint reads any text by its own, {own}")
         self.generator, self.checkpoint, self.card = generator, checkpoint, card
         self._encoder = encoder
 
@@ -98,8 +98,11 @@ class TinaPipeline:
 
         Raises:
             CheckpointError: Missing, or not exactly what its manifest says.
-            ConfigError: There is no such encoder.
+            ConfigError: There is no such encoder, or the checkpoint has one that reads any text.
         """
+        if encoder not in (None, *get_args(TextEncoder)):
+            kinds = ", ".join(get_args(TextEncoder))
+            raise ConfigError(f"encoder must be one of {kinds}, got {encoder!r}")
         with named(str(name)):
             directory = find_checkpoint(str(name))
             generator, card = load_generator(directory), _read_card(directory)

@@ -1,0 +1,65 @@
+"""Texts that the checkpoint does not know, encoded beside the denoising pass."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+from serve.ids import Recipe
+from serve.problems import Problem
+from tina.errors import DataError, PromptError
+from tina.mapped import MappedEncoder
+from tina.pipeline import ADVICE, TinaPipeline
+
+log = logging.getLogger("ray.serve")
+
+
+class Reader:
+    """A replica's encoder, loaded when it is made.
+
+    Attributes:
+        reads_text: Whether it takes texts that the checkpoint does not know.
+        encoder: What turns words into conditions.
+
+    Raises:
+        ConfigError: There can be none; without its weights, what the checkpoint knows is served.
+    """
+
+    def __init__(self, pipe: TinaPipeline) -> None:
+        self._pipe, self.reads_text = pipe, pipe.reads_text
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self.encoder, self._maps = pipe.generator.vocabulary.space.model, False
+        if self.reads_text:
+            try:
+                self.encoder = pipe.encoder.space.model
+                self._maps = isinstance(pipe.encoder, MappedEncoder)
+            except DataError as error:
+                log.error("no encoder: %s", error)
+                self.reads_text = False
+
+    def placing(self, recipe: Recipe) -> str:
+        """The encoder, where its vectors of a recipe's texts only lie near the checkpoint's own."""
+        return self.encoder if self._maps and self._has_unknown(recipe) else ""
+
+    async def encode(self, recipe: Recipe) -> None:
+        """Encode what is unknown, which the denoising pass then finds among what is remembered.
+
+        Raises:
+            Problem: It cannot be encoded.
+        """
+        if not self._has_unknown(recipe):
+            return
+        if self._pipe.reads_text and not self.reads_text:
+            why = "cannot be encoded: this server has no encoder for it"
+            raise Problem.of_field(recipe.text_field, why)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._pipe.embed_names, recipe.texts)
+        except PromptError as error:
+            why = f"cannot be encoded: {str(error).removesuffix(ADVICE)}"
+            raise Problem.of_field(recipe.text_field, why) from None
+
+    def _has_unknown(self, recipe: Recipe) -> bool:
+        lookup = self._pipe.generator.vocabulary.lookup
+        return any(lookup(text) is None for text in recipe.texts)
