@@ -178,6 +178,13 @@ def kin(vocabulary: Vocabulary, place: int) -> list[int]:
     return [i for i, found in enumerate(words) if i == place or found & words[place]]
 
 
+def left_out(encoder: MappedEncoder, vocabulary: Vocabulary, middle: Tensor) -> Tensor:
+    """Centred cosine (W,) of each word's own vector to where it would be placed if not known."""
+    own = vocabulary.embeddings
+    found = placed(encoder, encoder.keys, [[place] for place in range(len(own))])
+    return F.cosine_similarity(found - middle, own - middle)
+
+
 def known_sets(classes: Sequence[int]) -> list[list[int]]:
     """Sets of trained classes."""
     rng = np.random.default_rng(0)
@@ -240,7 +247,8 @@ def compare(name: str) -> dict[str, object]:
         "cosine_to_own": {
             kind: round(float(cosine(v - middle, own - middle).mean()), 3)
             for kind, v in ways.items()
-        },
+        }
+        | {"every_word": round(float(left_out(encoder, vocabulary, middle).mean()), 3)},
         "familiarity_of_new": {
             kind: round(float(vocabulary.familiarity(v[new]).mean()), 3) for kind, v in ways.items()
         },

@@ -38,9 +38,9 @@ class Reader:
                 log.error("no encoder: %s", error)
                 self.reads_text = False
 
-    def placing(self, recipe: Recipe) -> str:
-        """The encoder, where its vectors of a recipe's texts only lie near the checkpoint's own."""
-        return self.encoder if self._maps and self._has_unknown(recipe) else ""
+    def placed(self, recipe: Recipe) -> list[str]:
+        """The texts of a recipe that are placed by another encoder than that of the space."""
+        return self._unknown(recipe) if self._maps else []
 
     async def encode(self, recipe: Recipe) -> None:
         """Encode what is unknown, which the denoising pass then finds among what is remembered.
@@ -48,7 +48,7 @@ class Reader:
         Raises:
             Problem: It cannot be encoded.
         """
-        if not self._has_unknown(recipe):
+        if not self._unknown(recipe):
             return
         if self._pipe.reads_text and not self.reads_text:
             why = "cannot be encoded: this server has no encoder for it"
@@ -60,6 +60,6 @@ class Reader:
             why = f"cannot be encoded: {str(error).removesuffix(ADVICE)}"
             raise Problem.of_field(recipe.text_field, why) from None
 
-    def _has_unknown(self, recipe: Recipe) -> bool:
+    def _unknown(self, recipe: Recipe) -> list[str]:
         lookup = self._pipe.generator.vocabulary.lookup
-        return any(lookup(text) is None for text in recipe.texts)
+        return [text for text in recipe.texts if lookup(text) is None]

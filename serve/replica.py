@@ -40,7 +40,7 @@ from tina.errors import DataError, PromptError
 from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
-from tina.mapped import NOTE
+from tina.mapped import note
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
 from tina.schemas import (
@@ -140,7 +140,8 @@ class Replica:
             steps=request.steps or diffusion.sampling_steps,
             guidance=diffusion.guidance if request.guidance is None else request.guidance,
         )
-        recipe = replace(recipe, encoder=self._reader.placing(recipe))
+        if self._reader.placed(recipe):
+            recipe = replace(recipe, encoder=self._reader.encoder)
         model, anew = await self._model(recipe)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := model.unfamiliar(self.threshold)):
@@ -246,7 +247,7 @@ class Replica:
     def _refuse_gone(self, recipe: Recipe) -> None:
         if recipe.checkpoint != self.pipe.checkpoint:
             raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
-        if recipe.encoder != self._reader.placing(recipe):
+        if recipe.encoder != (self._reader.encoder if self._reader.placed(recipe) else ""):
             raise Problem("checkpoint-gone", "another encoder reads its texts now")
 
     async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
@@ -282,12 +283,14 @@ class Replica:
             if model.family.on_clip:
                 raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
-        family, placed = model.family, [NOTE] if recipe.encoder else []
+        family, warnings = model.family, [*model.unfamiliar(self.threshold).values()]
+        if placed := self._reader.placed(recipe):
+            warnings.append(note(placed))
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,
             nearest=model.nearest,
-            warnings=(*model.unfamiliar(self.threshold).values(), *placed),
+            warnings=tuple(warnings),
             family=family.name,
             parameters=model.theta.numel(),
             input_shape=(family.channels, family.image_size, family.image_size),

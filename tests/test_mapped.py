@@ -208,7 +208,7 @@ def test_it_stands_beside_a_packaged_generator_on_the_command_line(tmp_path, mon
     assert main([*words, "--encoder", "sentence"]) == 0
     out, err = capsys.readouterr()
     assert "quokka" in out
-    assert "note: MiniLM placed what the checkpoint does not know" in err
+    assert "note: MiniLM placed among the words that the checkpoint knows: 'quokka'\n" in err
     known = [word.replace("quokka", "bus") for word in words]
     assert main([*known, "--encoder", "sentence", "--force"]) == 0
     assert "MiniLM" not in capsys.readouterr().err

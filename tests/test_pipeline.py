@@ -144,7 +144,7 @@ def test_the_configurations_guidance_is_the_default(pipe):
         (TASK, {"seed": [1, 2]}, "1 tasks need as many seeds, got 2"),
         ([TASK, TASK], {"seed": [1]}, "2 tasks need as many seeds, got 1"),
         (TASK, {"descriptions": ["round", "slim"]}, "3 classes need as many descriptions, got 2"),
-        (TASK, {"descriptions": ["round", "slim", "slim"]}, "twice: slim"),
+        (TASK, {"descriptions": ["round", "slim", "slim"]}, "each description .* twice: slim"),
         (TASK, {"descriptions": ["round", "slim", ""]}, "empty"),
         ([TASK], {"descriptions": ["a", "b", "c"]}, "not with a batch"),
         ([TASK], {"images": [torch.rand(1, 1, 8, 8)] * 3}, "not with a batch"),

@@ -43,7 +43,7 @@ from tina.classifiers import Classifier
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
-from tina.mapped import NOTE
+from tina.mapped import note
 from tina.prompts import MAX_CHARACTERS, Vocabulary
 from tina.schemas import (
     MAX_BODY_BYTES,
@@ -1100,8 +1100,8 @@ def test_it_says_who_places_what_it_does_not_know(backend, of_words_alone, ids):
     text = "a number after six"
     made = request("POST", "/v1/models", json={"classes": ["three", text]}).json()
     assert made["familiarity"] == list(replica.pipe(["three", text]).familiarity)
-    assert made["warnings"] == [NOTE]
-    assert request("GET", f"/v1/models/{made['id']}").json()["warnings"] == [NOTE]
+    assert made["warnings"] == [note([text])]
+    assert request("GET", f"/v1/models/{made['id']}").json() == made
     known = request("POST", "/v1/models", json=THREE).json()
     assert known["warnings"] == []
     # another encoder would make another model of the same id

@@ -59,7 +59,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from tina.files import write_whole
     from tina.images import fit, read_image, shrink
-    from tina.mapped import NOTE, MappedEncoder
+    from tina.mapped import MappedEncoder, note
     from tina.model import GeneratedModel
     from tina.names import normalise_name, split_sentence
     from tina.prompts import check_examples
@@ -120,11 +120,11 @@ def generate(args: argparse.Namespace) -> None:
         if not teach(model.familiarity, [key in given for key in keys]):
             print(f"note: {NEEDLESS}", file=sys.stderr)
     lookup, texts = pipe.generator.vocabulary.lookup, options.get("descriptions", names)
-    if not args.image and any(lookup(text) is None for text in texts):
+    if not args.image and (new := [text for text in texts if lookup(text) is None]):
         if not pipe.is_semantic:
             print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
         elif isinstance(pipe.encoder, MappedEncoder):
-            print(f"note: {NOTE}", file=sys.stderr)
+            print(f"note: {note(new)}", file=sys.stderr)
 
 
 def classify(args: argparse.Namespace) -> int:

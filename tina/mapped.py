@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,6 @@ GAMMA, ALPHA = 1.5, 0.1
 (docs/log.md)."""
 LEAST_WORDS = 500
 """The fewer there are, the less a new text's place has to do with its meaning (docs/log.md)."""
-NOTE = "MiniLM placed what the checkpoint does not know among its words"
 
 
 class MappedEncoder(PromptEncoder):
@@ -83,6 +83,12 @@ class MappedEncoder(PromptEncoder):
     def _encode(self, phrase: str) -> Tensor:
         found = self.kernel(self.query(phrase)) @ self.duals + self.mean
         return F.normalize(found, dim=-1).float()
+
+
+def note(texts: Sequence[str]) -> str:
+    """What to say of texts that were placed."""
+    said = ", ".join(repr(shorten(text, 60)) for text in texts)
+    return f"MiniLM placed among the words that the checkpoint knows: {said}"
 
 
 def _read(names: Sequence[str], encoder: SentenceEncoder) -> Tensor:

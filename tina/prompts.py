@@ -55,7 +55,7 @@ def check_prompt(
         raise PromptError(alone, field="images")
     if descriptions is not None:
         try:
-            check_task(descriptions, max_classes=max_classes)
+            check_task(descriptions, max_classes=max_classes, what="description")
         except PromptError as error:
             raise PromptError(str(error), field="descriptions") from None
     if examples is not None:
@@ -68,22 +68,27 @@ def has_some(shots: object) -> bool:
     return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
 
 
-def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
+def check_task(
+    names: Sequence[str], *, max_classes: int, what: str = "class name"
+) -> tuple[str, ...]:
     """The names of a task, cleaned of surrounding white space.
+
+    Args:
+        what: They are called in messages.
 
     Raises:
         PromptError: Fewer than 2 names or more than `max_classes`, one that is no text, empty or
             very long, or one name twice (case and underscores aside).
     """
     if odd := [name for name in names if not isinstance(name, str)]:
-        raise PromptError(f"class names are text, got {odd[0]!r}")
+        raise PromptError(f"a {what} is text, got {odd[0]!r}")
     names = tuple(" ".join(name.split()) for name in names)
     for name in names:
         if not normalise_name(name):
-            raise PromptError("a class name is empty")
+            raise PromptError(f"a {what} is empty")
         if len(name) > MAX_CHARACTERS:
             raise PromptError(
-                f"a class name has {len(name)} characters, at most {MAX_CHARACTERS} are read"
+                f"a {what} has {len(name)} characters, at most {MAX_CHARACTERS} are taken"
             )
     if len(names) < 2:
         found = f", {shorten(names[0], 60)!r}: separate names by commas" if names else ""
@@ -94,7 +99,9 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
         )
     keys = [normalise_name(name) for name in names]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise PromptError(f"each class may stand once in a task; twice: {', '.join(sorted(twice))}")
+        raise PromptError(
+            f"each {what} may stand once in a task; twice: {', '.join(sorted(twice))}"
+        )
     return names
 
 
