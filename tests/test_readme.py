@@ -279,16 +279,19 @@ def test_what_it_concludes_is_what_the_tables_say() -> None:
     ones = [found["1_of_each"]["tina_examples"] for found in cnn["new_of_ten"].values()]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 
-    found = [row["new_of_ten"] for row in rows_of("texts", "ac4fa1f4700f")]
+    found = rows_of("texts", "11ca20f9e964")
 
-    def lost(kind, new, digits):
-        points = [-row[new][kind]["points"] for row in found if kind in row[new]]
+    def lost(groups, kinds, digits):
+        points = [-of[kind]["points"] for of in groups for kind in kinds if kind in of]
         return f"{min(points):.{digits}f} to {max(points):.{digits}f}"
 
-    assert f"costs {lost('placed', '2', 1)} points where two" in README
-    assert f"asked for so and {lost('placed', '10', 0)} with all ten" in README
-    described = f"{lost('described', '2', 1)} and {lost('described', '10', 0)}"
-    assert f"a description without the name {described} (" in README
+    two, ten = ([row["new_of_ten"][new] for row in found] for new in ("2", "10"))
+    names, described = ("placed", "apart"), ("described",)
+    assert f"A word costs {lost(two, names, 1)} points where two of ten" in README
+    assert f"asked for so, and {lost(ten, names, 0)} where all ten are" in README
+    assert f"the name costs {lost(two, described, 1)} and {lost(ten, described, 0)}, and" in README
+    known = lost([row["ten_known"] for row in found], described, 0)
+    assert f"and {known} in the place of ten known names" in README
 
 
 def test_published_reports_name_their_commit() -> None:
