@@ -104,25 +104,25 @@ class Remote:
         self._handle = handle
         # one may stand in a long queue for the denoising pass, the other in none
         self._making, self._predicting = (Gate(in_time_s, least=at_once) for _ in range(2))
-        self._found: dict[str, float] = {}  # when a replica of a checkpoint was, by time.monotonic
+        self._found: dict[str, float] = {}  # when a `Recipe.maker` was, by time.monotonic
         self._missed: dict[str, float] = {}  # when none was
 
     def full(self, path: str) -> bool:
         """Whether a request to that path would be turned away."""
         return (self._predicting if path.endswith("/predict") else self._making).full()
 
-    def _lately(self, when: dict[str, float], checkpoint: str) -> bool:
-        return time.monotonic() - when.get(checkpoint, -math.inf) < LATELY_S
+    def _lately(self, when: dict[str, float], maker: str) -> bool:
+        return time.monotonic() - when.get(maker, -math.inf) < LATELY_S
 
-    def _is_here(self, checkpoint: str) -> None:
-        self._found[checkpoint] = time.monotonic()
-        self._missed.pop(checkpoint, None)
+    def _is_here(self, maker: str) -> None:
+        self._found[maker] = time.monotonic()
+        self._missed.pop(maker, None)
 
-    async def _call(self, method: str, *args: object, checkpoint: str = "") -> Any:
+    async def _call(self, method: str, *args: object, maker: str = "") -> Any:
         """What a replica answers.
 
         Args:
-            checkpoint: That it must have. A rolling update may leave few such, and a look that
+            maker: That it must have. A rolling update may leave few such, and a look that
                 finds none is no proof: what was found lately is said to be busy, not gone.
         """
         handle = self._handle.options(
@@ -131,7 +131,7 @@ class Remote:
             request_serialization="pickle",
             response_serialization="pickle",
         )
-        died, looks = 0, 1 if self._lately(self._missed, checkpoint) else LOOKS
+        died, looks = 0, 1 if self._lately(self._missed, maker) else LOOKS
         for look in range(1, looks + 1):
             try:
                 found = await handle.remote(*args)
@@ -146,15 +146,15 @@ class Remote:
                 return found
             if found.kind != "checkpoint-gone":
                 raise found
-            if look == looks and not self._lately(self._found, checkpoint):
-                self._missed[checkpoint] = time.monotonic()
+            if look == looks and not self._lately(self._found, maker):
+                self._missed[maker] = time.monotonic()
                 raise found
         raise overloaded()
 
-    async def _make(self, method: str, *args: object, checkpoint: str = "") -> Made:
+    async def _make(self, method: str, *args: object, maker: str = "") -> Made:
         with self._making() as answered:
-            made: Made = await self._call(method, *args, checkpoint=checkpoint)
-            self._is_here(made.recipe.checkpoint)
+            made: Made = await self._call(method, *args, maker=maker)
+            self._is_here(made.recipe.maker)
             if made.anew:  # what was at hand stood in no queue
                 answered()
             return made
@@ -165,15 +165,15 @@ class Remote:
 
     async def fetch(self, recipe: Recipe, format: Format) -> Made:
         """See `serve.api.Backend`."""
-        return await self._make("fetch", recipe, format, checkpoint=recipe.checkpoint)
+        return await self._make("fetch", recipe, format, maker=recipe.maker)
 
     async def predict(self, recipe: Recipe, images: Sequence[bytes]) -> list[list[float]]:
         """See `serve.api.Backend`."""
         with self._predicting() as answered:
             found: list[list[float]] = await self._call(
-                "predict", recipe, images, checkpoint=recipe.checkpoint
+                "predict", recipe, images, maker=recipe.maker
             )
-            self._is_here(recipe.checkpoint)
+            self._is_here(recipe.maker)
             answered()
             return found
 

@@ -62,6 +62,11 @@ class Recipe:
         return () if self.embeddings else self.descriptions or self.classes
 
     @property
+    def maker(self) -> str:
+        """What a replica must have for it: the checkpoint, and the encoder if one is named."""
+        return f"{self.checkpoint} {self.encoder}".strip()
+
+    @property
     def text_field(self) -> str:
         """The field of a request that they come in."""
         return "descriptions" if self.descriptions else "classes"

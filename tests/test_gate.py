@@ -7,6 +7,7 @@ import asyncio
 import heapq
 from collections import deque
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,11 +190,11 @@ MADE = SimpleNamespace(anew=True, recipe=RECIPE)
 GONE = Problem("checkpoint-gone", "another is served")
 
 
-def fetched(*answers, remote=None):
+def fetched(*answers, remote=None, recipe=RECIPE):
     """What a model is where the replicas that are asked answer so."""
     remote = remote or Remote(Replicas(), in_time_s=1, at_once=2)
     remote._handle = Replicas(*answers)
-    return asyncio.run(remote.fetch(RECIPE, "json"))
+    return asyncio.run(remote.fetch(recipe, "json"))
 
 
 @pytest.mark.parametrize("gone", [0, 1, 7, 8])
@@ -223,6 +224,14 @@ def test_a_checkpoint_that_was_here_lately_is_not_gone(monkeypatch, last):
     now[0] += 61
     with pytest.raises(Problem, match="checkpoint-gone"):
         fetched(*[GONE] * 8, remote=remote)
+
+
+def test_an_encoder_that_is_gone_is_not_busy_with_its_checkpoint():
+    remote = Remote(Replicas(), in_time_s=1, at_once=2)
+    fetched(MADE, remote=remote)
+    with pytest.raises(Problem, match="checkpoint-gone"):
+        fetched(*[GONE] * 8, remote=remote, recipe=replace(RECIPE, encoder="another"))
+    assert fetched(*[GONE] * 7, MADE, remote=remote).anew  # whose own texts are looked for
 
 
 def test_a_checkpoint_that_is_gone_is_not_looked_for_by_every_request(monkeypatch):
