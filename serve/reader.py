@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from serve.ids import Recipe
 from serve.problems import Problem
@@ -41,6 +42,10 @@ class Reader:
     def placed(self, recipe: Recipe) -> list[str]:
         """The texts of a recipe that are placed by another encoder than that of the space."""
         return self._unknown(recipe) if self._maps else []
+
+    def named(self, recipe: Recipe) -> Recipe:
+        """A recipe as it is made here: with the encoder, where it places a text."""
+        return replace(recipe, encoder=self.encoder if self.placed(recipe) else "")
 
     async def encode(self, recipe: Recipe) -> None:
         """Encode what is unknown, which the denoising pass then finds among what is remembered.

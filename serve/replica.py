@@ -140,8 +140,7 @@ class Replica:
             steps=request.steps or diffusion.sampling_steps,
             guidance=diffusion.guidance if request.guidance is None else request.guidance,
         )
-        if self._reader.placed(recipe):
-            recipe = replace(recipe, encoder=self._reader.encoder)
+        recipe = self._reader.named(recipe)
         model, anew = await self._model(recipe)
         self.metrics.familiarity.observe(min(model.familiarity))
         if request.strict and (far := model.unfamiliar(self.threshold)):
@@ -247,7 +246,7 @@ class Replica:
     def _refuse_gone(self, recipe: Recipe) -> None:
         if recipe.checkpoint != self.pipe.checkpoint:
             raise Problem("checkpoint-gone", f"checkpoint {self.pipe.checkpoint} is served now")
-        if recipe.encoder != (self._reader.encoder if self._reader.placed(recipe) else ""):
+        if recipe != self._reader.named(recipe):
             raise Problem("checkpoint-gone", "another encoder reads its texts now")
 
     async def _model(self, recipe: Recipe) -> tuple[GeneratedModel, bool]:
@@ -284,8 +283,8 @@ class Replica:
                 raise Problem("not-acceptable", f"a {model.family.name} classifier has no ONNX")
             content = await _run(self._exporter, partial(self._to_onnx, model))
         family, warnings = model.family, [*model.unfamiliar(self.threshold).values()]
-        if placed := self._reader.placed(recipe):
-            warnings.append(note(placed))
+        if recipe.encoder:
+            warnings.append(note(self._reader.placed(recipe)))
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,
