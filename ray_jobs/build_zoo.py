@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -77,9 +77,11 @@ class Teacher:
     All is loaded with the first block: of an error while an actor is made, Ray keeps only the text.
     """
 
-    def __init__(self, config: JobConfig, base: Place, kind: str, device: str) -> None:
+    def __init__(
+        self, config: JobConfig, base: Place, kind: str, tasks: Sequence[Task], device: str
+    ) -> None:
         self.run, self.kind, self.device = Run(config, base), kind, device
-        self.tasks: dict[str, Task] = {}
+        self.tasks = {task.task_id: task for task in tasks}
         self.tools: dict[str, Any] = {}  # what `build_rows` takes beside tasks
         settle_in(threads=1 if device == "cpu" else None)
 
@@ -88,7 +90,6 @@ class Teacher:
         run, device = self.run, self.device
         run.check_images()
         generic = run.generic
-        self.tasks = {task.task_id: task for task in run.zoo_tasks(self.kind)}
         self.tools = {
             "family": run.family,
             "dataset": run.dataset,
@@ -154,20 +155,23 @@ class Build:
         )
 
 
-def build_zoo(run: Run, kind: str) -> Build:
+def build_zoo(run: Run, kind: str, tasks: Sequence[Task] | None = None) -> Build:
     """Fill the `zoo` or the `direct` folder of a run.
+
+    Args:
+        tasks: In the place of those that the configuration has for this folder.
 
     Raises:
         DataError: The folder holds rows of another recipe.
         ConfigError: The cluster has no place for a worker.
     """
     folder = run.base.fetch(kind)
-    tasks = run.zoo_tasks(kind)
+    tasks = run.zoo_tasks(kind) if tasks is None else tasks
     begun = (folder / ZOO).exists()
     done = open_zoo(folder, run.describe_zoo(kind))
     if not begun:
         run.base.keep(f"{kind}/{ZOO}")
-    missing = [task.task_id for task in tasks if task.task_id not in done]
+    missing = [task for task in tasks if task.task_id not in done]
     label = {"zoo": "zoo", "direct": "direct fine-tuning"}[kind]
     build = Build()
     with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=label, unit="model") as bar:
@@ -183,7 +187,7 @@ def build_zoo(run: Run, kind: str) -> Build:
     return build
 
 
-def finetuned(run: Run, kind: str, task_ids: list[str]) -> Iterator[pa.Table]:
+def finetuned(run: Run, kind: str, tasks: Sequence[Task]) -> Iterator[pa.Table]:
     """Tables of finished p-models with their notes, in the order in which they are done."""
     gpu, cluster = on_gpu(), run.config.cluster
     if run.family.has_trunk and not gpu:
@@ -192,10 +196,10 @@ def finetuned(run: Run, kind: str, task_ids: list[str]) -> Iterator[pa.Table]:
     workers = 1 if gpu else min(cluster.zoo_workers, capacity(CPU))
     most = cluster.zoo_block_gpu if gpu else cluster.zoo_block
     blocks = [
-        {"task_ids": " ".join(task_ids[place])}
-        for place in blocks_of(len(task_ids), most=most, workers=workers)
+        {"task_ids": " ".join(task.task_id for task in tasks[place])}
+        for place in blocks_of(len(tasks), most=most, workers=workers)
     ]
-    arguments = (run.config, run.base, kind, "cuda" if gpu else "cpu")
+    arguments = (run.config, run.base, kind, tasks, "cuda" if gpu else "cpu")
     return stream(Teacher, arguments, blocks, each=GPU if gpu else CPU, cluster=cluster)
 
 

@@ -128,7 +128,7 @@ def noisy(generator):
 def watching():
     """Which images are read: by split of the task scored, to predict at all, to train."""
     seen = {"held_out": set(), "val": set(), "predicted": set(), "trained_on": set()}
-    images, predict = Evaluation._images, tina.evaluation.predict
+    images, predict = Evaluation.images, tina.evaluation.predict
     finetune = tina.novelty.finetune
 
     def watched_images(self, task):
@@ -145,7 +145,7 @@ def watching():
         return finetune(family, thetas, lessons, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluation, "_images", watched_images)
+        patch.setattr(Evaluation, "images", watched_images)
         patch.setattr(tina.evaluation, "predict", watched_predict)
         patch.setattr(tina.novelty, "finetune", watched_finetune)
         yield seen
@@ -517,7 +517,8 @@ def test_workers_of_a_zoo_find_a_trunks_features(head_run, monkeypatch):
     monkeypatch.setattr(build_zoo, "on_gpu", lambda: False)
     monkeypatch.setattr(build_zoo, "capacity", lambda each: 2)
     monkeypatch.setattr(build_zoo, "stream", lambda *args, **kwargs: head_run.folder.iterdir())
-    names = {file.name.split("-")[0] for file in build_zoo.finetuned(head_run, "zoo", ["a", "b"])}
+    tasks = head_run.zoo_tasks("zoo")
+    names = {file.name.split("-")[0] for file in build_zoo.finetuned(head_run, "zoo", tasks)}
     assert "features" in names
 
 

@@ -337,7 +337,7 @@ def test_workers_look_whether_their_nodes_images_are_the_runs(tiny_run, tiny_gen
     shutil.copy(tiny_run.generic_file, run.generic_file)
     save_generator(tiny_generator, run.start, card="Untrained.\n")
     for begin in (
-        build_zoo.Teacher(run.config, run.base, "zoo", "cpu").load,
+        build_zoo.Teacher(run.config, run.base, "zoo", [], "cpu").load,
         lambda: Judge()._new_validator(run.config, run.base),
     ):
         with pytest.raises(DataError, match="was trained on other images"):

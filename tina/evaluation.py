@@ -133,7 +133,7 @@ class Evaluation:
             "axes": axes,
             "accuracy_by_steps": by_steps(
                 {steps: found[VALIDATION][_at(steps)] for steps in self._steps},
-                [self._images(task).index.numpy() for task in self.space.val],
+                [self.images(task).index.numpy() for task in self.space.val],
                 bootstrap=self.config.bootstrap,
             ),
             "by_unseen_classes": [
@@ -304,7 +304,7 @@ class Evaluation:
 
     # -- scoring ---------------------------------------------------------------------------------
 
-    def _images(self, task: Task) -> Lesson:
+    def images(self, task: Task) -> Lesson:
         """`report` images for held-out tasks; `select` ones for others, which may be chosen by."""
         if task.split != "held_out":
             return Lesson.of(self.dataset, task.class_ids, seed=0, partition="select")
@@ -324,7 +324,7 @@ class Evaluation:
         """Scores of classifiers on their tasks' images."""
         scores = []
         for task, of_seeds in zip(tasks, thetas, strict=True):
-            lesson = self._images(task)
+            lesson = self.images(task)
             logits = [self._logits(theta, lesson, task.num_classes) for theta in of_seeds]
             scores.append(Score.of(torch.stack(logits), lesson.labels))
         return scores
@@ -336,7 +336,7 @@ class Evaluation:
         place[list(generic.class_ids)] = torch.arange(len(generic.class_ids))
         theta = self.generator.theta(generic.body, generic.rows)
         for task in tasks:
-            lesson = self._images(task)
+            lesson = self.images(task)
             logits = self._logits(theta, lesson, len(generic.class_ids))
             labels = place[torch.tensor(task.class_ids)[lesson.labels]]
             scores.append(Score.of(logits.unsqueeze(0), labels))
@@ -345,7 +345,7 @@ class Evaluation:
     def _axis(self, tasks: Sequence[Task], scores: Mapping[str, list[Score]]) -> dict[str, Any]:
         direct = self._direct if DIRECT in scores else {}
         subset = [i for i, task in enumerate(tasks) if task.task_id in direct]
-        lessons = [self._images(task) for task in tasks]
+        lessons = [self.images(task) for task in tasks]
         return {
             "tasks": len(tasks),
             "images_per_class": min(int(torch.bincount(x.labels).min()) for x in lessons),
