@@ -5,14 +5,14 @@ from __future__ import annotations
 from serve.problems import Problem
 from tina.errors import PromptError
 from tina.generator import Generator
-from tina.prompts import check_apart, check_prompt
+from tina.prompts import check_apart, check_prompt, described
 from tina.schemas import ModelRequest
 
 
 def check_request(
     request: ModelRequest, generator: Generator, *, most_steps: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The class names of a request, and its descriptions, if any.
+    """The class names of a request, and a text for each where any is described.
 
     Raises:
         Problem: They are none, or do not fit what goes with them; or the generator takes no such
@@ -34,4 +34,5 @@ def check_request(
         raise Problem.of_field("guidance", "must be 1: this generator takes no other")
     if request.steps is not None and request.steps > most_steps:
         raise Problem.of_field("steps", f"must be at most {most_steps}")
-    return names, tuple(request.descriptions or ())
+    texts = request.descriptions
+    return names, () if texts is None else tuple(described(names, texts))

@@ -11,7 +11,7 @@ from serve.ids import Recipe
 from serve.problems import Problem
 from tina.errors import DataError, PromptError
 from tina.mapped import MappedEncoder
-from tina.pipeline import ADVICE, TinaPipeline
+from tina.pipeline import TinaPipeline
 
 log = logging.getLogger("ray.serve")
 
@@ -62,7 +62,7 @@ class Reader:
         try:
             await loop.run_in_executor(self._thread, self._pipe.embed_names, recipe.texts)
         except PromptError as error:
-            why = f"cannot be encoded: {str(error).removesuffix(ADVICE)}"
+            why = f"cannot be encoded: {error.plain}"
             raise Problem.of_field(recipe.text_field, why) from None
 
     def _unknown(self, recipe: Recipe) -> list[str]:

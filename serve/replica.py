@@ -34,13 +34,13 @@ from serve.pictures import PICTURES, bounded, pixels_of
 from serve.problems import Problem
 from serve.reader import Reader
 from serve.shown import pack_rows, shift_by, shifted
+from tina.advice import placed
 from tina.classifiers import predict_many
 from tina.config import TextEncoder
 from tina.errors import DataError, PromptError
 from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
 from tina.images import fit, read_image, shrink
-from tina.mapped import note
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
 from tina.schemas import (
@@ -284,7 +284,8 @@ class Replica:
             content = await _run(self._exporter, partial(self._to_onnx, model))
         family, warnings = model.family, [*model.unfamiliar(self.threshold).values()]
         if recipe.encoder:
-            warnings.append(note(self._reader.placed(recipe)))
+            known = self.pipe.generator.vocabulary.names
+            warnings.append(placed(self._reader.placed(recipe), known))
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,

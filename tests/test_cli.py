@@ -163,6 +163,26 @@ def test_a_strange_class_is_warned_about(tina):
     assert "no semantics" in note
 
 
+def test_the_packaged_checkpoints_that_know_better_are_named(capsys):
+    """A user of one need not know what the others were trained on."""
+
+    def said(*words):
+        out = ["--out", "m.safetensors", "--force", "--checkpoint", "tina-cifar100-cnn5k"]
+        status = main(["generate", "a bus", *words, *out])
+        return status, capsys.readouterr().err
+
+    others = "tina-cifar100-mini-imagenet-cnn5k and tina-cifar100-mini-imagenet-resnet20-head were"
+    status, found = said("Golden Retrievers", "otter")
+    far, hint = found.splitlines()
+    assert status == 0
+    assert far.startswith("warning: 'Golden Retrievers' is not close to anything")
+    assert hint == f"warning: {others} trained on 'Golden Retrievers'"
+    status, found = said("french bulldog", "zzzzzz")
+    assert status == 2
+    assert f"'zzzzzz'; {others} trained on 'french bulldog'; `tina info --words" in found
+    assert said("otter", "pizza")[1].count("warning") == 1  # none was trained on that
+
+
 def test_a_near_class_of_the_hash_encoder_is_not_called_known(tina):
     found = tina("generate", "threed", "one", "--out", "m.safetensors")
     assert found.err.startswith("note: the hash encoder has no semantics")

@@ -670,7 +670,7 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path, cache, caplog, dama
     else:
         bad = bytearray(good.replace(b"maple", b"apple"))
     path.write_bytes(bad)
-    with caplog.at_level(logging.WARNING, "tina.datasets"):
+    with caplog.at_level(logging.WARNING, "tina.storage"):
         assert_equal(first, load(tmp_path))
         assert f"cache file {path} is corrupt" in caplog.text
         caplog.clear()
@@ -682,9 +682,9 @@ def test_a_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, monkeypat
     pixels = small_set(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with caplog.at_level(logging.WARNING, "tina.datasets"):
+    with caplog.at_level(logging.WARNING, "tina.storage"):
         np.testing.assert_array_equal(as_pixels(load(tmp_path)), pixels)
-    assert "cannot cache images" in caplog.text
+    assert "cannot keep" in caplog.text
 
 
 # --- folders and torchvision ----------------------------------------------------------------------

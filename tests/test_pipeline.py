@@ -302,6 +302,14 @@ def test_descriptions_take_the_place_of_names(pipe):
     assert not torch.allclose(other.theta, described.theta, atol=1e-3)
 
 
+def test_a_class_without_description_goes_by_its_name(pipe):
+    some = pipe(["zero", "b", "eight"], descriptions=[None, "one", None])
+    close(some.theta, pipe(["zero", "one", "eight"]).theta)
+    assert some.class_names == ("zero", "b", "eight")
+    with pytest.raises(PromptError, match="each description may stand once in a task; twice: zero"):
+        pipe(["zero", "b"], descriptions=[None, "zero"])
+
+
 def test_descriptions_in_words_that_are_known_need_no_encoder(pipe, monkeypatch):
     monkeypatch.setattr(TinaPipeline, "encoder", None)
     close(pipe(["a", "b"], descriptions=["two", "one"]).theta, pipe(["two", "one"]).theta)
@@ -650,7 +658,7 @@ def test_what_is_no_picture(pipe, images, reason):
         (["one", "two"], {"descriptions": "ab"}),
         (["one", "two"], {"descriptions": {"one": "three", "two": "four"}}),
         (["one", "two"], {"images": {"one": "three.png", "two": "four.png"}}),
-        (["one", "two"], {"descriptions": ["three", None]}),
+        (["one", "two"], {"descriptions": ["three", 4]}),
     ],
 )
 def test_what_is_no_text(pipe, prompt, options):

@@ -38,12 +38,12 @@ from serve.making import Making
 from serve.problems import KINDS, Problem
 from tests.conftest import kept_out
 from tina import TinaPipeline
+from tina.advice import placed
 from tina.checkpoint import save_generator
 from tina.classifiers import Classifier
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
-from tina.mapped import note
 from tina.prompts import MAX_CHARACTERS, Vocabulary
 from tina.schemas import (
     MAX_BODY_BYTES,
@@ -342,6 +342,14 @@ def test_descriptions(post, library):
     expected = library(["3", "5"], descriptions=texts, seed=2)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_class_without_description_goes_by_its_name(post, library):
+    texts = [None, "a hat on a belly"]
+    body = {"classes": ["three", "5"], "descriptions": texts, "seed": 2}
+    made = post("/v1/models", json=body).json()
+    assert made["familiarity"] == list(library(["three", "5"], descriptions=texts).familiarity)
+    assert made["familiarity"][0] == 1
 
 
 def test_guidance_that_the_generator_does_not_take_is_refused(post, monkeypatch):
@@ -1100,7 +1108,7 @@ def test_it_says_who_places_what_it_does_not_know(backend, of_words_alone, ids):
     text = "a number after six"
     made = request("POST", "/v1/models", json={"classes": ["three", text]}).json()
     assert made["familiarity"] == list(replica.pipe(["three", text]).familiarity)
-    assert made["warnings"] == [note([text])]
+    assert made["warnings"] == [placed([text], ())]
     assert request("GET", f"/v1/models/{made['id']}").json() == made
     known = request("POST", "/v1/models", json=THREE).json()
     assert known["warnings"] == []

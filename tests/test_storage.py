@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from ray.exceptions import RayTaskError
+from safetensors import SafetensorError
 
 from ray_jobs import tune
 from tina.config import PromptConfig, RecipeConfig
@@ -35,7 +36,7 @@ from tina.errors import CheckpointError, ConfigError, DataError
 from tina.jobconfig import DataConfig, JobConfig
 from tina.pipeline import TinaPipeline
 from tina.run import Run
-from tina.storage import Place, at_hand
+from tina.storage import Place, at_hand, cached
 from tina.stores import Store, below, is_uri, split
 
 NAMES = st.text("abz09-_. #?%&", min_size=1, max_size=8).filter(lambda name: set(name) != {"."})
@@ -110,6 +111,24 @@ def test_split_undoes_below(storage, options, name):
 def test_the_run_of_a_path_is_where_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split("runs/mine") == (str(tmp_path / "runs"), "mine")
+
+
+# --- the user cache -------------------------------------------------------------------------------
+
+
+def test_what_a_full_disk_does_not_take_is_made_each_time(tmp_path, monkeypatch, caplog):
+    """safetensors writes with an error of its own."""
+
+    def full(file, made):
+        file.write_text(made[:2])
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    for _ in range(2):
+        file = tmp_path / "cache" / "kept"
+        assert cached(file, read=Path.read_text, make=lambda: "made", write=full) == "made"
+        assert f"cannot keep {file}: Error while serializing" in caplog.text
+        assert not [*file.parent.iterdir()]
+        caplog.clear()
 
 
 # --- places ---------------------------------------------------------------------------------------

@@ -57,12 +57,13 @@ def generate(args: argparse.Namespace) -> None:
     outputs = _check_outputs({".safetensors": args.out, ".onnx": args.onnx}, force=args.force)
     import torch
 
+    from tina.advice import placed, unfamiliar
     from tina.files import write_whole
     from tina.images import fit, read_image, shrink
-    from tina.mapped import MappedEncoder, note
+    from tina.mapped import MappedEncoder
     from tina.model import GeneratedModel
     from tina.names import normalise_name, split_sentence
-    from tina.prompts import check_examples
+    from tina.prompts import check_examples, described
 
     pairs = args.image or args.description or args.example
     extras = [(normalise_name(name), value) for name, value in pairs]
@@ -91,7 +92,7 @@ def generate(args: argparse.Namespace) -> None:
             for key in keys
         ]
     elif given:
-        options["descriptions"] = [given.get(k, name) for k, name in zip(keys, names, strict=True)]
+        options["descriptions"] = [given.get(key) for key in keys]
     with warnings.catch_warnings():  # they are said below, without the place in the code
         warnings.simplefilter("ignore", UnfamiliarWarning)
         # imports and encoders: loading, not generation
@@ -104,7 +105,7 @@ def generate(args: argparse.Namespace) -> None:
     def write(temporary: Path) -> None:
         temporary.write_bytes(model.to_safetensors())
         if args.onnx:  # complete before the first file gets its name: both or none
-            model.export_onnx(args.onnx)
+            _export(model.export_onnx, args.onnx)
 
     write_whole(args.out, write)
     rows = zip(model.class_names, model.familiarity, model.nearest, strict=True)
@@ -112,19 +113,19 @@ def generate(args: argparse.Namespace) -> None:
     _print_table(head | {name: f"{x:<11.2f}  {near}" for name, x, near in rows})
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
-    for warning in model.unfamiliar().values():
+    for warning in unfamiliar(model):
         print(f"warning: {warning}", file=sys.stderr)
     if args.example:
         from tina.examples import NEEDLESS, teach
 
         if not teach(model.familiarity, [key in given for key in keys]):
             print(f"note: {NEEDLESS}", file=sys.stderr)
-    lookup, texts = pipe.generator.vocabulary.lookup, options.get("descriptions", names)
-    if not args.image and (new := [text for text in texts if lookup(text) is None]):
+    known, texts = pipe.generator.vocabulary, described(names, options.get("descriptions", names))
+    if not args.image and (new := [text for text in texts if known.lookup(text) is None]):
         if not pipe.is_semantic:
             print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
         elif isinstance(pipe.encoder, MappedEncoder):
-            print(f"note: {note(new)}", file=sys.stderr)
+            print(f"note: {placed(new, known.names)}", file=sys.stderr)
 
 
 def classify(args: argparse.Namespace) -> int:
@@ -181,7 +182,8 @@ def export(args: argparse.Namespace) -> None:
     _check_outputs({".onnx": args.onnx}, force=args.force)
     from tina.model import export_onnx, load_classifier
 
-    export_onnx(load_classifier(args.model), args.onnx)
+    classifier = load_classifier(args.model)
+    _export(partial(export_onnx, classifier), args.onnx)
     print(args.onnx)
 
 
@@ -226,6 +228,13 @@ def _check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> list[P
         if file.exists() and not (force and file.is_file()):
             raise DataError(f"{file} exists already; --force replaces it if it is a regular file")
     return list(files.values())
+
+
+def _export(export: Callable[[Path], object], file: Path) -> None:
+    """Write an ONNX file; who waits at a terminal is told that it takes so long."""
+    if sys.stderr.isatty():
+        print("exporting ONNX, which takes some seconds ...", file=sys.stderr)
+    export(file)
 
 
 def _complain(error: Exception) -> None:

@@ -53,7 +53,7 @@ Flow = Generator[httpx.Request | float, Answer, T]
 class Prompt(TypedDict, total=False):
     """Options of `create`; see `tina.schemas.ModelRequest`."""
 
-    descriptions: list[str] | None
+    descriptions: list[str | None] | None
     images: Sequence[Sequence[Picture]] | None
     examples: Sequence[Sequence[Picture] | None] | None
     seed: int

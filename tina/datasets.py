@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor
 
 from tina.errors import DataError, one_line
-from tina.files import write_whole
 from tina.jobconfig import DataConfig
 from tina.listing import Item, Listing, Source
 from tina.names import clean, normalise_name
 from tina.sources import find_source, root_of
-from tina.storage import named, user_cache
+from tina.storage import cached, named, user_cache
 from tina.superclasses import CIFAR100_SUPERCLASSES
 from tina.views import Views
 
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "load_dataset"]
 
-log = logging.getLogger(__name__)
 
 PARTITIONS = ("fit", "select", "report")
 IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32, "caltech101": 64}
@@ -289,18 +286,12 @@ def _cache_path(source: Source, size: int | None) -> Path:
 
 
 def _decode_cached(source: Source, size: int | None) -> _Decoded:
-    path = _cache_path(source, size)
-    if path.is_file():
-        try:
-            return _read_cache(path)
-        except Exception as error:  # whatever is wrong with it, the source still has the images
-            log.warning("cache file %s is corrupt, rebuilding it: %s", path, one_line(error))
-    decoded = _decode_all(source.read(), size)
-    try:
-        _write_cache(path, decoded)
-    except OSError as error:
-        log.warning("cannot cache images in %s: %s", path.parent, one_line(error))
-    return decoded
+    return cached(
+        _cache_path(source, size),
+        read=_read_cache,
+        make=lambda: _decode_all(source.read(), size),
+        write=_write_cache,
+    )
 
 
 def _read_cache(path: Path) -> _Decoded:
@@ -322,4 +313,4 @@ def _write_cache(path: Path, decoded: _Decoded) -> None:
 
     tensors = {"images": decoded.images, "labels": decoded.labels, "test": decoded.test}
     metadata = {"class_names": json.dumps(decoded.class_names), "digest": decoded.digest}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    save_file(tensors, path, metadata)

@@ -41,11 +41,15 @@ class PromptError(TinaError, ValueError):
 
     Args:
         field: The part at fault: classes, descriptions, images or examples.
+        advice: For who has the checkpoint; those whom it is served to can do nothing of it.
+
+    Attributes:
+        plain: The message without that advice.
     """
 
-    def __init__(self, message: str, *, field: str = "classes") -> None:
-        super().__init__(message)
-        self.field = field
+    def __init__(self, message: str, *, field: str = "classes", advice: str = "") -> None:
+        super().__init__(message + advice)
+        self.plain, self.field = message, field
 
 
 class CheckpointError(TinaError, ValueError):

@@ -10,25 +10,22 @@ Axes: B texts, W known words, S MiniLM's width, E the checkpoint's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from textwrap import shorten
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tina.encoders import PromptEncoder, SentenceEncoder
-from tina.errors import ConfigError, one_line
-from tina.files import hash_bytes, write_bytes
+from tina.errors import ConfigError
+from tina.files import hash_bytes
 from tina.prompts import Vocabulary
-from tina.storage import user_cache
-
-log = logging.getLogger(__name__)
+from tina.storage import cached, user_cache
 
 GAMMA, ALPHA = 1.5, 0.1
 """Of the kernel and of the ridge, by cross-validation over the packaged vocabularies
@@ -85,32 +82,27 @@ class MappedEncoder(PromptEncoder):
         return F.normalize(found, dim=-1).float()
 
 
-def note(texts: Sequence[str]) -> str:
-    """What to say of texts that were placed."""
-    said = ", ".join(repr(shorten(text, 60)) for text in texts)
-    return f"MiniLM placed among the words that the checkpoint knows: {said}"
-
-
 def _read(names: Sequence[str], encoder: SentenceEncoder) -> Tensor:
     """Vectors (W, S) of a vocabulary, kept in the user cache: reading thousands takes seconds."""
     key = "\n".join((version(encoder.PACKAGE), *names))
     file = user_cache() / "sentences" / f"{hash_bytes(key.encode())[:32]}.safetensors"
     shape = (len(names), encoder.space.dim)
-    if file.is_file():
-        try:
-            found = load_file(file)["sentences"]
-            if found.shape != shape or not torch.isfinite(found).all():
-                raise ValueError(f"{tuple(found.shape)} values, or not all of them finite")
-            return found
-        except Exception as error:  # whatever is wrong with it, it can be made again
-            log.warning("cache file %s is corrupt, rebuilding it: %s", file, one_line(error))
-    sentences = torch.empty(shape)
-    with tqdm(total=len(names), desc="reading known words", delay=1, disable=None) as bar:
-        for places, vectors in encoder.encode_many(names):
-            sentences[places] = vectors
-            bar.update(len(places))
-    try:
-        write_bytes(file, save({"sentences": sentences}))
-    except OSError as error:
-        log.warning("cannot keep sentences in %s: %s", file.parent, one_line(error))
-    return sentences
+
+    def read(file: Path) -> Tensor:
+        found = load_file(file)["sentences"]
+        if found.shape != shape or not torch.isfinite(found).all():
+            raise ValueError(f"{tuple(found.shape)} values, or not all of them finite")
+        return found
+
+    def make() -> Tensor:
+        sentences = torch.empty(shape)
+        with tqdm(total=len(names), desc="reading known words", delay=1, disable=None) as bar:
+            for places, vectors in encoder.encode_many(names):
+                sentences[places] = vectors
+                bar.update(len(places))
+        return sentences
+
+    def write(file: Path, sentences: Tensor) -> None:
+        save_file({"sentences": sentences}, file)
+
+    return cached(file, read=read, make=make, write=write)

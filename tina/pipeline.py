@@ -5,14 +5,12 @@ Axes: B prompts, K classes (padded), E embedding width, N images, C channels, H 
 
 from __future__ import annotations
 
-import difflib
 import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import TypeGuard, cast, get_args
 
 import torch
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tina.advice import unfamiliar, unknown
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.config import TextEncoder
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
@@ -29,12 +28,13 @@ from tina.generator import Generator
 from tina.images import fit, read_image, shrink
 from tina.mapped import MappedEncoder
 from tina.model import GeneratedModel
-from tina.names import normalise_name, split_sentence
+from tina.names import split_sentence
 from tina.prompts import (
     check_apart,
     check_distinct,
     check_pictures,
     check_prompt,
+    described,
     has_some,
     pad,
 )
@@ -44,11 +44,6 @@ Picture = Tensor | str | Path | Image.Image
 Shots = Picture | Sequence[Picture]
 """The pictures of a class."""
 FILES = (str, Path, Image.Image)
-ADVICE = (
-    "; `tina info --words CHECKPOINT` lists what it knows, and for any other text take --encoder "
-    'sentence or open_clip (encoder="sentence"), or a checkpoint trained with one of them'
-)
-"""For who has the checkpoint: those whom it is served to can do neither."""
 
 
 class TinaPipeline:
@@ -152,7 +147,7 @@ class TinaPipeline:
         prompt: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
         images: Sequence[Shots] | None = None,
-        descriptions: Sequence[str] | None = None,
+        descriptions: Sequence[str | None] | None = None,
         examples: Sequence[Shots | None] | None = None,
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
@@ -165,7 +160,7 @@ class TinaPipeline:
                 is then a list), or one sentence, see `tina.names.split_sentence`.
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
-            descriptions: For one task: a text per class that takes the place of its name.
+            descriptions: For one task: per class a text that takes the place of its name, or None.
             examples: For one task, beside the words: per class pictures as in `images`, or None or
                 an empty list. Of those that have some the rows of new ones, whose `familiarity` is
                 below 1, learn; where there is none, examples change nothing. See `tina.examples`.
@@ -201,7 +196,7 @@ class TinaPipeline:
             check_apart(names[0], [_contents(small) for _, small in seen], field="images")
             embeddings = [torch.stack([embedding for embedding, _ in seen])]
         else:
-            words = names if descriptions is None else [descriptions]
+            words = names if descriptions is None else [described(names[0], descriptions)]
             embeddings = [self.embed_names(task) for task in words]
         shown = None
         if examples is not None:
@@ -216,7 +211,7 @@ class TinaPipeline:
             theta = learn_from(self.generator, models[0].theta, embeddings[0], shown)
             models = [replace(models[0], theta=theta)]
         for model in models:
-            for warning in model.unfamiliar().values():
+            for warning in unfamiliar(model):
                 warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
         return models if batched else models[0]
 
@@ -240,7 +235,7 @@ class TinaPipeline:
         known = [vocabulary.lookup(name) for name in names]
         new = [name for name, vector in zip(names, known, strict=True) if vector is None]
         if new and not self.reads_text:
-            raise self._unknown(new)
+            raise unknown(new, vocabulary.names)
         encoded = iter(self.encoder.encode_text(new)) if new else iter(())
         found = torch.stack([next(encoded) if vector is None else vector for vector in known])
         check_distinct(names, found)
@@ -255,15 +250,6 @@ class TinaPipeline:
     def reads_text(self) -> bool:
         """Whether words that the checkpoint does not know can be encoded."""
         return bool(self._encoder) or self.generator.config.prompt.encoder != "table"
-
-    def _unknown(self, names: Sequence[str]) -> PromptError:
-        """What to say of names that nothing here can embed."""
-        known, said = self.generator.vocabulary.names, []
-        for name in names[:5]:
-            close = ", ".join(difflib.get_close_matches(normalise_name(name), known))
-            said.append(f"{shorten(name, 60)!r}" + (f" (closest: {close})" if close else ""))
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return PromptError(f"the checkpoint does not know {', '.join(said)}{more}{ADVICE}")
 
     def embed_images(self, images: Sequence[Shots]) -> Tensor:
         """Unit embeddings (K, E) of pictures per class, see `__call__`.

@@ -31,7 +31,7 @@ SAME = 1 - 1e-5
 def check_prompt(
     names: Sequence[str],
     *,
-    descriptions: Sequence[str] | None,
+    descriptions: Sequence[str | None] | None,
     images: Sequence[object] | None,
     examples: Sequence[object] | None,
     max_classes: int,
@@ -55,12 +55,18 @@ def check_prompt(
         raise PromptError(alone, field="images")
     if descriptions is not None:
         try:
-            check_task(descriptions, max_classes=max_classes, what="description")
+            texts = described(names, descriptions)
+            check_task(texts, max_classes=max_classes, what="description")
         except PromptError as error:
             raise PromptError(str(error), field="descriptions") from None
     if examples is not None:
         check_examples([has_some(shots) for shots in examples])
     return names
+
+
+def described(names: Sequence[str], descriptions: Sequence[str | None]) -> list[str]:
+    """A text per class: its description, or where it has none its name."""
+    return [name if text is None else text for name, text in zip(names, descriptions, strict=True)]
 
 
 def has_some(shots: object) -> bool:

@@ -69,8 +69,10 @@ class ModelRequest(_Request):
         ),
     ]
     descriptions: Annotated[
-        list[Text] | None,
-        Field(max_length=MAX_CLASSES, description="A text per class, in place of its name."),
+        list[Text | None] | None,
+        Field(
+            max_length=MAX_CLASSES, description="Per class a text in place of its name, or null."
+        ),
     ] = None
     images: Annotated[
         list[Shots] | None,

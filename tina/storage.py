@@ -8,29 +8,62 @@ checkpoints to generate with) is copied into the user cache, for all processes o
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from tina.errors import TinaError
-from tina.files import hash_bytes
+from tina.errors import TinaError, one_line
+from tina.files import hash_bytes, write_whole
 from tina.stores import Store, at_once, below, is_uri, split
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 
 
 def user_cache() -> Path:
     """Tina's folder in the user cache; XDG_CACHE_HOME moves it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tina"
+
+
+def cached(
+    file: Path,
+    *,
+    read: Callable[[Path], T],
+    make: Callable[[], T],
+    write: Callable[[Path, T], object],
+) -> T:
+    """What a file of the user cache holds; else what is made now, and kept there for the next time.
+
+    A warning says where that cannot be read or written.
+
+    Args:
+        read: May raise anything of a file that is not whole.
+    """
+    from safetensors import SafetensorError
+
+    if file.is_file():
+        try:
+            return read(file)
+        except Exception as error:  # whatever is wrong with it, it can be made again
+            log.warning("cache file %s is corrupt, rebuilding it: %s", file, one_line(error))
+    made = make()
+    try:
+        write_whole(file, lambda temporary: write(temporary, made))
+    except (OSError, SafetensorError) as error:  # the latter of a full disk
+        log.warning("cannot keep %s: %s", file, one_line(error))
+    return made
 
 
 def at_hand(location: str, *names: str) -> Path:
