@@ -1,4 +1,4 @@
-"""How near does a generator come to fine-tuning on a task's own images, the fewer classes it knows?
+"""How near does a generator come to fine-tuning on a task's own images where classes are new?
 
     python -m benchmarks.direct tina-cifar100-cnn5k --config configs/cifar100_cnn5k.yaml
 
@@ -25,10 +25,12 @@ from tina.comparison import DIRECT, SELECTION, TINA, UNTRAINED, compare
 from tina.configio import parse_config
 from tina.errors import ConfigError
 from tina.evaluation import Evaluation
+from tina.files import hash_file
 from tina.generator import Generator
 from tina.generic import save_generic
 from tina.jobconfig import JobConfig
 from tina.run import Run
+from tina.storage import MANIFEST
 from tina.tasks import Task
 
 
@@ -37,7 +39,6 @@ def prepare(generator: Generator, config: JobConfig) -> Run:
 
     Raises:
         ConfigError: The configuration is another generator's.
-        DataError: The run was made for another checkpoint.
     """
     run = Run(config)
     if (generator.dataset, generator.family.name) != (run.dataset.name, run.family.name):
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     before = load()
     folder = checkpoint_folder(args.checkpoint)
-    keys = ["--storage", args.storage, "--name", f"direct_{folder.name}"]
+    name = f"direct_{hash_file(folder / MANIFEST)[:16]}"
+    keys = ["--storage", args.storage, "--name", name]
     config = parse_config(JobConfig, ["--config", args.config, *keys])
     generator = load_generator(folder)
     run = prepare(generator, config)

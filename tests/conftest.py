@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from tina.generator import Generator
 from tina.generic import save_generic, train_generic
 from tina.jobconfig import DataConfig, EvaluationConfig, JobConfig, TaskConfig, TrainConfig
 from tina.run import Run
+from tina.tasks import Task
 from tina.training import Progress, train
 from tina.zoo import build_rows, open_zoo, zoo_schema
 
@@ -88,12 +89,12 @@ def tiny_config(storage: Path, **changes: object) -> JobConfig:
     return JobConfig(**values | changes)  # type: ignore[arg-type]
 
 
-def write_rows(run: Run, kind: str) -> None:
+def write_rows(run: Run, kind: str, tasks: Sequence[Task] | None = None) -> None:
     """What the build_zoo job does, without Ray."""
     folder = run.folder / kind
     open_zoo(folder, run.describe_zoo(kind))
     rows = build_rows(
-        run.zoo_tasks(kind),
+        run.zoo_tasks(kind) if tasks is None else tasks,
         family=run.family,
         dataset=run.dataset,
         store=run.store,

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from aiohttp import web
 from PIL import Image
 from safetensors.torch import load
@@ -23,6 +24,7 @@ from test_encoders import write_table
 
 from benchmarks import (
     calibration,
+    direct,
     elsewhere,
     examples,
     generation,
@@ -37,10 +39,12 @@ from benchmarks import (
     training,
     zoo_building,
 )
-from tests.conftest import kept_out
+from tests.conftest import kept_out, tiny_config, write_rows
 from tina import TinaPipeline
 from tina.calibration import Answers
-from tina.checkpoint import save_generator
+from tina.checkpoint import load_generator, save_generator
+from tina.classifiers import predict
+from tina.configio import config_to_dict
 from tina.datasets import load_dataset
 from tina.encoders import HashEncoder, TableEncoder
 from tina.errors import ConfigError, DataError
@@ -635,3 +639,86 @@ def test_crossed_classes_were_fitted_by_none(monkeypatch):
     assert found.keys() == {"1", "2"}
     assert sorted(map(len, fits)) == [5, 5]
     assert set.union(*fits) == set(space.excluded) == set.union(*judged)
+
+
+@pytest.fixture
+def beside_direct(tiny_checkpoint, tmp_path, monkeypatch):
+    """Run `benchmarks.direct` without Ray on a configuration; its row and its run."""
+
+    def run(config, most):
+        rows, runs = [], []
+
+        def fill(run, kind, tasks):
+            write_rows(run, kind, tasks)
+            runs.append(run)
+
+        monkeypatch.setattr(direct, "build_zoo", fill)
+        monkeypatch.setattr(direct, "start_ray", lambda: None)
+        monkeypatch.setattr(direct, "append", lambda name, row, load_before: rows.append(row))
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config_to_dict(config)))
+        words = ["--config", str(file), "--storage", str(tmp_path / "runs"), "--tasks", str(most)]
+        direct.main([str(tiny_checkpoint), *words])
+        return rows[0], runs[0]
+
+    return run
+
+
+def test_direct_fine_tuning_is_of_the_checkpoints_generic_model(
+    beside_direct, tiny_checkpoint, tmp_path
+):
+    row, run = beside_direct(tiny_config(tmp_path), 3)
+    generator = load_generator(tiny_checkpoint)
+    assert torch.equal(run.generic.rows, generator.generic.rows)
+    zoo = run.read_zoo("direct")
+    for group, tasks in direct.chosen(run, 3).items():
+        found, hits = row["groups"][group], []
+        assert found["tasks"] == len(tasks) == 3
+        for task in tasks:
+            theta = zoo.of([task.task_id]).theta[0]
+            lesson = Lesson.of(run.dataset, task.class_ids, seed=0, partition="report")
+            index = [lesson.index[lesson.labels == k][:5] for k in range(task.num_classes)]
+            labels = torch.arange(task.num_classes).repeat_interleave(5)
+            widest = {"num_classes": generator.max_classes}
+            logits = predict(run.family, theta, run.store, torch.cat(index), **widest)
+            right = logits[:, : task.num_classes].argmax(1) == labels
+            hits.append(100 * float(right.float().mean()))
+        assert found["accuracy"]["direct_finetuning"] == pytest.approx(np.mean(hits), abs=0.01)
+        points = found["accuracy"]["tina"] - found["accuracy"]["direct_finetuning"]
+        assert found["tina_minus_direct"]["value"] == pytest.approx(points, abs=0.02)
+    known = row["groups"]["unseen_combination"]["accuracy"]
+    assert known["untrained"] == known["classifier_selection"]
+
+
+def test_direct_fine_tuning_is_of_every_number_of_new_classes():
+    names = [f"class {i}" for i in range(20)]
+    config = TaskConfig(min_classes=4, max_classes=4, train=2, val=2, held_out=5)
+    config = replace(config, excluded_fraction=0.4, unseen_per_task=1, unseen_counts=(2, 4))
+    run = SimpleNamespace(space=build_task_space("d", names, None, config))
+    new = {
+        group: {len({*task.class_ids} & {*run.space.excluded}) for task in tasks}
+        for group, tasks in direct.chosen(run, 3).items()
+        if len(tasks) == 3
+    }
+    assert new == {"unseen_combination": {0}, "unseen_class": {1}, "2_new": {2}, "4_new": {4}}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"classifier": {"family": "cnn15k"}}, "the checkpoint makes cnn5k for digits"),
+        (
+            {"tasks": {"excluded_fraction": 0.2}},
+            "was trained on other classes than the configuration has",
+        ),
+    ],
+)
+def test_direct_fine_tuning_wants_the_checkpoints_configuration(
+    beside_direct, tmp_path, change, reason
+):
+    ((section, keys),) = change.items()
+    config = tiny_config(tmp_path)
+    config = replace(config, **{section: replace(getattr(config, section), **keys)})
+    with pytest.raises(ConfigError, match=reason):
+        beside_direct(config, 1)
+    assert not (tmp_path / "runs").exists()
