@@ -51,10 +51,9 @@ demo: install ## Zoo, training, generation and report on the embedded digits; CO
 	$(if $(DATA),TINA_DATA='$(PLACE)') $(BIN)/python -m ray_jobs.quickstart --config $(CONFIG) --storage $(CURDIR)/runs
 
 .PHONY: serve
-serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; CHECKPOINT= a folder or a packaged name, ENCODER=sentence for any text.
+serve: install ## Serve the quickstart's checkpoint on http://localhost:8000; PORT= another, CHECKPOINT= a folder or a packaged name, ENCODER=sentence for any text.
 	@$(BIN)/tina info '$(CHECKPOINT)' || { echo 'make demo trains one; make serve CHECKPOINT=tina-cifar100-cnn5k takes one that comes with Tina' >&2; exit 2; }
-	@! curl -so /dev/null localhost:8000 || { echo 'error: something answers at localhost:8000 already: an endpoint stops with .venv/bin/ray stop' >&2; exit 2; }
-	$(BIN)/serve run serve.app:build_app checkpoint='$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT))' storage=$(CURDIR)/runs/serve $(if $(ENCODER),encoder=$(ENCODER))
+	$(BIN)/python -m serve $(if $(PORT),--port $(PORT)) checkpoint='$(or $(realpath $(CHECKPOINT)),$(CHECKPOINT))' storage=$(CURDIR)/runs/serve $(if $(ENCODER),encoder=$(ENCODER))
 
 .PHONY: bench
 bench: install ## Measure start-up and generation in their short forms; CHECKPOINT= a folder or a packaged name.
