@@ -184,6 +184,40 @@ def texts(commit: str) -> str:
     return _table(header, rows, words=2) + "\n" + _said(f"texts {names}", found)
 
 
+GROUPS = {
+    "unseen_combination": "all known",
+    "shifted_combination": "all known, neighbours",
+    "1_new": "one new",
+    "unseen_class": "two new",
+    "5_new": "five new",
+    "10_new": "ten new",
+}
+
+
+def direct(commit: str) -> str:
+    """A generator beside fine-tuning on the tasks' own images."""
+    found = _rows("direct", [commit])
+    rows = []
+    for row in found:
+        for group, said in GROUPS.items():
+            of = row["groups"][group]
+            right, minus, closed = of["accuracy"], of["tina_minus_direct"], of["gap_closed"]
+            rows.append(
+                [
+                    f"`{row['checkpoint']}`",
+                    said,
+                    str(of["tasks"]),
+                    *(f"{right[name]:.1f}" for name in ("untrained", "tina", "direct_finetuning")),
+                    f"{minus['value']:+.1f} ({minus['ci95'][0]:+.1f} to {minus['ci95'][1]:+.1f})",
+                    f"{closed['value']:.2f} ({closed['ci95'][0]:.2f} to {closed['ci95'][1]:.2f})",
+                ]
+            )
+    header = ["generator", "of ten classes", "tasks", "inherited", "Tina", "direct fine-tuning"]
+    header += ["Tina minus it (95 % interval)", "of the way from inherited to it"]
+    commands = " --config ... and ".join(row["checkpoint"] for row in found)
+    return _table(header, rows, words=2) + "\n" + _said(f"direct {commands} --config ...", found)
+
+
 KINDS = {
     "pictures": "five pictures",
     "picture": "one picture",
@@ -270,5 +304,8 @@ def _calibrated(figures: Mapping[str, float] | None) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     table.__name__: table
-    for table in (packaged, words, elsewhere, examples, texts, prompts, calibration, fitted)
+    for table in (
+        *(packaged, words, elsewhere, examples, texts),
+        *(direct, prompts, calibration, fitted),
+    )
 }

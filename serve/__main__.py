@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = read_args(args.arguments)
         app = build_app(given)
-        check_checkpoint(given)
         check_free(args.port)
+        check_checkpoint(given)
         ray.init(namespace="serve")
         if serve.status().proxies:
             raise ConfigError("this Ray cluster serves already: `serve shutdown` ends that")

@@ -434,6 +434,13 @@ def test_the_onnx_of_export_is_the_classifier(tina, made, workplace):
     assert json.loads(metadata.custom_metadata_map["class_names"]) == ["one", "two", "five"]
 
 
+def test_who_waits_for_onnx_at_a_terminal_is_told(tina, made, monkeypatch):
+    assert not tina("export", made / "mine.safetensors", "--onnx", "a.onnx").err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    told = "exporting ONNX, which takes some seconds ...\n"
+    assert tina("export", made / "mine.safetensors", "--onnx", "b.onnx").err == told
+
+
 # --- info -----------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from textwrap import shorten
 
 from safetensors import safe_open
@@ -47,14 +47,19 @@ def unfamiliar(model: GeneratedModel) -> list[str]:
     return [*warnings.values(), *([others] if others else [])]
 
 
-def placed(texts: Sequence[str], known: Sequence[str]) -> str:
+def placed(texts: Sequence[str], known: tuple[str, ...]) -> str:
     """What to say of texts that MiniLM placed among the known words."""
     said = []
     for text in texts:
-        name = normalise_name(text)
-        close = difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)
-        said.append(f"{shorten(text, 60)!r}" + (f" (not {close[0]!r}?)" if close else ""))
+        meant = _meant(normalise_name(text), known)
+        said.append(f"{shorten(text, 60)!r}" + (f" (not {meant!r}?)" if meant else ""))
     return f"MiniLM placed among the words that the checkpoint knows: {', '.join(said)}"
+
+
+@lru_cache(4096)  # an endpoint says it with every answer, and it takes milliseconds
+def _meant(name: str, known: tuple[str, ...]) -> str:
+    """The known word that a name may be, with a slip in it; "" for none."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)), "")
 
 
 def trained_elsewhere(names: Sequence[str]) -> str:

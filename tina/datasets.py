@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "load_dataset"]
 
-
 PARTITIONS = ("fit", "select", "report")
 IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32, "caltech101": 64}
 LARGEST_DEFAULT_SIZE = 64
