@@ -5,8 +5,12 @@
 Held-out tasks of each axis of the configuration, and of each number of new classes, are fine-tuned
 from the checkpoint's generic model (`ray_jobs.build_zoo`'s pool, `classifier.direct`), and scored
 beside generated classifiers on `report` images, by which nothing is chosen. Reports run that for
-few tasks beyond the first axis, as it is dear. What is fine-tuned stays in the storage: run again,
-perhaps for more tasks, only what is missing is done. Appends a row to results/direct.jsonl.
+few tasks beyond the first axis, as it is dear. Intervals draw tasks and images anew, but no other
+new classes than were kept out. Data and tasks have to be those of the training, which a checkpoint
+does not know: of others, tasks may have been trained on, and `report` images too.
+
+What is fine-tuned stays in the storage: run again, perhaps for more tasks, only what is missing is
+done. Appends a row to results/direct.jsonl.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ from ray_jobs.job import start_ray
 from tina.baselines import classifier_selection
 from tina.checkpoint import load_generator
 from tina.comparison import DIRECT, SELECTION, TINA, UNTRAINED, compare
-from tina.configio import parse_config
+from tina.configio import config_to_dict, parse_config
 from tina.errors import ConfigError
 from tina.evaluation import Evaluation
 from tina.files import hash_file
 from tina.generator import Generator
 from tina.generic import save_generic
 from tina.jobconfig import JobConfig
+from tina.precision import settle
 from tina.run import Run
 from tina.storage import MANIFEST
 from tina.tasks import Task
@@ -40,13 +45,17 @@ def prepare(generator: Generator, config: JobConfig) -> Run:
     Raises:
         ConfigError: The configuration is another generator's.
     """
-    run = Run(config)
-    if (generator.dataset, generator.family.name) != (run.dataset.name, run.family.name):
-        raise ConfigError(f"the checkpoint makes {generator.family.name} for {generator.dataset}")
-    if generator.generic.class_ids != run.space.seen:
-        raise ConfigError("the checkpoint was trained on other classes than the configuration has")
+    its = config_to_dict(generator.config.classifier)
+    if generator.dataset != config.data.name:
+        raise ConfigError(f"the checkpoint was trained on {generator.dataset}")
+    if settle(config_to_dict(config.classifier), its) != its:
+        raise ConfigError("the checkpoint's classifier was configured otherwise")
+    run, known = Run(config), (generator.generic.class_ids, generator.max_classes)
+    if known != (run.space.seen, config.tasks.max_classes):
+        raise ConfigError("the checkpoint was trained on other classes, or for another number")
     run.claim()
     save_generic(run.generic_file, generator.generic, generator.family, run.dataset)
+    run.base.keep(run.generic_file.name)
     return run
 
 
@@ -98,16 +107,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--storage", default=str(Path("runs").resolve()), help="default: runs")
     parser.add_argument("--tasks", type=int, default=20, help="of each group; default: 20")
     args = parser.parse_args(argv)
+    if args.tasks < 1:
+        raise ConfigError(f"--tasks must be at least 1, got {args.tasks}")
     before = load()
     folder = checkpoint_folder(args.checkpoint)
-    name = f"direct_{hash_file(folder / MANIFEST)[:16]}"
-    keys = ["--storage", args.storage, "--name", name]
-    config = parse_config(JobConfig, ["--config", args.config, *keys])
-    generator = load_generator(folder)
-    run = prepare(generator, config)
+    sha256, generator = hash_file(folder / MANIFEST), load_generator(folder)
+    keys = ["--storage", args.storage, "--name", f"direct_{sha256[:16]}"]
+    run = prepare(generator, parse_config(JobConfig, ["--config", args.config, *keys]))
     groups = chosen(run, args.tasks)
     start_ray()
-    build_zoo(run, "direct", [task for tasks in groups.values() for task in tasks])
+    with run.place.named():
+        build_zoo(run, "direct", [task for tasks in groups.values() for task in tasks])
     direct = run.read_zoo("direct")
     evaluation = Evaluation(
         generator=generator,
@@ -120,8 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     figures: dict[str, object] = {
         "checkpoint": args.checkpoint,
-        "seeds": run.config.evaluation.seeds,
-        "steps": run.config.classifier.direct.steps,
+        "sha256": sha256,
+        "images": run.dataset.fingerprint,
+        "direct": config_to_dict(run.config.classifier.direct),
+        "evaluation": config_to_dict(run.config.evaluation),
         "groups": {name: score(evaluation, tasks) for name, tasks in groups.items()},
     }
     append("direct", figures, load_before=before)

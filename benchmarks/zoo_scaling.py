@@ -77,9 +77,9 @@ def bare(run: Run) -> float:
 def share(config: JobConfig, base: Place, index: int) -> tuple[float, float]:
     """Fine-tune every n-th p-model; when the first step began and the last ended."""
     os.nice(RAYS_NICENESS)
-    tasks = Run(config, base).zoo_tasks("zoo")[index :: config.cluster.zoo_workers]
-    teacher = Teacher(config, base, "zoo", tasks, "cpu")
+    teacher = Teacher(config, base, "zoo", [], "cpu")
     teacher.load()
+    tasks = teacher.run.zoo_tasks("zoo")[index :: config.cluster.zoo_workers]
     begin = time.time()
     for task in tasks:
         build_rows([task], **teacher.tools)

@@ -199,23 +199,30 @@ def direct(commit: str) -> str:
     found = _rows("direct", [commit])
     rows = []
     for row in found:
-        for group, said in GROUPS.items():
-            of = row["groups"][group]
+        for group, of in row["groups"].items():
             right, minus, closed = of["accuracy"], of["tina_minus_direct"], of["gap_closed"]
             rows.append(
                 [
                     f"`{row['checkpoint']}`",
-                    said,
+                    GROUPS[group],
                     str(of["tasks"]),
                     *(f"{right[name]:.1f}" for name in ("untrained", "tina", "direct_finetuning")),
-                    f"{minus['value']:+.1f} ({minus['ci95'][0]:+.1f} to {minus['ci95'][1]:+.1f})",
-                    f"{closed['value']:.2f} ({closed['ci95'][0]:.2f} to {closed['ci95'][1]:.2f})",
+                    _with_interval(minus, "+.1f"),
+                    _with_interval(closed, ".2f"),
                 ]
             )
     header = ["generator", "of ten classes", "tasks", "inherited", "Tina", "direct fine-tuning"]
     header += ["Tina minus it (95 % interval)", "of the way from inherited to it"]
     commands = " --config ... and ".join(row["checkpoint"] for row in found)
     return _table(header, rows, words=2) + "\n" + _said(f"direct {commands} --config ...", found)
+
+
+def _with_interval(of: Mapping[str, Any], form: str) -> str:
+    """Where the gap itself may be zero, its share has no interval, and says nothing."""
+    if of["ci95"] is None:
+        return ""
+    least, most = (format(value, form) for value in of["ci95"])
+    return f"{format(of['value'], form)} ({least} to {most})"
 
 
 KINDS = {

@@ -34,5 +34,5 @@ def check_request(
         raise Problem.of_field("guidance", "must be 1: this generator takes no other")
     if request.steps is not None and request.steps > most_steps:
         raise Problem.of_field("steps", f"must be at most {most_steps}")
-    texts = request.descriptions
-    return names, () if texts is None else tuple(described(names, texts))
+    texts = request.descriptions or ()
+    return names, tuple(described(names, texts)) if any(texts) else ()

@@ -284,8 +284,7 @@ class Replica:
             content = await _run(self._exporter, partial(self._to_onnx, model))
         family, warnings = model.family, [*model.unfamiliar(self.threshold).values()]
         if recipe.encoder:
-            known = self.pipe.generator.vocabulary.names
-            warnings.append(placed(self._reader.placed(recipe), known))
+            warnings.append(placed(self._reader.placed(recipe)))
         return Made(
             recipe=recipe,
             familiarity=model.familiarity,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from tina.generator import Generator
 from tina.generic import save_generic, train_generic
 from tina.jobconfig import DataConfig, EvaluationConfig, JobConfig, TaskConfig, TrainConfig
 from tina.run import Run
-from tina.tasks import Task
 from tina.training import Progress, train
 from tina.zoo import build_rows, open_zoo, zoo_schema
 
@@ -89,12 +88,12 @@ def tiny_config(storage: Path, **changes: object) -> JobConfig:
     return JobConfig(**values | changes)  # type: ignore[arg-type]
 
 
-def write_rows(run: Run, kind: str, tasks: Sequence[Task] | None = None) -> None:
+def write_rows(run: Run, kind: str) -> None:
     """What the build_zoo job does, without Ray."""
     folder = run.folder / kind
     open_zoo(folder, run.describe_zoo(kind))
     rows = build_rows(
-        run.zoo_tasks(kind) if tasks is None else tasks,
+        run.zoo_tasks(kind),
         family=run.family,
         dataset=run.dataset,
         store=run.store,

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -39,7 +40,8 @@ from benchmarks import (
     training,
     zoo_building,
 )
-from tests.conftest import kept_out, tiny_config, write_rows
+from ray_jobs import build_zoo
+from tests.conftest import kept_out, tiny_config
 from tina import TinaPipeline
 from tina.calibration import Answers
 from tina.checkpoint import load_generator, save_generator
@@ -53,6 +55,7 @@ from tina.finetune import Lesson
 from tina.jobconfig import DataConfig, TaskConfig
 from tina.run import Run
 from tina.tasks import build_task_space
+from tina.zoo import build_rows, zoo_schema
 
 ROOT = Path(__file__).parents[1]
 
@@ -643,24 +646,34 @@ def test_crossed_classes_were_fitted_by_none(monkeypatch):
 
 @pytest.fixture
 def beside_direct(tiny_checkpoint, tmp_path, monkeypatch):
-    """Run `benchmarks.direct` without Ray on a configuration; its row and its run."""
+    """Run `benchmarks.direct` on a configuration, the pool being this process; row and run."""
+    rows, asked = [], []
+
+    def teach(run, kind, tasks):
+        asked.append([task.task_id for task in tasks])
+        teacher = build_zoo.Teacher(run.config, run.base, kind, tasks, "cpu")
+        teacher.load()
+        schema = zoo_schema(run.family.layout(run.config.tasks.max_classes).size)
+        for task in tasks:
+            table = pa.Table.from_pylist(build_rows([task], **teacher.tools), schema=schema)
+            for name, value in {"worker": "this", "begin": 0.0, "peak": 1}.items():
+                table = table.append_column(name, pa.array([value]))
+            yield table
+
+    monkeypatch.setattr(build_zoo, "finetuned", teach)
+    monkeypatch.setattr(build_zoo, "settle_in", lambda threads: None)
+    monkeypatch.setattr(direct, "start_ray", lambda: None)
+    monkeypatch.setattr(direct, "append", lambda name, row, load_before: rows.append(row))
 
     def run(config, most):
-        rows, runs = [], []
-
-        def fill(run, kind, tasks):
-            write_rows(run, kind, tasks)
-            runs.append(run)
-
-        monkeypatch.setattr(direct, "build_zoo", fill)
-        monkeypatch.setattr(direct, "start_ray", lambda: None)
-        monkeypatch.setattr(direct, "append", lambda name, row, load_before: rows.append(row))
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config_to_dict(config)))
         words = ["--config", str(file), "--storage", str(tmp_path / "runs"), "--tasks", str(most)]
         direct.main([str(tiny_checkpoint), *words])
-        return rows[0], runs[0]
+        (folder,) = (tmp_path / "runs").iterdir()
+        return rows[-1], Run.open(folder)
 
+    run.asked = asked
     return run
 
 
@@ -690,15 +703,27 @@ def test_direct_fine_tuning_is_of_the_checkpoints_generic_model(
     assert known["untrained"] == known["classifier_selection"]
 
 
+def test_of_more_tasks_only_those_that_are_missing_are_fine_tuned(beside_direct, tmp_path):
+    first, run = beside_direct(tiny_config(tmp_path), 1)
+    beside_direct(tiny_config(tmp_path), 3)
+    again, _ = beside_direct(tiny_config(tmp_path), 1)
+    ids = [task.task_id for tasks in direct.chosen(run, 3).values() for task in tasks]
+    assert beside_direct.asked == [ids[:1], ids[1:]]
+    assert again == first
+    with pytest.raises(ConfigError, match="--tasks must be at least 1, got 0"):
+        beside_direct(tiny_config(tmp_path), 0)
+
+
 def test_direct_fine_tuning_is_of_every_number_of_new_classes():
     names = [f"class {i}" for i in range(20)]
     config = TaskConfig(min_classes=4, max_classes=4, train=2, val=2, held_out=5)
     config = replace(config, excluded_fraction=0.4, unseen_per_task=1, unseen_counts=(2, 4))
     run = SimpleNamespace(space=build_task_space("d", names, None, config))
+    groups = direct.chosen(run, 3)
+    assert {len(tasks) for tasks in groups.values()} == {3}
     new = {
         group: {len({*task.class_ids} & {*run.space.excluded}) for task in tasks}
-        for group, tasks in direct.chosen(run, 3).items()
-        if len(tasks) == 3
+        for group, tasks in groups.items()
     }
     assert new == {"unseen_combination": {0}, "unseen_class": {1}, "2_new": {2}, "4_new": {4}}
 
@@ -706,11 +731,10 @@ def test_direct_fine_tuning_is_of_every_number_of_new_classes():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"classifier": {"family": "cnn15k"}}, "the checkpoint makes cnn5k for digits"),
-        (
-            {"tasks": {"excluded_fraction": 0.2}},
-            "was trained on other classes than the configuration has",
-        ),
+        ({"classifier": {"family": "cnn15k"}}, "the checkpoint's classifier was configured other"),
+        ({"data": {"name": "cifar100"}}, "the checkpoint was trained on digits"),
+        ({"tasks": {"max_classes": 3}}, "trained on other classes, or for another number"),
+        ({"tasks": {"excluded_fraction": 0.2}}, "trained on other classes, or for another number"),
     ],
 )
 def test_direct_fine_tuning_wants_the_checkpoints_configuration(

@@ -181,6 +181,11 @@ def test_the_packaged_checkpoints_that_know_better_are_named(capsys):
     assert status == 2
     assert f"'zzzzzz'; {others} trained on 'french bulldog'; `tina info --words" in found
     assert said("otter", "pizza")[1].count("warning") == 1  # none was trained on that
+    mine = said("mine", "--description", "mine=golden retriever")[1]  # not by what it is called
+    assert f"{others} trained on 'golden retriever'" in mine
+    retriever = said("golden retriever", "--description", "golden retriever=pizza")[1]
+    assert "'golden retriever' is not close" in retriever
+    assert "trained on 'golden" not in retriever
 
 
 def test_a_near_class_of_the_hash_encoder_is_not_called_known(tina):

@@ -209,9 +209,6 @@ def test_it_stands_beside_a_packaged_generator_on_the_command_line(tmp_path, mon
     out, err = capsys.readouterr()
     assert "quokka" in out
     assert "note: MiniLM placed among the words that the checkpoint knows: 'quokka'\n" in err
-    slip = [word.replace("quokka", "oak trea") for word in words]
-    assert main([*slip, "--encoder", "sentence", "--force"]) == 0
-    assert "the checkpoint knows: 'oak trea' (not 'oak tree'?)\n" in capsys.readouterr().err
     known = [word.replace("quokka", "bus") for word in words]
     assert main([*known, "--encoder", "sentence", "--force"]) == 0
     assert "MiniLM" not in capsys.readouterr().err

@@ -1108,7 +1108,7 @@ def test_it_says_who_places_what_it_does_not_know(backend, of_words_alone, ids):
     text = "a number after six"
     made = request("POST", "/v1/models", json={"classes": ["three", text]}).json()
     assert made["familiarity"] == list(replica.pipe(["three", text]).familiarity)
-    assert made["warnings"] == [placed([text], ())]
+    assert made["warnings"] == [placed([text])]
     assert request("GET", f"/v1/models/{made['id']}").json() == made
     known = request("POST", "/v1/models", json=THREE).json()
     assert known["warnings"] == []

@@ -47,25 +47,28 @@ def cluster(monkeypatch):
     ("words", "reason"),
     [
         (["checkpoint"], "arguments are KEY=VALUE, got 'checkpoint'"),
-        (["checkpint=x"], "checkpoint: Field required; checkpint: Extra inputs are not permitted"),
+        (["storage=/x"], "checkpoint: Field required"),
+        (["checkpint=/x"], "unknown key 'checkpint'; valid keys: checkpoint, encoder, storage, "),
+        (["checkpoint=/x", "checkpoint=/y"], "checkpoint is given twice"),
         (["checkpoint=/x", "max_batch=0"], "max_batch: Input should be greater than or equal to 1"),
         (["checkpoint=/x", "encoder=clip"], "encoder: Input should be 'sentence' or 'open_clip'"),
-        (["checkpoint=/x", "min_replicas=3"], "min_replicas, 3, is above max_replicas, 2"),
+        (["checkpoint=/x", "min_replicas=3"], "error: min_replicas, 3, is above max_replicas, 2"),
         (["checkpoint=tina-cifar"], "checkpoint tina-cifar is none of tina-cifar100-cnn5k, "),
         (["checkpoint=here/x"], "checkpoint must be an absolute path, got here/x"),
         (["checkpoint=/x/y"], "no checkpoint at /x/y: take one that comes with Tina"),
     ],
 )
-def test_what_is_wrong_is_one_line(cluster, capsys, words, reason):
-    assert command.main(words) == 2
+def test_what_is_wrong_is_one_line(cluster, port, capsys, words, reason):
+    assert command.main(["--port", str(port), *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert reason in line
     assert not cluster.asked
 
 
-def test_an_encoder_that_the_checkpoint_does_not_take(cluster, tiny_checkpoint, capsys):
-    assert command.main([f"checkpoint={tiny_checkpoint}", "encoder=sentence"]) == 2
+def test_an_encoder_that_the_checkpoint_does_not_take(cluster, tiny_checkpoint, port, capsys):
+    words = [f"checkpoint={tiny_checkpoint}", "--port", str(port), "encoder=sentence"]
+    assert command.main(words) == 2
     assert "error: encoder sentence: the checkpoint reads any text" in capsys.readouterr().err
 
 
@@ -83,10 +86,21 @@ def test_an_application_that_does_not_come_up(cluster, tiny_checkpoint, port, ca
     cluster.run = fail
     assert command.main([f"checkpoint={tiny_checkpoint}", "--port", str(port)]) == 1
     assert capsys.readouterr().err == "error: Deploying application failed\n"
-    assert cluster.asked == [{"http_options": {"port": port}}, "shutdown"]
+    options = {"proxy_location": "EveryNode", "http_options": {"port": port}}
+    assert cluster.asked == [options, "shutdown"]
 
 
-@pytest.mark.parametrize("port", [-1, 65536, 10**9])
+def test_who_interrupts_the_start_is_not_shown_where(cluster, tiny_checkpoint, port, capsys):
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    cluster.start = interrupted
+    assert command.main([f"checkpoint={tiny_checkpoint}", "--port", str(port)]) == 0
+    assert not capsys.readouterr().err
+    assert cluster.asked == ["shutdown"]
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 10**9])
 def test_what_is_no_port(cluster, tiny_checkpoint, capsys, port):
     assert command.main([f"checkpoint={tiny_checkpoint}", "--port", str(port)]) == 2
     assert f"error: nothing can listen at port {port}: " in capsys.readouterr().err

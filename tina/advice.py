@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from textwrap import shorten
 
 from safetensors import safe_open
@@ -16,8 +16,6 @@ from tina.names import normalise_name, readings
 from tina.packaged import PRETRAINED, pretrained
 
 MANY = 5  # names of which more would hide what is said of them
-MISSPELT = 0.84
-"""difflib's ratio from which on a text that is not known may be a known word with a slip in it."""
 
 
 def unknown(names: Sequence[str], known: Sequence[str]) -> PromptError:
@@ -40,30 +38,27 @@ def unknown(names: Sequence[str], known: Sequence[str]) -> PromptError:
     )
 
 
-def unfamiliar(model: GeneratedModel) -> list[str]:
-    """Warnings of a model's classes that are far from all that its generator was trained on."""
+def unfamiliar(model: GeneratedModel, asked: Sequence[str] | None) -> list[str]:
+    """Warnings of a model's classes that are far from all that its generator was trained on.
+
+    Args:
+        asked: The text that each class was asked for by; None for pictures.
+    """
     warnings = model.unfamiliar()
-    others = trained_elsewhere([model.class_names[i] for i in warnings])
+    others = trained_elsewhere([asked[i] for i in warnings] if asked else [])
     return [*warnings.values(), *([others] if others else [])]
 
 
-def placed(texts: Sequence[str], known: tuple[str, ...]) -> str:
+def placed(texts: Sequence[str]) -> str:
     """What to say of texts that MiniLM placed among the known words."""
-    said = []
-    for text in texts:
-        meant = _meant(normalise_name(text), known)
-        said.append(f"{shorten(text, 60)!r}" + (f" (not {meant!r}?)" if meant else ""))
-    return f"MiniLM placed among the words that the checkpoint knows: {', '.join(said)}"
-
-
-@lru_cache(4096)  # an endpoint says it with every answer, and it takes milliseconds
-def _meant(name: str, known: tuple[str, ...]) -> str:
-    """The known word that a name may be, with a slip in it; "" for none."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)), "")
+    said = ", ".join(repr(shorten(text, 60)) for text in texts)
+    return f"MiniLM placed among the words that the checkpoint knows: {said}"
 
 
 def trained_elsewhere(names: Sequence[str]) -> str:
-    """Which checkpoints that come with Tina were trained on most of these names; "" for none."""
+    """Which checkpoints that come with Tina were trained on the most of these names, or ""."""
+    if not names:
+        return ""
     found = {
         checkpoint: [name for name in names if words.intersection(readings(name))]
         for checkpoint, words in _trained().items()

@@ -113,19 +113,20 @@ def generate(args: argparse.Namespace) -> None:
     _print_table(head | {name: f"{x:<11.2f}  {near}" for name, x, near in rows})
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
-    for warning in unfamiliar(model):
+    texts = None if args.image else described(names, options.get("descriptions", names))
+    for warning in unfamiliar(model, texts):
         print(f"warning: {warning}", file=sys.stderr)
     if args.example:
         from tina.examples import NEEDLESS, teach
 
         if not teach(model.familiarity, [key in given for key in keys]):
             print(f"note: {NEEDLESS}", file=sys.stderr)
-    known, texts = pipe.generator.vocabulary, described(names, options.get("descriptions", names))
-    if not args.image and (new := [text for text in texts if known.lookup(text) is None]):
+    lookup = pipe.generator.vocabulary.lookup
+    if new := [text for text in texts or () if lookup(text) is None]:
         if not pipe.is_semantic:
             print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
         elif isinstance(pipe.encoder, MappedEncoder):
-            print(f"note: {placed(new, known.names)}", file=sys.stderr)
+            print(f"note: {placed(new)}", file=sys.stderr)
 
 
 def classify(args: argparse.Namespace) -> int:

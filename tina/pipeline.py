@@ -191,12 +191,12 @@ class TinaPipeline:
         most = self.generator.max_classes
         names = [check_prompt(task, **extras, max_classes=most) for task in tasks]  # type: ignore[arg-type]
         seeds = _seeds(seed, len(tasks))
+        words = names if descriptions is None else [described(names[0], descriptions)]
         if images is not None:
             seen = [self._see(shots) for shots in images]
             check_apart(names[0], [_contents(small) for _, small in seen], field="images")
             embeddings = [torch.stack([embedding for embedding, _ in seen])]
         else:
-            words = names if descriptions is None else [described(names[0], descriptions)]
             embeddings = [self.embed_names(task) for task in words]
         shown = None
         if examples is not None:
@@ -210,8 +210,8 @@ class TinaPipeline:
 
             theta = learn_from(self.generator, models[0].theta, embeddings[0], shown)
             models = [replace(models[0], theta=theta)]
-        for model in models:
-            for warning in unfamiliar(model):
+        for model, asked in zip(models, words, strict=True):
+            for warning in unfamiliar(model, asked if images is None else None):
                 warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
         return models if batched else models[0]
 
