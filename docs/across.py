@@ -199,7 +199,8 @@ def direct(commit: str) -> str:
     found = _rows("direct", [commit])
     rows = []
     for row in found:
-        for group, of in row["groups"].items():
+        for group in sorted(row["groups"], key=[*GROUPS].index):
+            of = row["groups"][group]
             right, minus, closed = of["accuracy"], of["tina_minus_direct"], of["gap_closed"]
             rows.append(
                 [
@@ -213,8 +214,12 @@ def direct(commit: str) -> str:
             )
     header = ["generator", "of ten classes", "tasks", "inherited", "Tina", "direct fine-tuning"]
     header += ["Tina minus it (95 % interval)", "of the way from inherited to it"]
-    commands = " --config ... and ".join(row["checkpoint"] for row in found)
-    return _table(header, rows, words=2) + "\n" + _said(f"direct {commands} --config ...", found)
+    runs, said = dict(packaged_runs()), []
+    for row in found:
+        name, (tasks, *_) = row["checkpoint"], [of["tasks"] for of in row["groups"].values()]
+        command = f"direct {name} --config configs/{runs[name]}.yaml --tasks {tasks}"
+        said.append(_said(command, [row]))
+    return _table(header, rows, words=2) + "\n" + "\n".join(said)
 
 
 def _with_interval(of: Mapping[str, Any], form: str) -> str:

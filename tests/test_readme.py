@@ -279,6 +279,13 @@ def test_what_it_concludes_is_what_the_tables_say() -> None:
     ones = [found["1_of_each"]["tina_examples"] for found in cnn["new_of_ten"].values()]
     assert all(abs(one["points"]) < 2 * one["points_se"] for one in ones)  # nothing
 
+    (row,) = rows_of("direct", "62fc3315d0b9")
+    behind = [
+        f"{-row['groups'][group]['tina_minus_direct']['value']:.0f}"
+        for group in ("1_new", "unseen_class", "5_new", "10_new")
+    ]
+    assert f"whole networks by {', '.join(behind[:3])} and {behind[3]} points with one" in README
+
     found = rows_of("texts", "11ca20f9e964")
 
     def lost(groups, kinds, digits):
