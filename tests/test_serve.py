@@ -1022,12 +1022,12 @@ def test_what_is_like_an_unknown_name_is_looked_for_beside_the_generator(
     """It takes longer than a model, and difflib holds Python's lock."""
     threads = []
 
-    def unknown(names):
+    def unknown(names, known):
         threads.append(threading.current_thread().name)
         return PromptError("unknown")
 
     monkeypatch.setattr(TinaPipeline, "reads_text", False)
-    monkeypatch.setattr(backend.replica.pipe, "_unknown", unknown)
+    monkeypatch.setattr("tina.pipeline.unknown", unknown)
     for change, field in (
         ({"classes": ["three", "thrice"]}, "classes"),
         ({"descriptions": ["a", "b", "c"]}, "descriptions"),

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,7 +112,11 @@ def test_it_serves_on_a_port_until_it_is_interrupted(tiny_checkpoint, tmp_path, 
     words = [f"checkpoint={tiny_checkpoint}", f"storage={tmp_path}", "--port", str(port)]
     url = f"http://localhost:{port}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve", *words], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": "local"}
+        [sys.executable, "-m", "serve", *words],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        # what a shell starts in the background ignores it, and so do its children
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for _ in range(240):
