@@ -22,7 +22,7 @@ from tina.cli import main
 from tina.images import read_image
 from tina.packaged import pretrained
 
-COMMANDS = ("generate", "classify", "evaluate", "export", "info")
+COMMANDS = ("generate", "classify", "score", "evaluate", "export", "info")
 SIZES = ((8, 8), (5, 13), (40, 17), (1, 1))
 
 

@@ -33,7 +33,7 @@ STAGES = [
     *["layout", "families", "inputs", "classifiers", "finetune", "generic", "tower", "zoo"],
     *["minilm", "encoders", "prompts", "mapped", "curvature", "codec", "transformer"],
     *["diffusion", "generator", "examples", "checkpoint", "engine", "batches", "training"],
-    *["export", "model", "advice", "pipeline"],
+    *["export", "model", "scoring", "advice", "pipeline"],
     *[
         "metrics",
         "baselines",

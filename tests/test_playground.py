@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import threading
 import time
 from pathlib import Path
@@ -22,11 +21,8 @@ SAMPLE = Path(__file__).parents[1] / "serve" / "static" / "samples" / "digits-fi
 
 
 @pytest.fixture(scope="module")
-def url(backend, tmp_path_factory):
+def url(backend, port, tmp_path_factory):
     ids = Ids(b"key", storage=tmp_path_factory.mktemp("serve"), keep_s=1000)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     config = uvicorn.Config(
         build_api(backend, ids, Access()), host="127.0.0.1", port=port, log_level="warning"
     )

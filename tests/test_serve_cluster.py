@@ -3,7 +3,6 @@
 import asyncio
 import random
 import re
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -53,17 +52,11 @@ LEAVING = 0.1  # share of requests whose client goes before it is answered
 GROWTH = 1.1  # of a replica's memory, after a load beside before it
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def deploy(tmp_path_factory):
+def deploy(port, tmp_path_factory):
     """Serve a checkpoint with two replicas of the generator; the next one replaces it."""
     ray.init(num_cpus=2, include_dashboard=True)
-    port, storage = free_port(), tmp_path_factory.mktemp("serve")
+    storage = tmp_path_factory.mktemp("serve")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def run(checkpoint):

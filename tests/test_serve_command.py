@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,14 +17,6 @@ from tina.client import Client
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["three", "five", "eight"]
-
-
-@pytest.fixture
-def port():
-    """One that nothing listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture

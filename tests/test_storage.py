@@ -51,13 +51,10 @@ def shelf(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bucket():
+def bucket(port):
     """The URI of a bucket."""
     from pyarrow.fs import FileSystem
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""The `tina` command: generate, classify, evaluate, export, info.
+"""The `tina` command: generate, classify, score, evaluate, export, info.
 
 What a user can mend ends as one line on stderr and exit status 2. torch is imported by the command
 that needs it, so that `--help` answers at once.
@@ -151,6 +151,22 @@ def classify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     return 0 if len(found) == len(args.images) else 2
+
+
+def score(args: argparse.Namespace) -> int:
+    """Measure a classifier on pictures of your own, in a folder for each class."""
+    from tina import scoring
+    from tina.model import load_classifier
+
+    scored = scoring.score(load_classifier(args.model), args.folder)
+    print(json.dumps(scored.plain(), indent=1) if args.json else scored)
+    for error in scored.unread:
+        _complain(error)
+    if scored.others:
+        print("note: none of its classes:", ", ".join(scored.others), file=sys.stderr)
+    if scored.missing:
+        print("note: no pictures of:", ", ".join(scored.missing), file=sys.stderr)
+    return 2 if scored.unread else 0
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -351,6 +367,11 @@ def _parser() -> argparse.ArgumentParser:
     arg("model", **model)
     arg("images", type=Path, nargs="+", metavar="IMAGE", help="picture files, any size in pixels")
     arg("--json", action="store_true", help="probabilities 0 to 1 as JSON (default: percent bars)")
+    arg = add(score, "score mine.safetensors photos").add_argument
+    arg("model", **model)
+    called = "with a sub-folder of pictures for each class, called as the class is"
+    arg("folder", type=Path, metavar="FOLDER", help=called)
+    arg("--json", action="store_true", help="shares 0 to 1 as JSON (default: a table in percent)")
     arg = add(evaluate, "evaluate runs/quickstart --seeds 5 --steps 1,5,20").add_argument
     arg("run", metavar="RUN_DIR", help="folder or URI of a finished run")
     arg("--seeds", type=_number(1), help="sampling seeds per task (default: the run's)")

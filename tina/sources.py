@@ -146,13 +146,13 @@ def _find_parquet(name: str, root: Path, may_download: bool) -> Source:
 def _find_folder(name: str, root: Path, may_download: bool) -> Source:
     places = (root / name, root)
     for folder in places:
-        train, test = _image_files(folder / "train"), _image_files(folder / "test")
+        train, test = image_files(folder / "train"), image_files(folder / "test")
         if train and test:
             if train.keys() != test.keys():
                 odd = ", ".join(sorted(train.keys() ^ test.keys()))
                 raise DataError(f"{folder}: train and test differ in their classes: {odd}")
             return _folder_source(folder, train, test)
-        if both := _image_files(folder):
+        if both := image_files(folder):
             return _folder_source(folder, both, {})
     raise DataError(
         f"data set {name!r} not found: no class folders with images in "
@@ -161,7 +161,7 @@ def _find_folder(name: str, root: Path, may_download: bool) -> Source:
     )
 
 
-def _image_files(folder: Path) -> dict[str, list[Path]]:
+def image_files(folder: Path) -> dict[str, list[Path]]:
     """Image files by class, both sorted; empty where `folder` has no class folders."""
     found = {
         child.name: sorted(f for f in child.glob("[!.]*") if f.suffix.lower() in SUFFIXES)
@@ -214,7 +214,7 @@ def _find_torchvision(name: str, root: Path, may_download: bool) -> Source:
             )
         _download(name, root, looked)
     if name == "caltech101":
-        found = _image_files(folder)
+        found = image_files(folder)
         train = {key: [f for i, f in enumerate(fs) if i % 5 != 4] for key, fs in found.items()}
         return _folder_source(folder, train, {key: fs[4::5] for key, fs in found.items()})
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
