@@ -188,6 +188,12 @@ def test_the_packaged_checkpoints_that_know_better_are_named(capsys):
     assert "trained on 'golden" not in retriever
 
 
+def test_a_class_may_be_called_class(tina):
+    head, *rows = tina("generate", "one", "class", "--out", "a.safetensors").out.splitlines()
+    assert head.split()[:2] == ["class", "familiarity"]
+    assert [row.split()[0] for row in rows[:2]] == ["one", "class"]
+
+
 def test_a_near_class_of_the_hash_encoder_is_not_called_known(tina):
     found = tina("generate", "threed", "one", "--out", "m.safetensors")
     assert found.err.startswith("note: the hash encoder has no semantics")

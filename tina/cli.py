@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,8 +109,8 @@ def generate(args: argparse.Namespace) -> None:
 
     write_whole(args.out, write)
     rows = zip(model.class_names, model.familiarity, model.nearest, strict=True)
-    head = {"class": "familiarity  nearest trained class"}
-    _print_table(head | {name: f"{x:<11.2f}  {near}" for name, x, near in rows})
+    head = ("class", "familiarity  nearest trained class")
+    _print_table([head, *((name, f"{x:<11.2f}  {near}") for name, x, near in rows)])
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
     texts = None if args.image else described(names, options.get("descriptions", names))
@@ -147,7 +147,7 @@ def classify(args: argparse.Namespace) -> int:
         found.append({"image": str(file), "probabilities": dict(ranked)})
         if not args.json:
             print(file)
-            _print_table({f"  {k}": f"{p:6.1%}  {'#' * round(30 * p)}" for k, p in ranked})
+            _print_table([(f"  {k}", f"{p:6.1%}  {'#' * round(30 * p)}") for k, p in ranked])
     if args.json:
         print(json.dumps(found, indent=1))
     return 0 if len(found) == len(args.images) else 2
@@ -215,7 +215,7 @@ def info(args: argparse.Namespace) -> None:
         if args.words:
             print(*pipe.generator.vocabulary.names, sep="\n")
         else:
-            _print_table(_checkpoint_facts(pipe))
+            _print_table(_checkpoint_facts(pipe).items())
         return
     from safetensors import safe_open
 
@@ -223,7 +223,7 @@ def info(args: argparse.Namespace) -> None:
 
     size = sum(p.numel() for p in load_classifier(file).network.parameters())
     with safe_open(str(file), "pt") as stream:
-        _print_table({"parameters": f"{size:,}"} | stream.metadata())
+        _print_table([("parameters", f"{size:,}"), *stream.metadata().items()])
 
 
 def _load(name: str | Path | None, *, encoder: TextEncoder | None = None) -> TinaPipeline:
@@ -258,9 +258,9 @@ def _complain(error: Exception) -> None:
     print("error:", *str(error).split(), file=sys.stderr)
 
 
-def _print_table(rows: Mapping[str, str]) -> None:
-    width = max(map(len, rows))
-    for key, value in rows.items():
+def _print_table(rows: Collection[tuple[str, str]]) -> None:
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
         print(f"{key:<{width}}  {value}".rstrip())
 
 
