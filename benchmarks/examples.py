@@ -79,7 +79,9 @@ def learnt(
     pictures: Sequence[Sequence[Tensor | None]],
 ) -> list[Tensor]:
     """The thetas that names, embeddings (B, K, E), gave, after the pictures beside them."""
-    return [learn_from(generator, *each) for each in zip(thetas, names, pictures, strict=True)]
+    familiarity = generator.vocabulary.familiarity(names)
+    each = zip(thetas, familiarity, pictures, strict=True)
+    return [learn_from(generator, *one) for one in each]
 
 
 def centroids(generator: Generator, pictures: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ from tina.schemas import ModelRequest
 
 def check_request(
     request: ModelRequest, generator: Generator, *, most_steps: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The class names of a request, and a text for each where any is described.
+) -> tuple[tuple[str, ...], tuple[str | tuple[str, ...], ...]]:
+    """The class names of a request, and a text or several for each where any is described.
 
     Raises:
         Problem: They are none, or do not fit what goes with them; or the generator takes no such
@@ -34,5 +34,8 @@ def check_request(
         raise Problem.of_field("guidance", "must be 1: this generator takes no other")
     if request.steps is not None and request.steps > most_steps:
         raise Problem.of_field("steps", f"must be at most {most_steps}")
-    texts = request.descriptions or ()
-    return names, tuple(described(names, texts)) if any(texts) else ()
+    if not any(request.descriptions or ()):
+        return names, ()
+    words = described(names, request.descriptions)
+    # one alone is no list, or equal recipes would not have equal ids
+    return names, tuple(texts[0] if len(texts) == 1 else texts for texts in words)

@@ -39,7 +39,7 @@ class Recipe:
     Args:
         checkpoint: sha256 of the manifest.
         classes: Names.
-        descriptions: A text per class in place of its name, or none.
+        descriptions: Per class a text in place of its name, or several; or none at all.
         embeddings: base64 of float32 (K, E), from pictures in place of names, or empty.
         shift: base64 of float32 (K, R), what examples added to the head's rows, or empty.
         encoder: Of texts that the checkpoint does not know, where it is not of its own space, or
@@ -48,7 +48,7 @@ class Recipe:
 
     checkpoint: str
     classes: tuple[str, ...]
-    descriptions: tuple[str, ...] = ()
+    descriptions: tuple[str | tuple[str, ...], ...] = ()
     embeddings: str = ""
     shift: str = ""
     encoder: str = ""
@@ -57,9 +57,15 @@ class Recipe:
     guidance: float
 
     @property
+    def words(self) -> tuple[tuple[str, ...], ...]:
+        """The texts of each class; nothing where pictures are."""
+        given = () if self.embeddings else self.descriptions or self.classes
+        return tuple((texts,) if isinstance(texts, str) else texts for texts in given)
+
+    @property
     def texts(self) -> tuple[str, ...]:
-        """What is encoded; nothing where pictures are."""
-        return () if self.embeddings else self.descriptions or self.classes
+        """All of them: what is encoded."""
+        return tuple(text for texts in self.words for text in texts)
 
     @property
     def maker(self) -> str:
@@ -82,7 +88,7 @@ class Recipe:
         """Inverse of `pack`; only for bytes that were signed."""
         found = json.loads(packed)
         for key in ("classes", "descriptions"):
-            found[key] = tuple(found[key])
+            found[key] = tuple(tuple(x) if isinstance(x, list) else x for x in found[key])
         return cls(**found)
 
 

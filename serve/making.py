@@ -10,24 +10,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from serve.ids import Recipe
-from serve.shown import embedding_of
+from serve.shown import asked_by
 from tina.diffusion import Walk, advance, join
 from tina.errors import TinaError
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
-from tina.prompts import pad
+from tina.prompts import Asked, pad
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt in the making; `embedding` is (K, E), `begun` as `time.perf_counter` has it."""
+    """A prompt in the making; `begun` as `time.perf_counter` has it."""
 
     ticket: int
     recipe: Recipe
-    embedding: Tensor
+    asked: Asked
     begun: float
 
 
@@ -75,17 +73,17 @@ class Making:
         for ticket in [ticket for ticket in asked if ticket not in known]:
             recipe = asked[ticket]
             try:
-                embedding = embedding_of(self._pipe, recipe)
+                asked_for = asked_by(self._pipe, recipe)
             except TinaError as error:
                 failed[ticket] = error
                 continue
             alike.setdefault((recipe.steps, recipe.guidance), []).append(
-                Sample(ticket=ticket, recipe=recipe, embedding=embedding, begun=time.perf_counter())
+                Sample(ticket=ticket, recipe=recipe, asked=asked_for, begun=time.perf_counter())
             )
         walks = [self._walk] if self._walk else []
         for (steps, guidance), tasks in alike.items():
             walk = self._pipe.generator.begin(
-                *pad([task.embedding for task in tasks]),
+                *pad([task.asked.embeddings for task in tasks]),
                 seeds=[task.recipe.seed for task in tasks],
                 steps=steps,
                 guidance=guidance,
@@ -111,13 +109,10 @@ class Making:
     def _models(self, walk: Walk, ended: Sequence[int]) -> Sequence[GeneratedModel | Exception]:
         """What the samples at these places have become; no failure is another's."""
         tasks = [self._tasks[i] for i in ended]
-        embeddings = [task.embedding for task in tasks]
         try:
-            body, rows = self._pipe.generator.finish(walk.take(ended).x, *pad(embeddings))
             return self._pipe.models(
-                body,
-                rows,
-                embeddings,
+                walk.take(ended).x,
+                [task.asked for task in tasks],
                 [task.recipe.classes for task in tasks],
                 seeds=[task.recipe.seed for task in tasks],
                 steps=[task.recipe.steps for task in tasks],

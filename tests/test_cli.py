@@ -286,11 +286,22 @@ def test_a_description_takes_the_place_of_a_name(tina):
     )
 
 
-def test_a_class_is_described_once(tiny_checkpoint, capsys):
+def test_a_class_may_be_any_of_several_texts(tina, tiny_checkpoint):
     described = ["--description", "zebra=two", "--description", "Zebra=three"]
+    tina("generate", "zebra, one", *described, "--out", "m.safetensors")
+    pipe = TinaPipeline.from_pretrained(tiny_checkpoint)
+    expected = pipe(["zebra", "one"], descriptions=[["two", "three"], None])
+    found = torch.nn.utils.parameters_to_vector(
+        load_classifier("m.safetensors").network.parameters()
+    )
+    torch.testing.assert_close(found, expected.theta, atol=1e-5, rtol=0)
+
+
+def test_a_text_stands_for_one_class(tiny_checkpoint, capsys):
+    described = ["--description", "zebra=two", "--description", "one=Two"]
     words = ["generate", "zebra, one", *described, "--out", "m.safetensors"]
     assert main([*words, "--checkpoint", str(tiny_checkpoint)]) == 2
-    assert "'zebra' is described twice" in capsys.readouterr().err
+    assert "each description may stand once in a task; twice: two" in capsys.readouterr().err
 
 
 def test_force_replaces_regular_files_alone(workplace, capsys):

@@ -106,10 +106,12 @@ def test_a_prompt_is_sent_as_its_schema_has_it(kind):
     assert (request.method, request.url.path) == ("POST", "/v1/models")
     assert json.loads(request.content) == {"classes": ["a", "b"], "seed": 3, "strict": True}
     assert request.headers["authorization"] == "Bearer t"
-    for texts in (["a red cup", None], ("a red cup", None)):
+    for texts in (["a red cup", None], ("a red cup", None), [("a red cup",), None]):
         ask(kind, service, "create", ["a", "b"], descriptions=texts)
         sent = json.loads(service.sent[-1].content)
         assert sent == {"classes": ["a", "b"], "descriptions": ["a red cup", None]}
+    ask(kind, service, "create", ["a", "b"], descriptions=(("a red cup", "a mug"), None))
+    assert json.loads(service.sent[-1].content)["descriptions"] == [["a red cup", "a mug"], None]
 
 
 @kinds

@@ -98,6 +98,10 @@ def test_rows_settle_where_the_posterior_is_highest(prior):
     assert slope[1:].norm() < 1e-4 * steep[1:].norm()
 
 
+def familiarity(pipe, names):
+    return pipe.generator.vocabulary.familiarity(pipe.embed_names(names))
+
+
 def test_only_new_classes_learn_and_the_order_of_pictures_does_not_matter(pipe, pictures):
     generator, shown = pipe.generator, pictures("fit", 4)
     before = pipe(TASK)
@@ -117,7 +121,7 @@ def test_a_configured_prior_holds_what_the_names_give(pipe, pictures):
     moved = []
     for prior in (0.1, plain.config.prompt.prior, 10.0):
         generator = plain.with_prompt(prior=prior)
-        after = learn_from(generator, task, pipe.embed_names(TASK), pictures("fit", 4))
+        after = learn_from(generator, task, familiarity(pipe, TASK), pictures("fit", 4))
         moved.append(float((after - task).norm()))
     assert moved[0] > 1.2 * moved[1] > 1.2**2 * moved[2] > 0
 
@@ -132,7 +136,7 @@ def test_a_class_without_examples_is_no_answer(pipe, pictures):
     alone = learn_from(
         pipe.generator,
         pipe.generator.theta(body, rows[1:]),
-        pipe.embed_names(TASK[1:]),
+        familiarity(pipe, TASK[1:]),
         shown[1:],
     )
     torch.testing.assert_close(learnt[1:], rows_of(pipe.generator, alone, 2), atol=1e-5, rtol=0)
@@ -159,22 +163,20 @@ def test_a_word_that_resembles_nothing_learns_too(pipe, pictures):
     width = pipe.generator.vocabulary.embeddings.shape[1]
     word = F.normalize(torch.randn(1, width, generator=draw), dim=1)
     vocabulary = pipe.generator.vocabulary.with_words(["thing"], word)
-    embeddings = torch.stack([vocabulary.lookup(n) for n in ("zero", "thing", "four")])
+    asked = torch.stack([vocabulary.lookup(n) for n in ("zero", "thing", "four")])
     theta = pipe(TASK).theta
     generator = replace(pipe.generator, vocabulary=vocabulary)
-    found = learn_from(generator, theta, embeddings, pictures("fit", 4))
+    found = learn_from(generator, theta, vocabulary.familiarity(asked), pictures("fit", 4))
     assert torch.isfinite(found).all()
     assert not torch.equal(found, theta)
 
 
 def test_pictures_may_be_bytes_of_some_classes_and_numbers_of_others(pipe, pictures):
     generator, shown = pipe.generator, pictures("fit", 4)
-    embeddings, theta = pipe.embed_names(TASK), pipe(TASK).theta
+    known, theta = familiarity(pipe, TASK), pipe(TASK).theta
     mixed = [(255 * images).round().byte() if i else images for i, images in enumerate(shown)]
-    found = learn_from(generator, theta, embeddings, mixed)
-    torch.testing.assert_close(
-        found, learn_from(generator, theta, embeddings, shown), atol=1e-4, rtol=0
-    )
+    found = learn_from(generator, theta, known, mixed)
+    torch.testing.assert_close(found, learn_from(generator, theta, known, shown), atol=1e-4, rtol=0)
 
 
 def test_examples_are_learnt_from_in_inference_mode(pipe, pictures):
@@ -188,7 +190,7 @@ def test_rows_that_are_no_numbers_are_not_returned(pipe, pictures):
     body, rows = pipe.generator.family.layout(3).split(pipe(TASK).theta)
     theta = pipe.generator.theta(body, torch.full_like(rows, torch.nan))
     with pytest.raises(NonFiniteError, match="examples led to NaN"):
-        learn_from(pipe.generator, theta, pipe.embed_names(TASK), pictures("fit", 2))
+        learn_from(pipe.generator, theta, familiarity(pipe, TASK), pictures("fit", 2))
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,31 @@ def test_known_and_new_names_keep_their_places(pipe):
     assert pipe(names).class_names == tuple(names)
 
 
+def test_a_class_that_is_any_of_several_words(pipe):
+    """Its rows inherit of each of them alike, in whatever order they are said."""
+    words = [["one", "seven"], ["zero"], ["four", "five", "nine"]]
+    found = pipe(["thin", "zero", "others"], descriptions=words)
+    turned = pipe(["thin", "zero", "others"], descriptions=[own[::-1] for own in words])
+    close(found.theta, turned.theta)
+    assert found.familiarity == (1, 1, 1)
+    assert [found.nearest[i] in own for i, own in enumerate(words)] == [True] * 3
+    generator = pipe.generator
+    asked, names = pipe.ask(words), generator.vocabulary.trained_names
+    for weights, own in zip(asked.attention, words, strict=True):
+        share = dict(zip(names, weights.tolist(), strict=True))
+        assert {name for name, w in share.items() if w} == set(own)
+        assert all(share[name] == pytest.approx(1 / len(own)) for name in own)
+    close(asked.embeddings.norm(dim=1), torch.ones(3))
+
+
+def test_one_word_in_a_list_is_that_word(pipe):
+    alone = pipe(TASK)
+    for given in ([[name] for name in TASK], [TASK[0], (TASK[1],), None]):
+        found = pipe(TASK, descriptions=given)
+        assert torch.equal(found.theta, alone.theta)
+        assert (found.familiarity, found.nearest) == (alone.familiarity, alone.nearest)
+
+
 def test_descriptions_take_the_place_of_names(pipe):
     described = pipe(["a", "b", "c"], descriptions=TASK)
     assert described.class_names == ("a", "b", "c")
@@ -659,6 +684,10 @@ def test_what_is_no_picture(pipe, images, reason):
         (["one", "two"], {"descriptions": {"one": "three", "two": "four"}}),
         (["one", "two"], {"images": {"one": "three.png", "two": "four.png"}}),
         (["one", "two"], {"descriptions": ["three", 4]}),
+        (["one", "two"], {"descriptions": [["three", 4], None]}),
+        (["one", "two"], {"descriptions": [["three", "four"], ["Four"]]}),
+        (["one", "two"], {"descriptions": [["three", "four"], []]}),
+        (["one", "two"], {"descriptions": [[f"word {i}" for i in range(17)], None]}),
     ],
 )
 def test_what_is_no_text(pipe, prompt, options):

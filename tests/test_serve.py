@@ -352,6 +352,21 @@ def test_a_class_without_description_goes_by_its_name(post, library):
     assert made["familiarity"][0] == 1
 
 
+def test_a_class_may_be_any_of_several_texts(post, get, library):
+    texts = [["two", "three"], "four", None]
+    body = {"classes": ["low", "even", "five"], "descriptions": texts, "seed": 2}
+    made = post("/v1/models", json=body).json()
+    expected = library(body["classes"], descriptions=texts, seed=2)
+    again = get(f"/v1/models/{made['id']}?format=safetensors").content
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(load(again)[name], tensor, atol=1e-5, rtol=0)
+    assert made["familiarity"] == list(expected.familiarity) == [1, 1, 1]
+    alone = body | {"descriptions": [["two", "three"], ["four"], ["five"]]}
+    assert post("/v1/models", json=alone).json()["id"] == made["id"]
+    other = body | {"descriptions": [["three"], "four", None]}
+    assert post("/v1/models", json=other).json()["id"] != made["id"]
+
+
 def test_guidance_that_the_generator_does_not_take_is_refused(post, monkeypatch):
     monkeypatch.setattr(Generator, "takes_guidance", False)
     refused(post("/v1/models", json=THREE | {"guidance": 2.0}), 422, "guidance")
@@ -665,6 +680,12 @@ Image.new("L", (20_000, 20_000)).save(BOMB, "PNG")
         ({"colour": "red"}, "colour"),
         ({"descriptions": ["only one"]}, "descriptions"),
         ({"descriptions": ["a lion", "A  Lion", "b"]}, "descriptions"),
+        ({"descriptions": [["a lion", "b"], ["A  Lion"], "c"]}, "descriptions"),
+        ({"descriptions": [["a", "b", " A"], "c", "d"]}, "descriptions"),
+        ({"descriptions": [[], "c", "d"]}, "descriptions[0]"),
+        ({"descriptions": [[f"{i}" for i in range(17)], "c", "d"]}, "descriptions[0]"),
+        ({"descriptions": ["c", ["a", 5], "d"]}, "descriptions[1][1]"),
+        ({"descriptions": ["c", "a\u0000", "d"]}, "descriptions[1][0]"),
         ({"descriptions": ["a", "b", "c"], "images": [["AA=="]] * 3}, "images"),
         ({"images": [["AA=="]]}, "images"),
         ({"examples": [["AA=="]] * 3, "images": [["AA=="]] * 3}, "images"),

@@ -38,14 +38,14 @@ def unknown(names: Sequence[str], known: Sequence[str]) -> PromptError:
     )
 
 
-def unfamiliar(model: GeneratedModel, asked: Sequence[str] | None) -> list[str]:
+def unfamiliar(model: GeneratedModel, asked: Sequence[Sequence[str]] | None) -> list[str]:
     """Warnings of a model's classes that are far from all that its generator was trained on.
 
     Args:
-        asked: The text that each class was asked for by; None for pictures.
+        asked: The texts that each class was asked for by; None for pictures.
     """
     warnings = model.unfamiliar()
-    others = trained_elsewhere([asked[i] for i in warnings] if asked else [])
+    others = trained_elsewhere([text for i in warnings for text in asked[i]] if asked else [])
     return [*warnings.values(), *([others] if others else [])]
 
 

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -68,9 +67,6 @@ def generate(args: argparse.Namespace) -> None:
     pairs = args.image or args.description or args.example
     extras = [(normalise_name(name), value) for name, value in pairs]
     given, words = dict(extras), args.prompt or list(dict(extras))
-    twice = [name for name, count in Counter(name for name, _ in extras).items() if count > 1]
-    if args.description and twice:
-        raise PromptError(f"{twice[0]!r} is described twice: one text per class")
     names = split_sentence(words[0]) if len(args.prompt) == 1 else words
     keys = [normalise_name(name) for name in names]
     if odd := given.keys() - keys:
@@ -92,7 +88,8 @@ def generate(args: argparse.Namespace) -> None:
             for key in keys
         ]
     elif given:
-        options["descriptions"] = [given.get(key) for key in keys]
+        texts = {key: [value for k, value in extras if k == key] for key in keys}
+        options["descriptions"] = [texts[key] or None for key in keys]
     with warnings.catch_warnings():  # they are said below, without the place in the code
         warnings.simplefilter("ignore", UnfamiliarWarning)
         # imports and encoders: loading, not generation
@@ -113,8 +110,8 @@ def generate(args: argparse.Namespace) -> None:
     _print_table([head, *((name, f"{x:<11.2f}  {near}") for name, x, near in rows)])
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
-    texts = None if args.image else described(names, options.get("descriptions", names))
-    for warning in unfamiliar(model, texts):
+    words = None if args.image else described(names, options.get("descriptions"))
+    for warning in unfamiliar(model, words):
         print(f"warning: {warning}", file=sys.stderr)
     if args.example:
         from tina.examples import NEEDLESS, teach
@@ -122,7 +119,7 @@ def generate(args: argparse.Namespace) -> None:
         if not teach(model.familiarity, [key in given for key in keys]):
             print(f"note: {NEEDLESS}", file=sys.stderr)
     lookup = pipe.generator.vocabulary.lookup
-    if new := [text for text in texts or () if lookup(text) is None]:
+    if new := [text for own in words or () for text in own if lookup(text) is None]:
         if not pipe.is_semantic:
             print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
         elif isinstance(pipe.encoder, MappedEncoder):
@@ -360,7 +357,8 @@ def _parser() -> argparse.ArgumentParser:
     arg("--force", **force)
     arg = command.add_mutually_exclusive_group().add_argument
     arg("--image", **pair, metavar="NAME=FILE", help="show class NAME; repeat for more pictures")
-    arg("--description", **pair, metavar="NAME=TEXT", help="a text that describes class NAME")
+    texts = "a text in the place of class NAME; repeat for a class that is any of several"
+    arg("--description", **pair, metavar="NAME=TEXT", help=texts)
     beside = "a picture beside the word of class NAME, of two classes at least: new ones learn"
     arg("--example", **pair, metavar="NAME=FILE", help=beside)
     arg = add(classify, "classify mine.safetensors photo.png").add_argument

@@ -53,7 +53,7 @@ Flow = Generator[httpx.Request | float, Answer, T]
 class Prompt(TypedDict, total=False):
     """Options of `create`; see `tina.schemas.ModelRequest`."""
 
-    descriptions: Sequence[str | None] | None
+    descriptions: Sequence[str | Sequence[str] | None] | None
     images: Sequence[Sequence[Picture]] | None
     examples: Sequence[Sequence[Picture] | None] | None
     seed: int
@@ -226,8 +226,8 @@ class _Calls:
         for field, given in pictures.items():
             least = len(classes) if field == "images" else 2
             _check_shots(given, classes=len(classes), least=least)
-        if isinstance(texts := options.get("descriptions"), tuple):
-            options["descriptions"] = list(texts)
+        if isinstance(texts := options.get("descriptions"), (list, tuple)):
+            options["descriptions"] = [list(x) if isinstance(x, tuple) else x for x in texts]
         try:
             request = ModelRequest.model_validate({"classes": list(classes), **options})
         except ValidationError as error:

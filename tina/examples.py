@@ -109,7 +109,7 @@ def posterior_mode(
 
 @torch.no_grad()
 def learn_from(
-    generator: Generator, theta: Tensor, embeddings: Tensor, examples: Sequence[Tensor | None]
+    generator: Generator, theta: Tensor, familiarity: Tensor, examples: Sequence[Tensor | None]
 ) -> Tensor:
     """A generated theta (n,) after examples of some classes.
 
@@ -117,16 +117,15 @@ def learn_from(
     So do those of classes that have none. Where no class that has some is new, nothing changes.
 
     Args:
-        embeddings: (K, E), unit norm, by which it was generated.
+        familiarity: (K,), 0..1, of the prompt by which it was generated.
         examples: Per class (N_k, C, H, W) of the family's size, uint8 or float in [0, 1], or none;
             see `tina.prompts.check_examples`.
 
     Raises:
         NonFiniteError: A row has become NaN or infinite.
     """
-    family, layout = generator.family, generator.family.layout(len(embeddings))
+    family, layout = generator.family, generator.family.layout(len(familiarity))
     shown = {i: images for i, images in enumerate(examples) if images is not None}
-    familiarity = generator.vocabulary.familiarity(embeddings)
     if not teach(familiarity.tolist(), [images is not None for images in examples]):
         return theta
     body, rows = layout.split(theta)

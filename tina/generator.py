@@ -141,23 +141,41 @@ class Generator:
 
         return as_x0(network, self.config.diffusion)
 
-    def finish(self, tokens: Tensor, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def denoised(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+        denoise: Denoise | None = None,
+    ) -> Tensor:
+        """Tokens (B, S + K, P) of prompts after all steps; see `begin` and `generate`."""
+        walk = self.begin(embeddings, mask, seeds=seeds, steps=steps, guidance=guidance)
+        return sample(denoise or self.denoise_at([step.t for step in walk.ahead[0]]), walk)
+
+    def finish(
+        self, tokens: Tensor, attention: Tensor, familiarity: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Body (B, n_body) and head rows (B, K, R) of denoised tokens (B, S + K, P).
 
         A trunk knows the classes that it was trained on too well, so that known rows outbid new
         ones: these are favoured, which is calibrated stacking (Chao et al. 2016, eq. 5).
 
         Args:
-            embeddings: (B, K, E), unit norm: what the task inherits by.
+            attention: (B, K, V): what the task inherits of, see `Vocabulary.attention`.
+            familiarity: (B, K), 0..1.
             mask: bool (B, K), false for padding.
 
         Raises:
             NonFiniteError: A generated value is NaN or infinite.
         """
         body, rows = self.codec.decode(tokens.cpu())
-        inherited_body, inherited_rows = self.inherit(embeddings)
+        inherited_body, inherited_rows = self.generic.inherit(attention)
         body, rows = inherited_body + body, inherited_rows + rows
-        newness = 1 - self.vocabulary.familiarity(embeddings)
+        newness = 1 - familiarity
         rows[..., -1] += (self.config.prompt.favour or 0.0) * newness  # the bias
         scale = mask / self.temperature(newness, mask)[:, None]
         rows = rows * scale.unsqueeze(-1)
@@ -185,7 +203,7 @@ class Generator:
         conditions: Tensor | None = None,
         denoise: Denoise | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Body (B, n_body) and head rows (B, K, R) for prompts.
+        """Body (B, n_body) and head rows (B, K, R) for prompts of one word for each class.
 
         Args:
             embeddings: (B, K, E), unit norm.
@@ -200,9 +218,11 @@ class Generator:
             NonFiniteError: A generated value is NaN or infinite.
         """
         seen = embeddings if conditions is None else conditions
-        walk = self.begin(seen, mask, seeds=seeds, steps=steps, guidance=guidance)
-        denoise = denoise or self.denoise_at([step.t for step in walk.ahead[0]])
-        return self.finish(sample(denoise, walk), embeddings, mask)
+        tokens = self.denoised(
+            seen, mask, seeds=seeds, steps=steps, guidance=guidance, denoise=denoise
+        )
+        words = self.vocabulary
+        return self.finish(tokens, words.attention(embeddings), words.familiarity(embeddings), mask)
 
     def logits(self, body: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
         """Logits (N, K) of one classifier, from its body (n_body,) and rows (K, R)."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from textwrap import shorten
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from tina.errors import PromptError
 from tina.names import normalise_name, readings
 
 MAX_CHARACTERS = 1000
+MAX_WORDS = 16
+"""Of one class, which may be asked for by several."""
+Description = str | Sequence[str] | None
+"""What a class is asked for by in the place of its name: a text, several, or nothing."""
 SHARPNESS = 10.0
 """Cosines are multiplied by this before the sparsemax of `Vocabulary.attention`: a prompt that is
 nearer to one class than to any other by 1 / SHARPNESS inherits that class's row alone. Names that
@@ -31,7 +36,7 @@ SAME = 1 - 1e-5
 def check_prompt(
     names: Sequence[str],
     *,
-    descriptions: Sequence[str | None] | None,
+    descriptions: Sequence[Description] | None,
     images: Sequence[object] | None,
     examples: Sequence[object] | None,
     max_classes: int,
@@ -42,7 +47,8 @@ def check_prompt(
 
     Raises:
         PromptError: See `check_task` and `check_examples`; or there are not as many of something as
-            there are classes, or something beside images.
+            there are classes, or something beside images; or a text stands twice, or more than
+            `MAX_WORDS` for one class.
     """
     names = check_task(names, max_classes=max_classes)
     extras = {"descriptions": descriptions, "images": images, "examples": examples}
@@ -55,8 +61,10 @@ def check_prompt(
         raise PromptError(alone, field="images")
     if descriptions is not None:
         try:
-            texts = described(names, descriptions)
-            check_task(texts, max_classes=max_classes, what="description")
+            words = described(names, descriptions)
+            if not all(0 < len(texts) <= MAX_WORDS for texts in words):
+                raise PromptError(f"a class is described by 1 to {MAX_WORDS} texts")
+            check_texts([text for texts in words for text in texts], what="description")
         except PromptError as error:
             raise PromptError(str(error), field="descriptions") from None
     if examples is not None:
@@ -64,9 +72,13 @@ def check_prompt(
     return names
 
 
-def described(names: Sequence[str], descriptions: Sequence[str | None]) -> list[str]:
-    """A text per class: its description, or where it has none its name."""
-    return [name if text is None else text for name, text in zip(names, descriptions, strict=True)]
+def described(
+    names: Sequence[str], descriptions: Sequence[Description] | None
+) -> list[tuple[str, ...]]:
+    """The texts of each class: what describes it, or where nothing does its name."""
+    given = [None] * len(names) if descriptions is None else descriptions
+    texts: list[Any] = [n if own is None else own for n, own in zip(names, given, strict=True)]
+    return [tuple(own) if isinstance(own, (list, tuple)) else (own,) for own in texts]
 
 
 def has_some(shots: object) -> bool:
@@ -74,28 +86,13 @@ def has_some(shots: object) -> bool:
     return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
 
 
-def check_task(
-    names: Sequence[str], *, max_classes: int, what: str = "class name"
-) -> tuple[str, ...]:
+def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
     """The names of a task, cleaned of surrounding white space.
 
-    Args:
-        what: They are called in messages.
-
     Raises:
-        PromptError: Fewer than 2 names or more than `max_classes`, one that is no text, empty or
-            very long, or one name twice (case and underscores aside).
+        PromptError: Fewer than 2 names or more than `max_classes`; see `check_texts`.
     """
-    if odd := [name for name in names if not isinstance(name, str)]:
-        raise PromptError(f"a {what} is text, got {odd[0]!r}")
-    names = tuple(" ".join(name.split()) for name in names)
-    for name in names:
-        if not normalise_name(name):
-            raise PromptError(f"a {what} is empty")
-        if len(name) > MAX_CHARACTERS:
-            raise PromptError(
-                f"a {what} has {len(name)} characters, at most {MAX_CHARACTERS} are taken"
-            )
+    names = check_texts(names, what="class name")
     if len(names) < 2:
         found = f", {shorten(names[0], 60)!r}: separate names by commas" if names else ""
         raise PromptError(f"a task needs at least 2 classes, got {len(names)}{found}")
@@ -103,12 +100,35 @@ def check_task(
         raise PromptError(
             f"this generator makes classifiers of at most {max_classes} classes, got {len(names)}"
         )
-    keys = [normalise_name(name) for name in names]
+    return names
+
+
+def check_texts(texts: Sequence[str], *, what: str) -> tuple[str, ...]:
+    """The texts of a task, cleaned of surrounding white space.
+
+    Args:
+        what: Each is called in messages.
+
+    Raises:
+        PromptError: One is no text, empty or very long, or there twice (case and underscores
+            aside).
+    """
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise PromptError(f"a {what} is text, got {odd[0]!r}")
+    texts = tuple(" ".join(text.split()) for text in texts)
+    for text in texts:
+        if not normalise_name(text):
+            raise PromptError(f"a {what} is empty")
+        if len(text) > MAX_CHARACTERS:
+            raise PromptError(
+                f"a {what} has {len(text)} characters, at most {MAX_CHARACTERS} are taken"
+            )
+    keys = [normalise_name(text) for text in texts]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise PromptError(
             f"each {what} may stand once in a task; twice: {', '.join(sorted(twice))}"
         )
-    return names
+    return texts
 
 
 def check_examples(shown: Sequence[bool]) -> None:
@@ -195,6 +215,23 @@ def pad(parts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Ten
         stacked[i, : len(part)] = part
         mask[i, : len(part)] = True
     return stacked, mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the K classes of a task were asked for by, as a generator takes it.
+
+    Args:
+        embeddings: (K, E), unit norm: what the denoiser is conditioned on.
+        attention: (K, V): what rows inherit of, see `Vocabulary.attention`.
+        familiarity: (K,), 0..1.
+        nearest: Per class the trained class that it is nearest to.
+    """
+
+    embeddings: Tensor
+    attention: Tensor
+    familiarity: Tensor
+    nearest: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,10 +361,26 @@ class Vocabulary:
         """
         return self._cosines(embeddings, hidden).amax(-1).clamp(0, 1)
 
-    def nearest(self, embeddings: Tensor) -> list[str]:
-        """The trained class that each of K embeddings (K, E) is nearest to, as in `familiarity`."""
-        places = self._cosines(embeddings, None).argmax(-1)
-        return [self.trained_names[i] for i in places.tolist()]
+    def ask(self, words: Sequence[Tensor]) -> Asked:
+        """K classes, each asked for by one word or by several, (M, E) of unit norm.
+
+        Several are a class that is any of them: in the mean of their rows all have a part, where
+        the mean of their embeddings is often nearest to one of them alone.
+        """
+        flat, counts = torch.cat(list(words)), [len(own) for own in words]
+        cosines = self._cosines(flat, None)
+        found = (flat, sparsemax(self._sharpness * cosines), cosines.amax(-1).clamp(0, 1))
+        embeddings, attention, familiarity = (
+            torch.stack([own.mean(0) for own in values.split(counts)]) for values in found
+        )
+        nearest = torch.stack([own.mean(0) for own in cosines.split(counts)]).argmax(-1)
+        several = torch.tensor(counts).unsqueeze(-1) > 1  # one alone stays as it is, to the bit
+        return Asked(
+            embeddings=F.normalize(embeddings, dim=-1).where(several, embeddings),
+            attention=attention,
+            familiarity=familiarity,
+            nearest=tuple(self.trained_names[i] for i in nearest.tolist()),
+        )
 
     def _cosines(self, embeddings: Tensor, hidden: Tensor | None) -> Tensor:
         found = self._centred(embeddings) @ self._keys.T

@@ -8,10 +8,19 @@ from __future__ import annotations
 import unicodedata
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    Base64Bytes,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+)
 
 MAX_CLASSES = 64
 MAX_CHARACTERS = 1000  # of a class name or a description, as in tina.prompts
+MAX_WORDS = 16  # of one class, as in tina.prompts
 MAX_IMAGES = 32  # of a prediction, or of one class in a prompt
 MAX_IMAGE_BYTES = 8 * 2**20
 MAX_BODY_BYTES = 16 * 2**20
@@ -37,6 +46,16 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS), AfterValidator(_printable)]
+Texts = Annotated[
+    list[Text],
+    Field(min_length=1, max_length=MAX_WORDS),
+    BeforeValidator(
+        lambda given: [given] if isinstance(given, str) else given,
+        json_schema_input_type=Text | Annotated[list[Text], Field(max_length=MAX_WORDS)],
+    ),
+    PlainSerializer(lambda texts: texts if len(texts) > 1 else texts[0]),
+]
+"""Of one class; one alone need not be a list."""
 Image = Annotated[Base64Bytes, Field(description="A PNG, JPEG or WebP file in base64.")]
 Shots = Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]
 
@@ -69,9 +88,11 @@ class ModelRequest(_Request):
         ),
     ]
     descriptions: Annotated[
-        list[Text | None] | None,
+        list[Texts | None] | None,
         Field(
-            max_length=MAX_CLASSES, description="Per class a text in place of its name, or null."
+            max_length=MAX_CLASSES,
+            description="Per class a text in place of its name, several of which it is any, or "
+            "null.",
         ),
     ] = None
     images: Annotated[
