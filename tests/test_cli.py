@@ -297,6 +297,16 @@ def test_a_class_may_be_any_of_several_texts(tina, tiny_checkpoint):
     torch.testing.assert_close(found, expected.theta, atol=1e-5, rtol=0)
 
 
+def test_a_sentence_says_several_texts_too(tina):
+    tina("generate", "zebra: two, three; one", "--out", "a.safetensors")
+    options = ["--description", "one=four"]
+    tina("generate", "zebra: two; one", "--description", "zebra=three", "--out", "b.safetensors")
+    assert load_classifier("a.safetensors").class_names == ("zebra", "one")
+    assert torch.equal(tensors("a.safetensors"), tensors("b.safetensors"))
+    tina("generate", "zebra: two, three; one", *options, "--out", "c.safetensors")
+    assert not torch.equal(tensors("a.safetensors"), tensors("c.safetensors"))
+
+
 def test_a_text_stands_for_one_class(tiny_checkpoint, capsys):
     described = ["--description", "zebra=two", "--description", "one=Two"]
     words = ["generate", "zebra, one", *described, "--out", "m.safetensors"]

@@ -110,6 +110,11 @@ def test_a_prompt_is_sent_as_its_schema_has_it(kind):
         ask(kind, service, "create", ["a", "b"], descriptions=texts)
         sent = json.loads(service.sent[-1].content)
         assert sent == {"classes": ["a", "b"], "descriptions": ["a red cup", None]}
+    ask(kind, service, "create", "a: a red cup, a mug; b")
+    sent = json.loads(service.sent[-1].content)
+    assert sent == {"classes": ["a", "b"], "descriptions": [["a red cup", "a mug"], None]}
+    with pytest.raises(PromptError, match="describes classes itself"):
+        ask(kind, service, "create", "a: a red cup; b", descriptions=[None, "a mug"])
     ask(kind, service, "create", ["a", "b"], descriptions=(("a red cup", "a mug"), None))
     assert json.loads(service.sent[-1].content)["descriptions"] == [["a red cup", "a mug"], None]
 

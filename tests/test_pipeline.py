@@ -311,6 +311,16 @@ def test_a_class_that_is_any_of_several_words(pipe):
     close(asked.embeddings.norm(dim=1), torch.ones(3))
 
 
+def test_a_sentence_may_say_several_words_for_a_class(pipe):
+    found = pipe("low: two, three; five; even: four or eight")
+    words = [["two", "three"], None, ["four", "eight"]]
+    expected = pipe(["low", "five", "even"], descriptions=words)
+    assert found.class_names == ("low", "five", "even")
+    assert torch.equal(found.theta, expected.theta)
+    with pytest.raises(PromptError, match="describes classes itself"):
+        pipe("low: two, three; five", descriptions=["one", None])
+
+
 def test_one_word_in_a_list_is_that_word(pipe):
     alone = pipe(TASK)
     for given in ([[name] for name in TASK], [TASK[0], (TASK[1],), None]):

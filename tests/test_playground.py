@@ -122,6 +122,29 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
     page.locator('#shown[alt="digits-zero.png"]').wait_for()
 
 
+def test_a_class_of_several_words(page, backend, monkeypatch):
+    asked, create = [], backend.create
+
+    async def watched(request, format):
+        asked.append(request)
+        return await create(request, format)
+
+    monkeypatch.setattr(backend, "create", watched, raising=False)
+    left = page.locator(".side").first
+    clear(left)
+    left.get_by_label("Add a class").fill("low: two, three; five, eight")
+    left.get_by_label("Add a class").press("Enter")
+    assert left.locator(".chips li > span").all_inner_texts() == [
+        "low: two, three",
+        "five",
+        "eight",
+    ]
+    left.get_by_role("button", name="Generate").click()
+    left.locator(".status", has_text="parameters").wait_for()
+    assert asked[-1].classes == ["low", "five", "eight"]
+    assert asked[-1].descriptions == [["two", "three"], None, None]
+
+
 def test_pictures_beside_names_are_examples(page, backend, monkeypatch):
     asked, create = [], backend.create
 

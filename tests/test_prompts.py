@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tina.config import PromptConfig
 from tina.encoders import HashEncoder, build_encoder
 from tina.errors import PromptError
-from tina.names import normalise_name, readings, split_sentence
+from tina.names import normalise_name, read_sentence, readings, split_sentence
 from tina.prompts import (
     MAX_CHARACTERS,
     SHARPNESS,
@@ -69,6 +69,34 @@ def test_a_joined_list_is_split_again(parts, separator):
 )
 def test_sentences(sentence, parts):
     assert split_sentence(sentence) == parts
+
+
+@given(names, st.sampled_from(SEPARATORS))
+def test_a_sentence_without_a_colon_describes_nothing(parts, separator):
+    assert read_sentence(separator.join(parts)) == (parts, None)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "names", "words"),
+    [
+        (
+            "vehicle: bus, train and motorcycle; otter",
+            ["vehicle", "otter"],
+            [("bus", "train", "motorcycle"), None],
+        ),
+        ("a fish: shark\npet:cat or dog;", ["a fish", "pet"], [("shark",), ("cat", "dog")]),
+        (
+            "otter, bear; fish: ray, trout.",
+            ["otter", "bear", "fish"],
+            [None, None, ("ray", "trout")],
+        ),
+        ("fish: ; bear", ["fish", "bear"], [None, None]),
+        ("scale 1:87; otter", ["scale 1", "otter"], [("87",), None]),
+        (":", [""], [None]),
+    ],
+)
+def test_sentences_with_several_words_for_a_class(sentence, names, words):
+    assert read_sentence(sentence) == (names, words)
 
 
 def test_names_are_compared_without_case_underscores_and_white_space():

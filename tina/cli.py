@@ -61,13 +61,13 @@ def generate(args: argparse.Namespace) -> None:
     from tina.images import fit, read_image, shrink
     from tina.mapped import MappedEncoder
     from tina.model import GeneratedModel
-    from tina.names import normalise_name, split_sentence
+    from tina.names import normalise_name, read_sentence
     from tina.prompts import check_examples, described
 
     pairs = args.image or args.description or args.example
     extras = [(normalise_name(name), value) for name, value in pairs]
     given, words = dict(extras), args.prompt or list(dict(extras))
-    names = split_sentence(words[0]) if len(args.prompt) == 1 else words
+    names, said = read_sentence(words[0]) if len(args.prompt) == 1 else (words, None)
     keys = [normalise_name(name) for name in names]
     if odd := given.keys() - keys:
         odd_ones, all_keys = " or ".join(sorted(odd)), ", ".join(keys)
@@ -87,9 +87,11 @@ def generate(args: argparse.Namespace) -> None:
             [small(read_image(v, channels=family.channels)) for k, v in extras if k == key]
             for key in keys
         ]
-    elif given:
-        texts = {key: [value for k, value in extras if k == key] for key in keys}
-        options["descriptions"] = [texts[key] or None for key in keys]
+    if said or args.description:
+        texts = [[*(own or ())] for own in said or [None] * len(keys)]
+        for name, text in extras if args.description else ():
+            texts[keys.index(name)].append(text)
+        options["descriptions"] = [own or None for own in texts]
     with warnings.catch_warnings():  # they are said below, without the place in the code
         warnings.simplefilter("ignore", UnfamiliarWarning)
         # imports and encoders: loading, not generation
@@ -340,7 +342,8 @@ def _parser() -> argparse.ArgumentParser:
     arg(
         "prompt",
         nargs="*",
-        help="one sentence, split at commas, and, or, vs; or one class name each",
+        help="one sentence, split at commas, and, or, vs; or one class name each; in a sentence "
+        '"vehicle: bus, train; otter" has a class that is any of several words',
     )
     arg("--out", type=Path, required=True, metavar="FILE.safetensors", help="write weights here")
     arg("--onnx", **onnx)

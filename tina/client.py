@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from tina.checks import visible
 from tina.errors import ConfigError, DataError, PromptError, TinaError
-from tina.names import split_sentence
+from tina.names import read_sentence
 from tina.schemas import (
     MEDIA_TYPES,
     Info,
@@ -218,7 +218,11 @@ class _Calls:
 
     def _create(self, classes: str | Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         if isinstance(classes, str):
-            classes = split_sentence(classes)
+            classes, words = read_sentence(classes)
+            if words and options.get("descriptions"):
+                raise PromptError("the sentence describes classes itself", field="descriptions")
+            if words:
+                options["descriptions"] = words
         pictures = {
             "images": options.pop("images", None),
             "examples": options.pop("examples", None),
@@ -301,7 +305,7 @@ class Client(_Calls):
         """Generate a classifier.
 
         Args:
-            classes: Their names, or a sentence, see `tina.names.split_sentence`.
+            classes: Their names, or a sentence, see `tina.names.read_sentence`.
 
         Raises:
             PromptError: The prompt is refused before it is sent.

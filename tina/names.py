@@ -59,3 +59,21 @@ def split_sentence(prompt: str) -> list[str]:
     """
     parts = SEPARATOR.split(prompt.strip().rstrip(".?!"))
     return [part.strip() for part in parts if part.strip()]
+
+
+def read_sentence(prompt: str) -> tuple[list[str], list[tuple[str, ...] | None] | None]:
+    """The class names in a sentence, and the words of those that are any of several.
+
+    These stand behind a colon, and semicolons or lines between such classes: "vehicle: bus, train;
+    otter". Without a colon as `split_sentence` has it.
+    """
+    if ":" not in prompt:
+        return split_sentence(prompt), None
+    names: list[str] = []
+    words: list[tuple[str, ...] | None] = []
+    for part in re.split(r"[;\n]", prompt):
+        name, colon, several = part.partition(":")
+        own = [name.strip()] if colon else split_sentence(name)
+        names += own
+        words += [tuple(split_sentence(several)) or None] * len(own)
+    return names, words

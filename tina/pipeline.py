@@ -28,7 +28,7 @@ from tina.generator import Generator
 from tina.images import fit, read_image, shrink
 from tina.mapped import MappedEncoder
 from tina.model import GeneratedModel
-from tina.names import split_sentence
+from tina.names import read_sentence
 from tina.prompts import (
     Asked,
     Description,
@@ -159,7 +159,7 @@ class TinaPipeline:
 
         Args:
             prompt: One task (`["otter", "bicycle"]`), a batch of tasks (a list of lists; the result
-                is then a list), or one sentence, see `tina.names.split_sentence`.
+                is then a list), or one sentence, see `tina.names.read_sentence`.
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
             descriptions: For one task: per class a text that takes the place of its name, several
@@ -181,7 +181,12 @@ class TinaPipeline:
         Warns:
             UnfamiliarWarning: A class is not close to anything the generator was trained on.
         """
-        batched = prompt is not None and not isinstance(prompt, str) and _is_batch(prompt)
+        if isinstance(prompt, str):
+            prompt, words = read_sentence(prompt)
+            if words and descriptions is not None:
+                raise PromptError("the sentence describes classes itself", field="descriptions")
+            descriptions = words or descriptions
+        batched = prompt is not None and _is_batch(prompt)
         extras = {"images": images, "descriptions": descriptions, "examples": examples}
         for field, given in extras.items():
             if given is None:
@@ -194,13 +199,13 @@ class TinaPipeline:
         most = self.generator.max_classes
         names = [check_prompt(task, **extras, max_classes=most) for task in tasks]  # type: ignore[arg-type]
         seeds = _seeds(seed, len(tasks))
-        words = [described(task, descriptions) for task in names]
+        texts = [described(task, descriptions) for task in names]
         if images is not None:
             seen = [self._see(shots) for shots in images]
             check_apart(names[0], [_contents(small) for _, small in seen], field="images")
             asked = [self.generator.vocabulary.ask([embedding[None] for embedding, _ in seen])]
         else:
-            asked = [self.ask(task) for task in words]
+            asked = [self.ask(task) for task in texts]
         shown = None
         if examples is not None:
             shown = [self._small(self._pictures(x)) if _some(x) else None for x in examples]
@@ -213,15 +218,13 @@ class TinaPipeline:
 
             theta = learn_from(self.generator, models[0].theta, asked[0].familiarity, shown)
             models = [replace(models[0], theta=theta)]
-        for model, texts in zip(models, words, strict=True):
-            for warning in unfamiliar(model, texts if images is None else None):
+        for model, own in zip(models, texts, strict=True):
+            for warning in unfamiliar(model, own if images is None else None):
                 warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
         return models if batched else models[0]
 
     @staticmethod
     def _one(prompt: object, images: Sequence[object] | None) -> Sequence[str]:
-        if isinstance(prompt, str):
-            return split_sentence(prompt)
         if prompt is None and images is not None:
             return [f"class {i + 1}" for i in range(len(images))]
         if prompt is None:

@@ -28,6 +28,10 @@ async function call(path, options = {}) {
   return response;
 }
 
+function split(text, separator) {
+  return text.split(separator).map((word) => word.trim()).filter(Boolean);
+}
+
 class Panel {
   constructor(section, info) {
     section.append($("#panel").content.cloneNode(true));
@@ -89,7 +93,16 @@ class Panel {
   typed() {
     const text = this.part(".name").value.trim();
     if (this.known.has(text)) return [text]; // its commas are its own
-    return text.split(",").map((word) => word.trim()).filter(Boolean);
+    if (!text.includes(":")) return split(text, ",");
+    return split(text, ";").flatMap((part) => (part.includes(":") ? [part] : split(part, ",")));
+  }
+
+  // A class as it was typed: its name, and behind a colon words of which it is any.
+  read(text) {
+    const colon = this.known.has(text) ? -1 : text.indexOf(":");
+    if (colon < 0) return { name: text, words: null };
+    const words = split(text.slice(colon + 1), ",");
+    return { name: text.slice(0, colon).trim(), words: words.length ? words : null };
   }
 
   remove(index) {
@@ -120,8 +133,10 @@ class Panel {
 
   // The prompt as it travels: JSON, or a form where pictures go with it.
   prompt() {
+    const asked = this.classes.map((text) => this.read(text));
     const prompt = JSON.stringify({
-      classes: this.classes,
+      classes: asked.map(({ name }) => name),
+      descriptions: asked.map(({ words }) => words),
       seed: Number(this.part(".seed").value),
       steps: Number(this.part(".steps").value),
     });
