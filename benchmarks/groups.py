@@ -38,7 +38,7 @@ from tina.generator import Generator
 from tina.inputs import InputStore
 from tina.jobconfig import DataConfig
 from tina.metrics import Array
-from tina.prompts import Asked
+from tina.prompts import Asked, together
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SETS, GROUPS = 100, 5
@@ -78,13 +78,9 @@ def lessons_of(
 @torch.no_grad()
 def made(generator: Generator, asked: Sequence[Asked], **options: Any) -> list[Tensor]:
     """A theta for each set."""
-    embeddings, attention, familiarity = (
-        torch.stack([getattr(one, field) for one in asked])
-        for field in ("embeddings", "attention", "familiarity")
-    )
-    mask = torch.ones(familiarity.shape, dtype=torch.bool)
-    tokens = generator.denoised(embeddings, mask, seeds=[0] * len(asked), **options)
-    body, rows = generator.finish(tokens, attention, familiarity, mask)
+    every, mask = together(asked)
+    tokens = generator.denoised(every.embeddings, mask, seeds=[0] * len(asked), **options)
+    body, rows = generator.finish(tokens, every, mask)
     return [generator.theta(*each) for each in zip(body, rows, strict=True)]
 
 
@@ -144,7 +140,9 @@ def compare(name: str) -> dict[str, object]:
     tina, untrained, familiarity = {}, {}, {}
     for way, say in ways.items():
         draws = np.random.default_rng(1)
-        asked = [vocabulary.ask([say(group, draws) for group in groups]) for groups in sets]
+        asked = [
+            vocabulary.asked_by_any([say(group, draws) for group in groups]) for groups in sets
+        ]
         tina[way] = measure(generator, store, lessons, made(generator, asked))
         untrained[way] = measure(generator, store, lessons, made(generator, asked, denoise=nothing))
         familiarity[way] = float(torch.stack([one.familiarity for one in asked]).mean())

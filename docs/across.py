@@ -184,6 +184,24 @@ def texts(commit: str) -> str:
     return _table(header, rows, words=2) + "\n" + _said(f"texts {names}", found)
 
 
+WAYS = ("word", "one", "two", "all", "averaged")
+
+
+def groups(commit: str) -> str:
+    """Classes that are groups of others, by how they are asked for."""
+    found = _rows("groups", [commit])
+    rows = []
+    for row in found:
+        ways = row["ways"]
+        asked = [_pair(ways[way]) for way in WAYS]
+        rows.append([f"`{row['checkpoint']}`", *asked, f"{ways['summed']['tina']:.1f}"])
+    header = ["generator", "the group's own word", "the word of one of its classes", "two words"]
+    header += ["all words", "the mean of all their vectors as one word's"]
+    header += ["no generator: the generic model's probabilities, added up"]
+    names = " ".join(row["checkpoint"] for row in found)
+    return _table(header, rows) + "\n" + _said(f"groups {names}", found)
+
+
 GROUPS = {
     "unseen_combination": "all known",
     "shifted_combination": "all known, neighbours",
@@ -317,7 +335,7 @@ def _calibrated(figures: Mapping[str, float] | None) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     table.__name__: table
     for table in (
-        *(packaged, words, elsewhere, examples, texts),
+        *(packaged, words, elsewhere, examples, texts, groups),
         *(direct, prompts, calibration, fitted),
     )
 }

@@ -41,7 +41,7 @@ def asked_by(pipe: TinaPipeline, recipe: Recipe) -> Asked:
     """
     if recipe.embeddings:
         seen = unpack_rows(recipe.embeddings, len(recipe.classes))
-        return pipe.generator.vocabulary.ask(seen.split(1))
+        return pipe.generator.vocabulary.asked(seen)
     return pipe.ask(recipe.words)
 
 

@@ -29,6 +29,7 @@ from benchmarks import (
     elsewhere,
     examples,
     generation,
+    groups,
     objectives,
     plain_server,
     prompts,
@@ -511,6 +512,37 @@ def test_only_new_classes_are_asked_for_by_texts(tiny_generator, monkeypatch, tm
     again = texts.compare("x")["new_of_ten"]["2"]
     assert again["own"] == prompts_of["own"]
     assert again["placed"]["tina"] != again["own"]["tina"]
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def test_a_group_is_asked_for_by_words_and_judged_on_all_its_pictures(tiny_generator, monkeypatch):
+    own = {"low": ("one", "two"), "high": ("seven", "eight", "nine"), "round": ("zero", "six")}
+    monkeypatch.setattr(groups, "CIFAR100_SUPERCLASSES", own)
+    monkeypatch.setattr(groups, "WORDS", {"low": "three", "high": "five", "round": "zero"})
+    monkeypatch.setattr(groups, "SETS", 2)
+    monkeypatch.setattr(groups, "GROUPS", 3)
+    generator = kept_out(tiny_generator, ["six"])  # which is in no group then
+    monkeypatch.setattr(groups, "checkpoint_folder", Path)
+    monkeypatch.setattr(groups, "load_generator", lambda _: generator)
+    row = groups.compare("x")
+    assert row["groups"] == {"three": 2, "five": 3, "zero": 1}
+    ways = row["ways"]
+    assert (ways["all"]["points"], ways["all"]["points_se"]) == (0, 0)
+    dataset, names = load_dataset(DataConfig(name="digits")), ["low", "high", "round"]
+    words = [[*own["low"]], [*own["high"]], ["zero"]]
+    model = TinaPipeline(generator, checkpoint="x")(names, descriptions=words)
+    hits = []
+    for label, group in enumerate(words):
+        places = dataset.indices("select", [dataset.class_names.index(name) for name in group])
+        hits += (model.classifier(dataset.views[places] / 255).argmax(1) == label).tolist()
+    assert ways["all"]["tina"] == pytest.approx(100 * np.mean(hits), abs=0.01)
+    assert ways["word"]["tina"] < ways["all"]["tina"]
+    assert ways["word"]["points"] == pytest.approx(
+        ways["word"]["tina"] - ways["all"]["tina"], abs=0.02
+    )
+    assert ways["all"]["familiarity"] == 1 > ways["averaged"]["familiarity"]
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_prompts_of_every_kind_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     calls = re.findall(r"\| `(pipe\(.*?\))` \|", README)
-    assert len(calls) == 6
+    assert len(calls) == 7
     rng = np.random.default_rng(0)
     for name in re.findall(r"\w+\.jpg", " ".join(calls)):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(name)

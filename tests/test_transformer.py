@@ -258,9 +258,8 @@ def test_generation_computes_what_the_whole_denoiser_does(
         seeds=seeds,
     )
     tokens = sample(as_x0(denoiser, diffusion), walk)
-    words = generator.vocabulary
-    known = (words.attention(embeddings), words.familiarity(embeddings))
-    for part, plain in zip(found, generator.finish(tokens, *known, mask), strict=True):
+    asked = generator.vocabulary.asked(embeddings)
+    for part, plain in zip(found, generator.finish(tokens, asked, mask), strict=True):
         assert_close(part, plain, tolerance=1e-5)
     inherited = generator.inherit(embeddings)[0]
     assert (found[0] - inherited).abs().max() > 1e-2  # there was something to compare

@@ -19,7 +19,7 @@ from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, noise_sca
 from tina.errors import ConfigError, NonFiniteError
 from tina.families import Family
 from tina.generic import GenericModel
-from tina.prompts import Vocabulary
+from tina.prompts import Asked, Vocabulary
 from tina.tower import Tower
 from tina.transformer import Denoiser
 
@@ -156,27 +156,26 @@ class Generator:
         walk = self.begin(embeddings, mask, seeds=seeds, steps=steps, guidance=guidance)
         return sample(denoise or self.denoise_at([step.t for step in walk.ahead[0]]), walk)
 
-    def finish(
-        self, tokens: Tensor, attention: Tensor, familiarity: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def finish(self, tokens: Tensor, asked: Asked, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Body (B, n_body) and head rows (B, K, R) of denoised tokens (B, S + K, P).
 
         A trunk knows the classes that it was trained on too well, so that known rows outbid new
-        ones: these are favoured, which is calibrated stacking (Chao et al. 2016, eq. 5).
+        ones: these are favoured, which is calibrated stacking (Chao et al. 2016, eq. 5). A class
+        that is any of M words is as probable as all of them together, whose logarithm is the mean
+        of their logits and log M at least (Jensen): the mean is what it inherits.
 
         Args:
-            attention: (B, K, V): what the task inherits of, see `Vocabulary.attention`.
-            familiarity: (B, K), 0..1.
             mask: bool (B, K), false for padding.
 
         Raises:
             NonFiniteError: A generated value is NaN or infinite.
         """
         body, rows = self.codec.decode(tokens.cpu())
-        inherited_body, inherited_rows = self.generic.inherit(attention)
+        inherited_body, inherited_rows = self.generic.inherit(asked.attention)
         body, rows = inherited_body + body, inherited_rows + rows
-        newness = 1 - familiarity
-        rows[..., -1] += (self.config.prompt.favour or 0.0) * newness  # the bias
+        newness = 1 - asked.familiarity
+        favour = (self.config.prompt.favour or 0.0) * newness
+        rows[..., -1] += favour + asked.words.clamp_min(1).log()  # the bias
         scale = mask / self.temperature(newness, mask)[:, None]
         rows = rows * scale.unsqueeze(-1)
         if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):
@@ -221,8 +220,7 @@ class Generator:
         tokens = self.denoised(
             seen, mask, seeds=seeds, steps=steps, guidance=guidance, denoise=denoise
         )
-        words = self.vocabulary
-        return self.finish(tokens, words.attention(embeddings), words.familiarity(embeddings), mask)
+        return self.finish(tokens, self.vocabulary.asked(embeddings), mask)
 
     def logits(self, body: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
         """Logits (N, K) of one classifier, from its body (n_body,) and rows (K, R)."""

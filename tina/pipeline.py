@@ -38,7 +38,7 @@ from tina.prompts import (
     check_prompt,
     described,
     has_some,
-    pad,
+    together,
 )
 from tina.storage import MANIFEST, named
 
@@ -203,7 +203,8 @@ class TinaPipeline:
         if images is not None:
             seen = [self._see(shots) for shots in images]
             check_apart(names[0], [_contents(small) for _, small in seen], field="images")
-            asked = [self.generator.vocabulary.ask([embedding[None] for embedding, _ in seen])]
+            seen_as = torch.stack([embedding for embedding, _ in seen])
+            asked = [self.generator.vocabulary.asked(seen_as)]
         else:
             asked = [self.ask(task) for task in texts]
         shown = None
@@ -254,7 +255,8 @@ class TinaPipeline:
             PromptError: See `embed_names`.
         """
         found = self.embed_names([text for texts in words for text in texts])
-        return self.generator.vocabulary.ask(found.split([len(texts) for texts in words]))
+        counts = [len(texts) for texts in words]
+        return self.generator.vocabulary.asked_by_any(found.split(counts))
 
     @property
     def is_semantic(self) -> bool:
@@ -322,8 +324,10 @@ class TinaPipeline:
         """
         generator = self.generator
         steps = generator.config.diffusion.sampling_steps if steps is None else steps
-        padded, mask = pad([task.embeddings for task in asked])
-        tokens = generator.denoised(padded, mask, seeds=seeds, steps=steps, guidance=guidance)
+        all_asked, mask = together(asked)
+        tokens = generator.denoised(
+            all_asked.embeddings, mask, seeds=seeds, steps=steps, guidance=guidance
+        )
         return self.models(tokens, asked, names, seeds=seeds, steps=[steps] * len(names))
 
     def models(
@@ -341,16 +345,15 @@ class TinaPipeline:
             NonFiniteError: See `Generator.finish`.
         """
         generator = self.generator
-        attention, mask = pad([task.attention for task in asked])
-        familiarity, _ = pad([task.familiarity for task in asked])
-        body, rows = generator.finish(tokens, attention, familiarity, mask)
+        body, rows = generator.finish(tokens, *together(asked))
+        known = generator.vocabulary.trained_names
         return [
             GeneratedModel(
                 theta=generator.theta(body[i], rows[i, : len(task)]),
                 family=generator.family,
                 class_names=task,
                 familiarity=tuple(round(share, 6) for share in asked[i].familiarity.tolist()),
-                nearest=asked[i].nearest,
+                nearest=tuple(known[place] for place in asked[i].attention.argmax(-1)),
                 seed=seeds[i],
                 steps=steps[i],
                 checkpoint=self.checkpoint,

@@ -219,19 +219,26 @@ def pad(parts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the K classes of a task were asked for by, as a generator takes it.
+    """What K classes were asked for by, as a generator takes it; of one task or of B.
 
     Args:
-        embeddings: (K, E), unit norm: what the denoiser is conditioned on.
-        attention: (K, V): what rows inherit of, see `Vocabulary.attention`.
-        familiarity: (K,), 0..1.
-        nearest: Per class the trained class that it is nearest to.
+        embeddings: (..., K, E), unit norm: what the denoiser is conditioned on.
+        attention: (..., K, V): what rows inherit of, see `Vocabulary.attention`.
+        familiarity: (..., K), 0..1.
+        words: (..., K), of how many words each class is any.
     """
 
     embeddings: Tensor
     attention: Tensor
     familiarity: Tensor
-    nearest: tuple[str, ...]
+    words: Tensor
+
+
+def together(tasks: Sequence[Asked]) -> tuple[Asked, Tensor]:
+    """B tasks as one, padded to the most classes, and the mask bool (B, K)."""
+    fields = ("embeddings", "attention", "familiarity", "words")
+    padded = {field: pad([getattr(task, field) for task in tasks]) for field in fields}
+    return Asked(**{field: values for field, (values, _) in padded.items()}), padded["words"][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,25 +368,32 @@ class Vocabulary:
         """
         return self._cosines(embeddings, hidden).amax(-1).clamp(0, 1)
 
-    def ask(self, words: Sequence[Tensor]) -> Asked:
-        """K classes, each asked for by one word or by several, (M, E) of unit norm.
-
-        Several are a class that is any of them: in the mean of their rows all have a part, where
-        the mean of their embeddings is often nearest to one of them alone.
-        """
-        flat, counts = torch.cat(list(words)), [len(own) for own in words]
-        cosines = self._cosines(flat, None)
-        found = (flat, sparsemax(self._sharpness * cosines), cosines.amax(-1).clamp(0, 1))
-        embeddings, attention, familiarity = (
-            torch.stack([own.mean(0) for own in values.split(counts)]) for values in found
+    def asked(self, embeddings: Tensor) -> Asked:
+        """Classes that are asked for by one word each, (..., K, E) of unit norm."""
+        return Asked(
+            embeddings=embeddings,
+            attention=self.attention(embeddings),
+            familiarity=self.familiarity(embeddings),
+            words=torch.ones(embeddings.shape[:-1]),
         )
-        nearest = torch.stack([own.mean(0) for own in cosines.split(counts)]).argmax(-1)
+
+    def asked_by_any(self, words: Sequence[Tensor]) -> Asked:
+        """K classes, each of which is any of its words, (M, E) of unit norm.
+
+        Rows inherit of each word alike: the mean of their embeddings is often nearest to one alone.
+        """
+        counts = [len(own) for own in words]
+        each = self.asked(torch.cat(list(words)))
+        embeddings, attention, familiarity = (
+            torch.stack([own.mean(0) for own in values.split(counts)])
+            for values in (each.embeddings, each.attention, each.familiarity)
+        )
         several = torch.tensor(counts).unsqueeze(-1) > 1  # one alone stays as it is, to the bit
         return Asked(
             embeddings=F.normalize(embeddings, dim=-1).where(several, embeddings),
             attention=attention,
             familiarity=familiarity,
-            nearest=tuple(self.trained_names[i] for i in nearest.tolist()),
+            words=torch.tensor(counts, dtype=torch.float32),
         )
 
     def _cosines(self, embeddings: Tensor, hidden: Tensor | None) -> Tensor:

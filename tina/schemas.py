@@ -182,6 +182,7 @@ class Limits(_Schema):
 
     classes: int
     characters: int = MAX_CHARACTERS
+    words: int = MAX_WORDS
     images: int = MAX_IMAGES
     image_bytes: int = MAX_IMAGE_BYTES
     image_pixels: int = MAX_PIXELS
