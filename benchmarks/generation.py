@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import append, as_command, checkpoint_folder, load, percentiles
 from tina import TinaPipeline
+from tina.asked import pad
 from tina.config import RecipeConfig
 from tina.diffusion import advance, as_x0, begin
 from tina.files import write_text
@@ -48,7 +49,6 @@ from tina.generator import Generator, new_denoiser
 from tina.inputs import InputStore
 from tina.novelty import TIMED_STEPS
 from tina.precision import has_bf16, settle
-from tina.prompts import pad
 from tina.run import Run
 from tina.views import Views
 

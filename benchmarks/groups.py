@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.objectives import against, by_set, measure
 from benchmarks.record import append, as_command, checkpoint_folder, load
+from tina.asked import Asked, together
 from tina.checkpoint import load_generator
 from tina.classifiers import predict
 from tina.controls import nothing
@@ -38,7 +39,6 @@ from tina.generator import Generator
 from tina.inputs import InputStore
 from tina.jobconfig import DataConfig
 from tina.metrics import Array
-from tina.prompts import Asked, together
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 SETS, GROUPS = 100, 5

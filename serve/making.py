@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from serve.ids import Recipe
 from serve.shown import asked_by
+from tina.asked import Asked, pad
 from tina.diffusion import Walk, advance, join
 from tina.errors import TinaError
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
-from tina.prompts import Asked, pad
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from serve.ids import Recipe
+from tina.asked import Asked
 from tina.examples import learn_from
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
-from tina.prompts import Asked
 
 
 def pack_rows(rows: Tensor) -> str:

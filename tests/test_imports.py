@@ -31,7 +31,7 @@ STAGES = [
     *["tensors", "rounding", "images", "names", "superclasses", "listing", "hub_parquet"],
     *["sources", "views", "datasets", "tasks", "neighbours"],
     *["layout", "families", "inputs", "classifiers", "finetune", "generic", "tower", "zoo"],
-    *["minilm", "encoders", "prompts", "mapped", "curvature", "codec", "transformer"],
+    *["minilm", "encoders", "asked", "prompts", "mapped", "curvature", "codec", "transformer"],
     *["diffusion", "generator", "examples", "checkpoint", "engine", "batches", "training"],
     *["export", "model", "scoring", "advice", "pipeline"],
     *[

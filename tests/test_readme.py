@@ -286,6 +286,9 @@ def test_what_it_concludes_is_what_the_tables_say() -> None:
     ]
     assert f"whole networks by {', '.join(behind[:3])} and {behind[3]} points with one" in README
 
+    by_word = [-row["ways"]["word"]["points"] for row in rows_of("groups", "4b89789abbec")]
+    assert f"right {min(by_word):.0f} to {max(by_word):.0f} points more often so" in README
+
     found = rows_of("texts", "11ca20f9e964")
 
     def lost(groups, kinds, digits):

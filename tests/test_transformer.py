@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tina.asked import together
 from tina.config import DenoiserConfig, DiffusionConfig
 from tina.diffusion import as_x0, begin, sample
 from tina.transformer import Denoiser, timestep_embedding
@@ -263,6 +265,27 @@ def test_generation_computes_what_the_whole_denoiser_does(
         assert_close(part, plain, tolerance=1e-5)
     inherited = generator.inherit(embeddings)[0]
     assert (found[0] - inherited).abs().max() > 1e-2  # there was something to compare
+
+
+def test_a_class_of_several_words_is_as_probable_as_the_mean_says(tiny_generator):
+    """Jensen's bound of any of them; equal to it where they are alike, and without a denoiser."""
+    vocabulary, groups = tiny_generator.vocabulary, [[0, 1, 2], [3], [4, 5]]
+    asked = vocabulary.asked_by_any([vocabulary.embeddings[own] for own in groups])
+    every, mask = together([asked])
+    codec = tiny_generator.codec
+    tokens = torch.zeros(1, codec.body_tokens + 3, codec.width)
+    _, rows = tiny_generator.finish(tokens, every, mask)
+    features = torch.rand(50, rows.shape[-1] - 1, generator=torch.Generator().manual_seed(0))
+    seen = torch.nn.functional.pad(features, (0, 1), value=1.0)
+    logits, members = seen @ rows[0].T, seen @ tiny_generator.generic.rows.T
+    for k, own in enumerate(groups):
+        whole, mean = members[:, own].logsumexp(1), members[:, own].mean(1)
+        assert (logits[:, k] < whole + 1e-5).all()
+        assert_close(logits[:, k], mean + math.log(len(own)), tolerance=1e-5)
+    alone = dataclasses.replace(every, words=torch.ones(1, 3))
+    plain = tiny_generator.finish(tokens, alone, mask)[1]
+    assert torch.equal(plain[..., :-1], rows[..., :-1])
+    assert torch.equal(plain[0, 1], rows[0, 1])
 
 
 def test_logits_are_divided_by_what_is_unfamiliar(tiny_generator):

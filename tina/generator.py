@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tina.asked import Asked
 from tina.codec import Codec
 from tina.config import GeneratorConfig
 from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, noise_scale, sample
 from tina.errors import ConfigError, NonFiniteError
 from tina.families import Family
 from tina.generic import GenericModel
-from tina.prompts import Asked, Vocabulary
+from tina.prompts import Vocabulary
 from tina.tower import Tower
 from tina.transformer import Denoiser
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tina.advice import unfamiliar, unknown
+from tina.asked import Asked, together
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.config import TextEncoder
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
@@ -30,7 +31,6 @@ from tina.mapped import MappedEncoder
 from tina.model import GeneratedModel
 from tina.names import read_sentence
 from tina.prompts import (
-    Asked,
     Description,
     check_apart,
     check_distinct,
@@ -38,7 +38,7 @@ from tina.prompts import (
     check_prompt,
     described,
     has_some,
-    together,
+    is_batch,
 )
 from tina.storage import MANIFEST, named
 
@@ -186,7 +186,7 @@ class TinaPipeline:
             if words and descriptions is not None:
                 raise PromptError("the sentence describes classes itself", field="descriptions")
             descriptions = words or descriptions
-        batched = prompt is not None and _is_batch(prompt)
+        batched = prompt is not None and is_batch(prompt)
         extras = {"images": images, "descriptions": descriptions, "examples": examples}
         for field, given in extras.items():
             if given is None:
@@ -203,8 +203,7 @@ class TinaPipeline:
         if images is not None:
             seen = [self._see(shots) for shots in images]
             check_apart(names[0], [_contents(small) for _, small in seen], field="images")
-            seen_as = torch.stack([embedding for embedding, _ in seen])
-            asked = [self.generator.vocabulary.asked(seen_as)]
+            asked = [self.generator.vocabulary.asked(torch.stack([e for e, _ in seen]))]
         else:
             asked = [self.ask(task) for task in texts]
         shown = None
@@ -255,8 +254,7 @@ class TinaPipeline:
             PromptError: See `embed_names`.
         """
         found = self.embed_names([text for texts in words for text in texts])
-        counts = [len(texts) for texts in words]
-        return self.generator.vocabulary.asked_by_any(found.split(counts))
+        return self.generator.vocabulary.asked_by_any(found.split([len(x) for x in words]))
 
     @property
     def is_semantic(self) -> bool:
@@ -324,9 +322,9 @@ class TinaPipeline:
         """
         generator = self.generator
         steps = generator.config.diffusion.sampling_steps if steps is None else steps
-        all_asked, mask = together(asked)
+        every, mask = together(asked)
         tokens = generator.denoised(
-            all_asked.embeddings, mask, seeds=seeds, steps=steps, guidance=guidance
+            every.embeddings, mask, seeds=seeds, steps=steps, guidance=guidance
         )
         return self.models(tokens, asked, names, seeds=seeds, steps=[steps] * len(names))
 
@@ -376,17 +374,6 @@ def _some(shots: Shots | None) -> TypeGuard[Shots]:
 def _contents(images: Tensor | None) -> list[bytes]:
     """The bytes of each of N images (N, C, H, W), if there are any."""
     return [] if images is None else [i.tobytes() for i in images.detach().cpu().numpy()]
-
-
-def _is_batch(prompt: Sequence[object]) -> bool:
-    if not isinstance(prompt, Sequence):
-        raise PromptError(f"a prompt is a sentence or lists of class names, got {prompt!r}")
-    if odd := [item for item in prompt if not isinstance(item, (str, list, tuple))]:
-        raise PromptError(f"class names are text, got {odd[0]!r}")
-    kinds = {isinstance(item, str) for item in prompt}
-    if len(kinds) > 1:
-        raise PromptError("a prompt is a list of names or a list of lists, not a mixture")
-    return kinds == {False}
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

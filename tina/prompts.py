@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tina.asked import Asked, pad
 from tina.encoders import EmbeddingSpace, PromptEncoder, TableEncoder
 from tina.errors import PromptError
 from tina.names import normalise_name, readings
@@ -84,6 +85,22 @@ def described(
 def has_some(shots: object) -> bool:
     """Whether a class has pictures: neither None nor an empty list."""
     return shots is not None and not (isinstance(shots, (list, tuple)) and not shots)
+
+
+def is_batch(prompt: Sequence[object]) -> bool:
+    """Whether a prompt is a list of tasks; else it is a list of names.
+
+    Raises:
+        PromptError: It is neither.
+    """
+    if not isinstance(prompt, Sequence):
+        raise PromptError(f"a prompt is a sentence or lists of class names, got {prompt!r}")
+    if odd := [item for item in prompt if not isinstance(item, (str, list, tuple))]:
+        raise PromptError(f"class names are text, got {odd[0]!r}")
+    kinds = {isinstance(item, str) for item in prompt}
+    if len(kinds) > 1:
+        raise PromptError("a prompt is a list of names or a list of lists, not a mixture")
+    return kinds == {False}
 
 
 def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
@@ -204,41 +221,6 @@ def sparsemax(scores: Tensor) -> Tensor:
     excess = ordered.cumsum(-1) - 1
     support = (rank * ordered > excess).sum(-1, keepdim=True)
     return (scores - excess.gather(-1, support - 1) / support).clamp_min(0)
-
-
-def pad(parts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Stack B tensors (K_i, ...) to (B, K, ...) with zeros, and the mask bool (B, K)."""
-    most = length or max(len(part) for part in parts)
-    stacked = parts[0].new_zeros(len(parts), most, *parts[0].shape[1:])
-    mask = torch.zeros(len(parts), most, dtype=torch.bool)
-    for i, part in enumerate(parts):
-        stacked[i, : len(part)] = part
-        mask[i, : len(part)] = True
-    return stacked, mask
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What K classes were asked for by, as a generator takes it; of one task or of B.
-
-    Args:
-        embeddings: (..., K, E), unit norm: what the denoiser is conditioned on.
-        attention: (..., K, V): what rows inherit of, see `Vocabulary.attention`.
-        familiarity: (..., K), 0..1.
-        words: (..., K), of how many words each class is any.
-    """
-
-    embeddings: Tensor
-    attention: Tensor
-    familiarity: Tensor
-    words: Tensor
-
-
-def together(tasks: Sequence[Asked]) -> tuple[Asked, Tensor]:
-    """B tasks as one, padded to the most classes, and the mask bool (B, K)."""
-    fields = ("embeddings", "attention", "familiarity", "words")
-    padded = {field: pad([getattr(task, field) for task in tasks]) for field in fields}
-    return Asked(**{field: values for field, (values, _) in padded.items()}), padded["words"][1]
 
 
 @dataclass(frozen=True, kw_only=True)
