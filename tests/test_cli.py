@@ -311,7 +311,7 @@ def test_a_text_stands_for_one_class(tiny_checkpoint, capsys):
     described = ["--description", "zebra=two", "--description", "one=Two"]
     words = ["generate", "zebra, one", *described, "--out", "m.safetensors"]
     assert main([*words, "--checkpoint", str(tiny_checkpoint)]) == 2
-    assert "each description may stand once in a task; twice: two" in capsys.readouterr().err
+    assert "each text may stand once in a task; twice: two" in capsys.readouterr().err
 
 
 def test_force_replaces_regular_files_alone(workplace, capsys):

@@ -115,6 +115,15 @@ def test_only_new_classes_learn_and_the_order_of_pictures_does_not_matter(pipe, 
     assert torch.equal(pipe(known, examples=shown).theta, pipe(known).theta)
 
 
+def test_a_class_of_several_words_learns_where_one_is_new(pipe, pictures):
+    words, shown = [None, [TASK[1], "nine"], ["four", "six"]], pictures("fit", 4)
+    before = pipe(TASK, descriptions=words)
+    after = pipe(TASK, descriptions=words, examples=shown)
+    old, new = (rows_of(pipe.generator, model.theta) for model in (before, after))
+    assert torch.equal(old[[0, 2]], new[[0, 2]])
+    assert (old[1] - new[1]).norm() > 1e-2 * old[1].norm()
+
+
 def test_a_configured_prior_holds_what_the_names_give(pipe, pictures):
     """The heavier it is, the less pictures move."""
     plain, task = pipe.generator, pipe(TASK).theta

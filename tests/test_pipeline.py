@@ -144,7 +144,7 @@ def test_the_configurations_guidance_is_the_default(pipe):
         (TASK, {"seed": [1, 2]}, "1 tasks need as many seeds, got 2"),
         ([TASK, TASK], {"seed": [1]}, "2 tasks need as many seeds, got 1"),
         (TASK, {"descriptions": ["round", "slim"]}, "3 classes need as many descriptions, got 2"),
-        (TASK, {"descriptions": ["round", "slim", "slim"]}, "each description .* twice: slim"),
+        (TASK, {"descriptions": ["round", "slim", "slim"]}, "each text .* twice: slim"),
         (TASK, {"descriptions": ["round", "slim", ""]}, "empty"),
         ([TASK], {"descriptions": ["a", "b", "c"]}, "not with a batch"),
         ([TASK], {"images": [torch.rand(1, 1, 8, 8)] * 3}, "not with a batch"),
@@ -311,6 +311,26 @@ def test_a_class_that_is_any_of_several_words(pipe):
     close(asked.embeddings.norm(dim=1), torch.ones(3))
 
 
+def test_words_that_mean_the_same_make_a_class_no_broader(pipe):
+    vocabulary = pipe.generator.vocabulary
+    one, two, three = (vocabulary.lookup(name).unsqueeze(0) for name in ("one", "two", "three"))
+    nearly = F.normalize(one + 0.01 * two, dim=-1)  # inherits as "one" does
+    words = [torch.cat([one, two, three]), torch.cat([one, nearly]), one, torch.cat([two, three])]
+    asked = vocabulary.asked_by_any(words)
+    close(asked.breadth, torch.tensor([3.0, 1.0, 1.0, 2.0]).log())
+    assert not asked.breadth[2]
+    between = F.normalize(one + two, dim=-1)  # of either, and "two" again: in part another
+    partly = vocabulary.asked_by_any([torch.cat([between, two]), one]).breadth[0]
+    assert 0 < partly < torch.tensor(2.0).log()
+
+
+def test_a_strange_word_among_several_is_warned_of(pipe):
+    with pytest.warns(UnfamiliarWarning, match="'low' is not close"):
+        found = pipe(["low", "five"], descriptions=[["one", "two", "a chair"], None])
+    assert found.familiarity[0] == pipe(["a chair", "five"]).familiarity[0] < 0.5
+    assert found.familiarity[1] == 1
+
+
 def test_a_sentence_may_say_several_words_for_a_class(pipe):
     found = pipe("low: two, three; five; even: four or eight")
     words = [["two", "three"], None, ["four", "eight"]]
@@ -341,7 +361,7 @@ def test_a_class_without_description_goes_by_its_name(pipe):
     some = pipe(["zero", "b", "eight"], descriptions=[None, "one", None])
     close(some.theta, pipe(["zero", "one", "eight"]).theta)
     assert some.class_names == ("zero", "b", "eight")
-    with pytest.raises(PromptError, match="each description may stand once in a task; twice: zero"):
+    with pytest.raises(PromptError, match="each text may stand once in a task; twice: zero"):
         pipe(["zero", "b"], descriptions=[None, "zero"])
 
 

@@ -132,17 +132,17 @@ def test_a_class_of_several_words(page, backend, monkeypatch):
     monkeypatch.setattr(backend, "create", watched, raising=False)
     left = page.locator(".side").first
     clear(left)
-    left.get_by_label("Add a class").fill("low: two, three; five, eight")
+    left.get_by_label("Add a class").fill("five, low: two, three; eight")
     left.get_by_label("Add a class").press("Enter")
     assert left.locator(".chips li > span").all_inner_texts() == [
-        "low: two, three",
         "five",
+        "low: two, three",
         "eight",
     ]
     left.get_by_role("button", name="Generate").click()
     left.locator(".status", has_text="parameters").wait_for()
-    assert asked[-1].classes == ["low", "five", "eight"]
-    assert asked[-1].descriptions == [["two", "three"], None, None]
+    assert asked[-1].classes == ["five", "low", "eight"]
+    assert asked[-1].descriptions == [None, ["two", "three"], None]
 
 
 def test_pictures_beside_names_are_examples(page, backend, monkeypatch):

@@ -90,9 +90,11 @@ def test_a_sentence_without_a_colon_describes_nothing(parts, separator):
             ["otter", "bear", "fish"],
             [None, None, ("ray", "trout")],
         ),
-        ("fish: ; bear", ["fish", "bear"], [None, None]),
+        ("otter, a fish: ray; bear", ["otter", "a fish", "bear"], [None, ("ray",), None]),
+        ("fish: ; bear", ["fish", "bear"], None),
+        (": bus; bear", ["", "bear"], [("bus",), None]),
         ("scale 1:87; otter", ["scale 1", "otter"], [("87",), None]),
-        (":", [""], [None]),
+        (":", [""], None),
     ],
 )
 def test_sentences_with_several_words_for_a_class(sentence, names, words):

@@ -288,6 +288,8 @@ def test_what_it_concludes_is_what_the_tables_say() -> None:
 
     by_word = [-row["ways"]["word"]["points"] for row in rows_of("groups", "4b89789abbec")]
     assert f"right {min(by_word):.0f} to {max(by_word):.0f} points more often so" in README
+    ways = [row["ways"] for row in rows_of("groups", "4b89789abbec")]
+    assert all(found["one"]["tina"] < found["word"]["tina"] for found in ways)  # "less often"
 
     found = rows_of("texts", "11ca20f9e964")
 

@@ -129,6 +129,22 @@ def test_two_folders_may_hold_one_class(tmp_path):
     assert others == ()
 
 
+def test_classes_and_folders_may_be_written_either_way(tmp_path):
+    for called in ("otter", "maple_tree", "boot", "boots"):
+        (tmp_path / called).mkdir()
+        (tmp_path / called / "a.jpg").touch()
+    found, others = labelled(tmp_path, ["otters", "a maple tree", "boots"])
+    assert sorted((file.parent.name, label) for file, label in found) == [
+        ("boot", 2),
+        ("boots", 2),
+        ("maple_tree", 1),
+        ("otter", 0),
+    ]
+    assert others == ()
+    found, _ = labelled(tmp_path, ["boot", "boots"])
+    assert sorted((file.parent.name, label) for file, label in found) == [("boot", 0), ("boots", 1)]
+
+
 def test_at_the_command_line(model, photos, tmp_path, capsys):
     file = tmp_path / "mine.safetensors"
     replace(model, class_names=("one", "two", "nine")).save(file)

@@ -44,7 +44,7 @@ from tina.classifiers import Classifier
 from tina.config import PromptConfig
 from tina.errors import ConfigError, DataError, PromptError
 from tina.generator import Generator
-from tina.prompts import MAX_CHARACTERS, Vocabulary
+from tina.prompts import MAX_CHARACTERS, MAX_WORDS, Vocabulary
 from tina.schemas import (
     MAX_BODY_BYTES,
     MAX_CLASSES,
@@ -56,6 +56,7 @@ from tina.schemas import (
     ProblemDocument,
 )
 from tina.schemas import MAX_CHARACTERS as MAX_CHARACTERS_OVER_HTTP
+from tina.schemas import MAX_WORDS as MAX_WORDS_OVER_HTTP
 
 CLASSES = ["three", "five", "eight"]
 THREE = {"classes": CLASSES, "seed": 7}
@@ -361,6 +362,8 @@ def test_a_class_may_be_any_of_several_texts(post, get, library):
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(load(again)[name], tensor, atol=1e-5, rtol=0)
     assert made["familiarity"] == list(expected.familiarity) == [1, 1, 1]
+    strange = body | {"descriptions": [["two", "a chair"], None, None], "strict": True}
+    refused(post("/v1/models", json=strange), 422, "classes[0]")
     alone = body | {"descriptions": [["two", "three"], ["four"], ["five"]]}
     assert post("/v1/models", json=alone).json()["id"] == made["id"]
     other = body | {"descriptions": [["three"], "four", None]}
@@ -1440,3 +1443,4 @@ def test_origins_on_the_command_line_are_one_text(given):
 
 def test_texts_are_bounded_alike_everywhere():
     assert MAX_CHARACTERS_OVER_HTTP == MAX_CHARACTERS
+    assert MAX_WORDS_OVER_HTTP == MAX_WORDS

@@ -268,7 +268,7 @@ def test_generation_computes_what_the_whole_denoiser_does(
 
 
 def test_a_class_of_several_words_is_as_probable_as_the_mean_says(tiny_generator):
-    """Jensen's bound of any of them; equal to it where they are alike, and without a denoiser."""
+    """Jensen's bound of any of them, where there is no denoiser."""
     vocabulary, groups = tiny_generator.vocabulary, [[0, 1, 2], [3], [4, 5]]
     asked = vocabulary.asked_by_any([vocabulary.embeddings[own] for own in groups])
     every, mask = together([asked])
@@ -282,7 +282,7 @@ def test_a_class_of_several_words_is_as_probable_as_the_mean_says(tiny_generator
         whole, mean = members[:, own].logsumexp(1), members[:, own].mean(1)
         assert (logits[:, k] < whole + 1e-5).all()
         assert_close(logits[:, k], mean + math.log(len(own)), tolerance=1e-5)
-    alone = dataclasses.replace(every, words=torch.ones(1, 3))
+    alone = dataclasses.replace(every, breadth=torch.zeros(1, 3))
     plain = tiny_generator.finish(tokens, alone, mask)[1]
     assert torch.equal(plain[..., :-1], rows[..., :-1])
     assert torch.equal(plain[0, 1], rows[0, 1])

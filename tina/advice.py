@@ -30,6 +30,8 @@ def unknown(names: Sequence[str], known: Sequence[str]) -> PromptError:
         said.append(f"{shorten(name, 60)!r}" + (f" (closest: {close})" if close else ""))
     more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
     others = f"; {found}" if (found := trained_elsewhere(names)) else ""
+    if any(":" in name for name in names):
+        others += "; colons say several words of a class in a sentence, not in a list of names"
     return PromptError(
         f"the checkpoint does not know {', '.join(said)}{more}",
         advice=f"{others}; `tina info --words CHECKPOINT` lists what it knows, and for any other "

@@ -6,7 +6,7 @@ Axes: B batch, K classes, V trained classes, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -30,18 +30,21 @@ class Asked:
     Args:
         embeddings: (..., K, E), unit norm: what the denoiser is conditioned on.
         attention: (..., K, V): what rows inherit of, see `Vocabulary.attention`.
-        familiarity: (..., K), 0..1.
-        words: (..., K), of how many words each class is any.
+        familiarity: (..., K), 0..1; of several words their mean.
+        weakest: (..., K), the familiarity of the strangest of them.
+        breadth: (..., K), the Jensen-Shannon divergence of what they inherit of: log M for M words
+            of different names, 0 for one word, or for several that mean the same.
     """
 
     embeddings: Tensor
     attention: Tensor
     familiarity: Tensor
-    words: Tensor
+    weakest: Tensor
+    breadth: Tensor
 
 
 def together(tasks: Sequence[Asked]) -> tuple[Asked, Tensor]:
     """B tasks as one, padded to the most classes, and the mask bool (B, K)."""
-    fields = ("embeddings", "attention", "familiarity", "words")
-    padded = {field: pad([getattr(task, field) for task in tasks]) for field in fields}
-    return Asked(**{field: values for field, (values, _) in padded.items()}), padded["words"][1]
+    names = [field.name for field in fields(Asked)]
+    padded = {name: pad([getattr(task, name) for task in tasks]) for name in names}
+    return Asked(**{name: values for name, (values, _) in padded.items()}), padded["breadth"][1]

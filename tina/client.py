@@ -219,7 +219,7 @@ class _Calls:
     def _create(self, classes: str | Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         if isinstance(classes, str):
             classes, words = read_sentence(classes)
-            if words and options.get("descriptions"):
+            if words and options.get("descriptions") is not None:
                 raise PromptError("the sentence describes classes itself", field="descriptions")
             if words:
                 options["descriptions"] = words

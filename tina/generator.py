@@ -162,8 +162,9 @@ class Generator:
 
         A trunk knows the classes that it was trained on too well, so that known rows outbid new
         ones: these are favoured, which is calibrated stacking (Chao et al. 2016, eq. 5). A class
-        that is any of M words is as probable as all of them together, whose logarithm is the mean
-        of their logits and log M at least (Jensen): the mean is what it inherits.
+        that is any of several words is as probable as all of them together: for trained names v
+        with logits l_v and weights a_v, log sum exp(l_v) is sum a_v l_v plus a's entropy at least
+        (Jensen), and sum a_v l_v is what it inherits. Of that entropy counts what the words add.
 
         Args:
             mask: bool (B, K), false for padding.
@@ -176,7 +177,7 @@ class Generator:
         body, rows = inherited_body + body, inherited_rows + rows
         newness = 1 - asked.familiarity
         favour = (self.config.prompt.favour or 0.0) * newness
-        rows[..., -1] += favour + asked.words.clamp_min(1).log()  # the bias
+        rows[..., -1] += favour + asked.breadth  # the bias
         scale = mask / self.temperature(newness, mask)[:, None]
         rows = rows * scale.unsqueeze(-1)
         if not bool(torch.isfinite(body).all() and torch.isfinite(rows).all()):

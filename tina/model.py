@@ -34,7 +34,7 @@ class GeneratedModel:
     Args:
         theta: (n,), laid out for K classes.
         familiarity: Per class, 0..1: how well the prompt is covered by the training classes; of
-            pictures in a name's place, what they were taken for.
+            several words the strangest's, of pictures in a name's place, what they were taken for.
         nearest: Per class, the training class that is nearest to the prompt.
         checkpoint: sha256 of the checkpoint's manifest.
     """

@@ -67,13 +67,13 @@ def read_sentence(prompt: str) -> tuple[list[str], list[tuple[str, ...] | None] 
     These stand behind a colon, and semicolons or lines between such classes: "vehicle: bus, train;
     otter". Without a colon as `split_sentence` has it.
     """
-    if ":" not in prompt:
-        return split_sentence(prompt), None
     names: list[str] = []
     words: list[tuple[str, ...] | None] = []
-    for part in re.split(r"[;\n]", prompt):
-        name, colon, several = part.partition(":")
-        own = [name.strip()] if colon else split_sentence(name)
+    for part in re.split(r"[;\n]", prompt) if ":" in prompt else [prompt]:
+        before, colon, several = part.partition(":")
+        own = split_sentence(before) or [""] * len(colon)  # which is refused, not lost
         names += own
-        words += [tuple(split_sentence(several)) or None] * len(own)
-    return names, words
+        words += [None] * len(own)
+        if colon:
+            words[-1] = tuple(split_sentence(several)) or None
+    return names, words if any(words) else None

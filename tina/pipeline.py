@@ -350,7 +350,7 @@ class TinaPipeline:
                 theta=generator.theta(body[i], rows[i, : len(task)]),
                 family=generator.family,
                 class_names=task,
-                familiarity=tuple(round(share, 6) for share in asked[i].familiarity.tolist()),
+                familiarity=tuple(round(share, 6) for share in asked[i].weakest.tolist()),
                 nearest=tuple(known[place] for place in asked[i].attention.argmax(-1)),
                 seed=seeds[i],
                 steps=steps[i],

@@ -65,7 +65,7 @@ def check_prompt(
             words = described(names, descriptions)
             if not all(0 < len(texts) <= MAX_WORDS for texts in words):
                 raise PromptError(f"a class is described by 1 to {MAX_WORDS} texts")
-            check_texts([text for texts in words for text in texts], what="description")
+            check_texts([text for texts in words for text in texts], what="text")
         except PromptError as error:
             raise PromptError(str(error), field="descriptions") from None
     if examples is not None:
@@ -111,7 +111,8 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
     """
     names = check_texts(names, what="class name")
     if len(names) < 2:
-        found = f", {shorten(names[0], 60)!r}: separate names by commas" if names else ""
+        how = "separate names by commas, after a colon by semicolons"
+        found = f", {shorten(names[0], 60)!r}: {how}" if names else ""
         raise PromptError(f"a task needs at least 2 classes, got {len(names)}{found}")
     if len(names) > max_classes:
         raise PromptError(
@@ -221,6 +222,11 @@ def sparsemax(scores: Tensor) -> Tensor:
     excess = ordered.cumsum(-1) - 1
     support = (rank * ordered > excess).sum(-1, keepdim=True)
     return (scores - excess.gather(-1, support - 1) / support).clamp_min(0)
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    """In nats, of weights (..., V) that add up to one."""
+    return torch.special.entr(weights).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,11 +358,13 @@ class Vocabulary:
 
     def asked(self, embeddings: Tensor) -> Asked:
         """Classes that are asked for by one word each, (..., K, E) of unit norm."""
+        familiarity = self.familiarity(embeddings)
         return Asked(
             embeddings=embeddings,
             attention=self.attention(embeddings),
-            familiarity=self.familiarity(embeddings),
-            words=torch.ones(embeddings.shape[:-1]),
+            familiarity=familiarity,
+            weakest=familiarity,
+            breadth=torch.zeros(embeddings.shape[:-1]),
         )
 
     def asked_by_any(self, words: Sequence[Tensor]) -> Asked:
@@ -366,18 +374,20 @@ class Vocabulary:
         """
         counts = [len(own) for own in words]
         each = self.asked(torch.cat(list(words)))
-        if len(each.words) == len(words):
+        if set(counts) == {1}:
             return each
-        embeddings, attention, familiarity = (
-            torch.stack([own.mean(0) for own in values.split(counts)])
-            for values in (each.embeddings, each.attention, each.familiarity)
-        )
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.stack([own.mean(0) for own in values.split(counts)])
+
+        embeddings, attention = mean(each.embeddings), mean(each.attention)
         several = torch.tensor(counts).unsqueeze(-1) > 1  # one alone stays as it is, to the bit
         return Asked(
             embeddings=F.normalize(embeddings, dim=-1).where(several, embeddings),
             attention=attention,
-            familiarity=familiarity,
-            words=torch.tensor(counts, dtype=torch.float32),
+            familiarity=mean(each.familiarity),
+            weakest=torch.stack([own.amin() for own in each.familiarity.split(counts)]),
+            breadth=(_entropy(attention) - mean(_entropy(each.attention))).clamp_min(0),
         )
 
     def _cosines(self, embeddings: Tensor, hidden: Tensor | None) -> Tensor:

@@ -51,7 +51,8 @@ Texts = Annotated[
     Field(min_length=1, max_length=MAX_WORDS),
     BeforeValidator(
         lambda given: [given] if isinstance(given, str) else given,
-        json_schema_input_type=Text | Annotated[list[Text], Field(max_length=MAX_WORDS)],
+        json_schema_input_type=Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_WORDS)],
     ),
     PlainSerializer(lambda texts: texts if len(texts) > 1 else texts[0]),
 ]

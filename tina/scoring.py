@@ -143,10 +143,12 @@ def labelled(
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    places = {normalise_name(name): place for place, name in enumerate(class_names)}
+    # as it is written comes before any reading: "boot" and "boots" may be two classes
+    exact = {normalise_name(name): place for place, name in enumerate(class_names)}
+    read = {word: place for name, place in exact.items() for word in readings(name)} | exact
     found, others = [], []
     for name, files in image_files(folder).items():
-        label = next((places[word] for word in readings(name) if word in places), None)
+        label = next((read[word] for word in readings(name) if word in read), None)
         if label is None:
             others.append(name)
         else:

@@ -94,7 +94,11 @@ class Panel {
     const text = this.part(".name").value.trim();
     if (this.known.has(text)) return [text]; // its commas are its own
     if (!text.includes(":")) return split(text, ",");
-    return split(text, ";").flatMap((part) => (part.includes(":") ? [part] : split(part, ",")));
+    return split(text, ";").flatMap((part) => {
+      const colon = part.includes(":") ? part.indexOf(":") : part.length;
+      const names = split(part.slice(0, colon), ",");
+      return [...names.slice(0, -1), (names.at(-1) ?? "") + part.slice(colon)]; // the last one's words
+    });
   }
 
   // A class as it was typed: its name, and behind a colon words of which it is any.
