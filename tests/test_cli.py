@@ -181,6 +181,9 @@ def test_the_packaged_checkpoints_that_know_better_are_named(capsys):
     assert status == 2
     assert f"'zzzzzz'; {others} trained on 'french bulldog'; `tina info --words" in found
     assert said("otter", "pizza")[1].count("warning") == 1  # none was trained on that
+    # of several words none is named, for the others would be too
+    several = ["--description", "vehicle=tractor", "--description", "vehicle=pizza"]
+    assert said("vehicle", *several)[1].count("warning") == 1
     mine = said("mine", "--description", "mine=golden retriever")[1]  # not by what it is called
     assert f"{others} trained on 'golden retriever'" in mine
     retriever = said("golden retriever", "--description", "golden retriever=pizza")[1]

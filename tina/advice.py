@@ -47,7 +47,9 @@ def unfamiliar(model: GeneratedModel, asked: Sequence[Sequence[str]] | None) -> 
         asked: The texts that each class was asked for by; None for pictures.
     """
     warnings = model.unfamiliar()
-    others = trained_elsewhere([text for i in warnings for text in asked[i]] if asked else [])
+    # of several texts it is not said which one is strange
+    alone = [asked[i][0] for i in warnings if len(asked[i]) == 1] if asked else []
+    others = trained_elsewhere(alone)
     return [*warnings.values(), *([others] if others else [])]
 
 
