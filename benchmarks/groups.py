@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.objectives import against, by_set, measure
+from benchmarks.objectives import against, by_set, judged, measure
 from benchmarks.record import append, as_command, checkpoint_folder, load
 from tina.asked import Asked, together
 from tina.checkpoint import load_generator
@@ -96,9 +96,7 @@ def summed(
     for lesson, groups in zip(lessons, places, strict=True):
         rows = predict(generator.family, theta, store, lesson.index, num_classes=len(generic.rows))
         logits = torch.stack([rows[:, own].logsumexp(1) for own in groups], 1)
-        hits = 100.0 * (logits.argmax(1) == lesson.labels)
-        loss = F.cross_entropy(logits, lesson.labels, reduction="none")
-        found.append(torch.stack([hits, loss]).double().numpy())
+        found.append(judged(logits, lesson.labels))
     return found
 
 

@@ -89,10 +89,15 @@ def measure(
     for theta, lesson in zip(thetas, lessons, strict=True):
         k = len(lesson.class_ids)
         logits = predict(generator.family, theta, store, lesson.index, num_classes=k)
-        hits = 100.0 * (logits.argmax(1) == lesson.labels)
-        loss = torch.nn.functional.cross_entropy(logits, lesson.labels, reduction="none")
-        found.append(torch.stack([hits, loss]).double().numpy())
+        found.append(judged(logits, lesson.labels))
     return found
+
+
+def judged(logits: Tensor, labels: Tensor) -> Array:
+    """Of logits (N, K): 100 where right, and cross-entropy (2, N)."""
+    hits = 100.0 * (logits.argmax(1) == labels)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return torch.stack([hits, loss]).double().numpy()
 
 
 def by_set(found: Sequence[Array]) -> Array:

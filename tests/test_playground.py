@@ -122,14 +122,20 @@ def test_two_prompts_on_one_dropped_picture_by_keyboard(page):
     page.locator('#shown[alt="digits-zero.png"]').wait_for()
 
 
-def test_a_class_of_several_words(page, backend, monkeypatch):
-    asked, create = [], backend.create
+@pytest.fixture
+def asked(backend, monkeypatch):
+    """The prompts that come to the endpoint."""
+    found, create = [], backend.create
 
     async def watched(request, format):
-        asked.append(request)
+        found.append(request)
         return await create(request, format)
 
-    monkeypatch.setattr(backend, "create", watched, raising=False)
+    monkeypatch.setattr(backend, "create", watched)
+    return found
+
+
+def test_a_class_of_several_words(page, asked):
     left = page.locator(".side").first
     clear(left)
     left.get_by_label("Add a class").fill("five, low: two, three; eight")
@@ -145,14 +151,7 @@ def test_a_class_of_several_words(page, backend, monkeypatch):
     assert asked[-1].descriptions == [None, ["two", "three"], None]
 
 
-def test_pictures_beside_names_are_examples(page, backend, monkeypatch):
-    asked, create = [], backend.create
-
-    async def watched(request, format):
-        asked.append(request)
-        return await create(request, format)
-
-    monkeypatch.setattr(backend, "create", watched)
+def test_pictures_beside_names_are_examples(page, asked):
     left = page.locator(".side").first
     clear(left)
     name = left.get_by_label("Add a class")

@@ -112,8 +112,8 @@ def generate(args: argparse.Namespace) -> None:
     _print_table([head, *((name, f"{x:<11.2f}  {near}") for name, x, near in rows)])
     made = f"{model.family.name}, {model.theta.numel():,} parameters, {model.steps} steps"
     print(*outputs, sep=" and ", end=f": {made}, generated in {milliseconds:.1f} ms\n")
-    words = None if args.image else described(names, options.get("descriptions"))
-    for warning in unfamiliar(model, words):
+    asked = None if args.image else described(names, options.get("descriptions"))
+    for warning in unfamiliar(model, asked):
         print(f"warning: {warning}", file=sys.stderr)
     if args.example:
         from tina.examples import NEEDLESS, teach
@@ -121,7 +121,7 @@ def generate(args: argparse.Namespace) -> None:
         if not teach(model.familiarity, [key in given for key in keys]):
             print(f"note: {NEEDLESS}", file=sys.stderr)
     lookup = pipe.generator.vocabulary.lookup
-    if new := [text for own in words or () for text in own if lookup(text) is None]:
+    if new := [text for own in asked or () for text in own if lookup(text) is None]:
         if not pipe.is_semantic:
             print("note: the hash encoder has no semantics: it compares spelling", file=sys.stderr)
         elif isinstance(pipe.encoder, MappedEncoder):

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tina.advice import unfamiliar, unknown
-from tina.asked import Asked, together
+from tina.asked import Asked, pad, together
 from tina.checkpoint import find_checkpoint, load_generator, save_generator
 from tina.config import TextEncoder
 from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_encoder
@@ -322,10 +322,8 @@ class TinaPipeline:
         """
         generator = self.generator
         steps = generator.config.diffusion.sampling_steps if steps is None else steps
-        every, mask = together(asked)
-        tokens = generator.denoised(
-            every.embeddings, mask, seeds=seeds, steps=steps, guidance=guidance
-        )
+        padded, mask = pad([task.embeddings for task in asked])
+        tokens = generator.denoised(padded, mask, seeds=seeds, steps=steps, guidance=guidance)
         return self.models(tokens, asked, names, seeds=seeds, steps=[steps] * len(names))
 
     def models(

@@ -115,9 +115,8 @@ def check_task(names: Sequence[str], *, max_classes: int) -> tuple[str, ...]:
         found = f", {shorten(names[0], 60)!r}: {how}" if names else ""
         raise PromptError(f"a task needs at least 2 classes, got {len(names)}{found}")
     if len(names) > max_classes:
-        raise PromptError(
-            f"this generator makes classifiers of at most {max_classes} classes, got {len(names)}"
-        )
+        most = f"this generator makes classifiers of at most {max_classes} classes"
+        raise PromptError(f"{most}, got {len(names)}")
     return names
 
 
@@ -138,14 +137,12 @@ def check_texts(texts: Sequence[str], *, what: str) -> tuple[str, ...]:
         if not normalise_name(text):
             raise PromptError(f"a {what} is empty")
         if len(text) > MAX_CHARACTERS:
-            raise PromptError(
-                f"a {what} has {len(text)} characters, at most {MAX_CHARACTERS} are taken"
-            )
+            long = f"{len(text)} characters, at most {MAX_CHARACTERS} are taken"
+            raise PromptError(f"a {what} has {long}")
     keys = [normalise_name(text) for text in texts]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise PromptError(
-            f"each {what} may stand once in a task; twice: {', '.join(sorted(twice))}"
-        )
+        said = ", ".join(sorted(twice))
+        raise PromptError(f"each {what} may stand once in a task; twice: {said}")
     return texts
 
 
@@ -222,6 +219,10 @@ def sparsemax(scores: Tensor) -> Tensor:
     excess = ordered.cumsum(-1) - 1
     support = (rank * ordered > excess).sum(-1, keepdim=True)
     return (scores - excess.gather(-1, support - 1) / support).clamp_min(0)
+
+
+def _highest(cosines: Tensor) -> Tensor:
+    return cosines.amax(-1).clamp(0, 1)
 
 
 def _entropy(weights: Tensor) -> Tensor:
@@ -346,7 +347,7 @@ class Vocabulary:
         Args:
             hidden: bool (..., V), as if these had not been trained.
         """
-        return sparsemax(self._sharpness * self._cosines(embeddings, hidden))
+        return self._mixture(self._cosines(embeddings, hidden))
 
     def familiarity(self, embeddings: Tensor, hidden: Tensor | None = None) -> Tensor:
         """0..1 (...,): centred cosine to the nearest trained class, 1 for a trained name.
@@ -354,14 +355,15 @@ class Vocabulary:
         Args:
             hidden: As in `attention`.
         """
-        return self._cosines(embeddings, hidden).amax(-1).clamp(0, 1)
+        return _highest(self._cosines(embeddings, hidden))
 
     def asked(self, embeddings: Tensor) -> Asked:
         """Classes that are asked for by one word each, (..., K, E) of unit norm."""
-        familiarity = self.familiarity(embeddings)
+        cosines = self._cosines(embeddings, None)
+        familiarity = _highest(cosines)
         return Asked(
             embeddings=embeddings,
-            attention=self.attention(embeddings),
+            attention=self._mixture(cosines),
             familiarity=familiarity,
             weakest=familiarity,
             breadth=torch.zeros(embeddings.shape[:-1]),
@@ -389,6 +391,9 @@ class Vocabulary:
             weakest=torch.stack([own.amin() for own in each.familiarity.split(counts)]),
             breadth=(_entropy(attention) - mean(_entropy(each.attention))).clamp_min(0),
         )
+
+    def _mixture(self, cosines: Tensor) -> Tensor:
+        return sparsemax(self._sharpness * cosines)
 
     def _cosines(self, embeddings: Tensor, hidden: Tensor | None) -> Tensor:
         found = self._centred(embeddings) @ self._keys.T
