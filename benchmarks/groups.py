@@ -18,7 +18,6 @@ with what they inherit alone, without the denoiser, as `untrained`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.objectives import against, by_set, judged, measure
-from benchmarks.record import append, as_command, checkpoint_folder, load
+from benchmarks.record import as_command, checkpoint_folder, each_checkpoint
 from tina.asked import Asked, together
 from tina.checkpoint import load_generator
 from tina.classifiers import predict
@@ -169,11 +168,7 @@ def compare(name: str) -> dict[str, object]:
 
 def main() -> None:
     """Measure and append."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoints", nargs="+", help="packaged names or folders")
-    checkpoints, before = parser.parse_args().checkpoints, load()
-    for name in checkpoints:
-        append("groups", {"checkpoint": name} | compare(name), load_before=before)
+    each_checkpoint("groups", __doc__, compare)
 
 
 if __name__ == "__main__":

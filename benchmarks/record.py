@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -40,6 +41,19 @@ def code() -> str:
 def checkpoint_folder(name: str) -> Path:
     """A checkpoint's folder, from its path or the name of one that comes with the package."""
     return PRETRAINED / name if name in pretrained() else Path(name).resolve()
+
+
+def each_checkpoint(name: str, about: str, compare: Callable[[str], dict[str, object]]) -> None:
+    """The whole of a benchmark that appends a row for each checkpoint of its command line.
+
+    Args:
+        about: The benchmark's docstring.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+", help="packaged names or folders")
+    checkpoints, before = parser.parse_args().checkpoints, load()
+    for checkpoint in checkpoints:
+        append(name, {"checkpoint": checkpoint} | compare(checkpoint), load_before=before)
 
 
 def append(name: str, figures: Mapping[str, object], *, load_before: float) -> None:

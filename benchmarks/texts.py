@@ -19,7 +19,6 @@ are new and asked for so, in `ten_known` all are trained and asked for so.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.examples import CLASSES, NEW, SETS, draw
 from benchmarks.objectives import against, by_set, measure, prompted
-from benchmarks.record import append, as_command, checkpoint_folder, load
+from benchmarks.record import as_command, checkpoint_folder, each_checkpoint
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.datasets import load_dataset
@@ -259,11 +258,7 @@ def compare(name: str) -> dict[str, object]:
 
 def main() -> None:
     """Measure and append."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoints", nargs="+", help="packaged names or folders")
-    checkpoints, before = parser.parse_args().checkpoints, load()
-    for name in checkpoints:
-        append("texts", {"checkpoint": name} | compare(name), load_before=before)
+    each_checkpoint("texts", __doc__, compare)
 
 
 if __name__ == "__main__":

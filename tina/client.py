@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from tina.checks import visible
 from tina.errors import ConfigError, DataError, PromptError, TinaError
-from tina.names import read_sentence
+from tina.names import read_prompt
 from tina.schemas import (
     MEDIA_TYPES,
     Info,
@@ -218,11 +218,7 @@ class _Calls:
 
     def _create(self, classes: str | Sequence[str], **options: Unpack[Prompt]) -> Flow[ModelReply]:
         if isinstance(classes, str):
-            classes, words = read_sentence(classes)
-            if words and options.get("descriptions") is not None:
-                raise PromptError("the sentence describes classes itself", field="descriptions")
-            if words:
-                options["descriptions"] = words
+            classes, options["descriptions"] = read_prompt(classes, options.get("descriptions"))
         pictures = {
             "images": options.pop("images", None),
             "examples": options.pop("examples", None),

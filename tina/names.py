@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from typing import TypeVar
+
+from tina.errors import PromptError
+
+Descriptions = TypeVar("Descriptions")
 
 FAMILIAR = 0.5
 """Familiarity below which a class is called far from all that the generator was trained on."""
@@ -77,3 +82,17 @@ def read_sentence(prompt: str) -> tuple[list[str], list[tuple[str, ...] | None] 
         if colon:
             words[-1] = tuple(split_sentence(several)) or None
     return names, words if any(words) else None
+
+
+def read_prompt(
+    sentence: str, descriptions: Descriptions
+) -> tuple[list[str], Descriptions | list[tuple[str, ...] | None]]:
+    """What `read_sentence` finds, with descriptions that are given beside the sentence, or None.
+
+    Raises:
+        PromptError: Both say words of classes.
+    """
+    names, words = read_sentence(sentence)
+    if words and descriptions is not None:
+        raise PromptError("the sentence describes classes itself", field="descriptions")
+    return names, words or descriptions

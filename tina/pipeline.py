@@ -29,7 +29,7 @@ from tina.generator import Generator
 from tina.images import fit, read_image, shrink
 from tina.mapped import MappedEncoder
 from tina.model import GeneratedModel
-from tina.names import read_sentence
+from tina.names import read_prompt
 from tina.prompts import (
     Description,
     check_apart,
@@ -182,10 +182,7 @@ class TinaPipeline:
             UnfamiliarWarning: A class is not close to anything the generator was trained on.
         """
         if isinstance(prompt, str):
-            prompt, words = read_sentence(prompt)
-            if words and descriptions is not None:
-                raise PromptError("the sentence describes classes itself", field="descriptions")
-            descriptions = words or descriptions
+            prompt, descriptions = read_prompt(prompt, descriptions)
         batched = prompt is not None and is_batch(prompt)
         extras = {"images": images, "descriptions": descriptions, "examples": examples}
         for field, given in extras.items():
