@@ -98,7 +98,7 @@ format: install ## Sort imports, mend what ruff can, format.
 lock: $(BIN)/uv ## Resolve pyproject.toml into requirements.lock, keeping versions that still fit; UPGRADE=--upgrade.
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-		--extra ray --extra serve --extra client --extra sentence --extra dev $(UPGRADE) pyproject.toml -o requirements.lock
+		--extra ray --extra serve --extra client --extra sentence --extra imagenet --extra dev $(UPGRADE) pyproject.toml -o requirements.lock
 
 .PHONY: clean
 clean: ## Remove caches and builds; .venv and runs stay.

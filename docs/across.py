@@ -20,6 +20,7 @@ ROWS = ROOT / "benchmarks" / "results"
 FAMILIES = {
     "cnn5k": "all weights of a network of 5,000",
     "resnet20_head": "the last layer of a ResNet-20 of 270,000, which goes with every classifier",
+    "efficientnet_lite0_head": "the last layer of an EfficientNet-Lite0, trained on ImageNet",
 }
 DATA = {"cifar100": "CIFAR-100", "cifar100+mini_imagenet": "CIFAR-100 and mini-ImageNet"}
 SHOTS = (1, 5)  # pictures of each class

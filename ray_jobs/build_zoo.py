@@ -55,7 +55,8 @@ def ensure_generic(run: Run) -> None:
 
 def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: str) -> None:
     """Train a classifier of all seen classes and keep it."""
-    passes = 1 + family.trains_trunk  # the trunk, then the head on it
+    # the trunk, then the head on it
+    passes = 1 + (family.trains_trunk and not family.on_imagenet)
     with tqdm(total=passes * recipe.steps, desc=label, unit="step") as bar:
         generic = train_generic(
             family,
@@ -63,6 +64,7 @@ def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: st
             run.space.seen,
             recipe,
             seed=run.config.classifier.seed,
+            inputs=partial(run.shown, "cpu") if family is run.family else None,
             progress=bar.update,
         )
     if run.base.fetch(file.name, again=True).exists():

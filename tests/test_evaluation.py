@@ -512,6 +512,19 @@ def test_a_trunks_features_are_computed_once_for_a_run(head_run, monkeypatch):
         assert Run.open(head_run.folder).store
 
 
+def test_a_generic_model_may_be_trained_on_the_features_that_the_run_keeps(head_run):
+    short, seen = head_run.recipe("zoo"), head_run.space.seen
+    again = Run.open(head_run.folder)
+    found = train_generic(
+        again.family, again.all_views, seen, short, seed=0, inputs=lambda: again.shown("cpu")
+    )
+    torch.testing.assert_close(found.rows, head_run.generic.rows)
+    (file,) = head_run.folder.glob("features-*")  # the trunk is the same, and so is its file
+    before = file.stat().st_mtime_ns
+    assert head_run.store
+    assert file.stat().st_mtime_ns == before
+
+
 def test_workers_of_a_zoo_find_a_trunks_features(head_run, monkeypatch):
     """On CPUs; each would make them for itself."""
     monkeypatch.setattr(build_zoo, "on_gpu", lambda: False)

@@ -41,6 +41,7 @@ CNNS = ("cnn5k", "cnn15k", "cnn33k", "cnn70k")
         ("cnn33k", 33_338),
         ("cnn70k", 70_202),
         ("resnet20_head", 650),
+        ("efficientnet_lite0_head", 1_290),
         ("vitb32_head", 5_130),
     ],
 )
@@ -163,7 +164,7 @@ def test_pixels_are_scaled_to_plus_and_minus_one():
 # --- trunks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet20_head", "vitb32_head"])
+@pytest.mark.parametrize("name", ["resnet20_head", "efficientnet_lite0_head", "vitb32_head"])
 def test_without_its_trunk_a_family_says_so(name):
     family = build_family(name, channels=3, image_size=32)
     with pytest.raises(CheckpointError, match=f"{name} has no trunk yet"):

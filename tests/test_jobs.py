@@ -308,12 +308,13 @@ def test_a_folder_made_before_a_key_existed_goes_on_with_its_default(claimed):
         Run(changed).claim()
 
 
+@pytest.mark.parametrize("family", ["vitb32_head", "efficientnet_lite0_head"])
 def test_moved_images_before_a_trunk_that_is_not_trained_are_refused_and_nothing_is_claimed(
-    tmp_path,
+    tmp_path, family
 ):
-    moved = {"data": {"shift": 1}, "classifier": {"family": "vitb32_head"}}
+    moved = {"data": {"shift": 1}, "classifier": {"family": family}}
     run = Run(config_from_dict(JobConfig, short_config(tmp_path, **moved)))
-    with pytest.raises(ConfigError, match=r"data\.shift must be 0 for vitb32_head"):
+    with pytest.raises(ConfigError, match=rf"data\.shift must be 0 for {family}"):
         run.claim()
     assert not run.folder.exists()
 

@@ -114,7 +114,7 @@ def _write(generator: Generator, folder: Path, card: str, small: bool) -> None:
     if generator.tower:
         write_tensors(folder / "tower.safetensors", rounded(generator.tower.tensors()))
     if family.trains_trunk:
-        write_tensors(folder / "trunk.safetensors", rounded(family.trunk.state_dict()))
+        write_tensors(folder / "trunk.safetensors", rounded(family.trunk_tensors()))
     (folder / "README.md").write_text(card)
     hashes = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))

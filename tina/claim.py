@@ -43,7 +43,7 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
     # a typo in a name need not claim the folder at all
     find_source(config.data)
     family = build_family(config.classifier.family, channels=1, image_size=8)
-    if family.on_clip and config.data.shift:
+    if (family.on_clip or family.on_imagenet) and config.data.shift:
         raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
     # here and below again: since its last claim other processes may have written to the folder
     file = place.fetch(CONFIG, again=True)

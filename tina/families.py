@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tina.backbone import FEATURES, ImageNetTrunk
 from tina.errors import CheckpointError, ConfigError
 from tina.layout import ParamLayout
 
@@ -41,6 +42,8 @@ class Family(ABC):
     trains_trunk = False
     """Whether it has a trunk of its own, which is trained before the generic model's head and lies
     in files beside what is generated."""
+    on_imagenet = False
+    """Whether all of that trunk but its neck was trained elsewhere, and lies in no file."""
     on_clip = False
     """Whether its trunk is CLIP's image tower, which is not trained, and in no file."""
 
@@ -95,20 +98,28 @@ class Family(ABC):
         """Freeze a trained trunk and use it from here on."""
         self._trunk = trunk.eval().requires_grad_(False)
 
+    def trained_part(self, trunk: nn.Module) -> nn.Module:
+        """What of a trunk of its own was trained here, and lies in files."""
+        return trunk
+
     def load_trunk(self, tensors: Mapping[str, Tensor]) -> None:
-        """Attach a trained trunk, of which these are the tensors.
+        """Attach a trained trunk, of whose trained part these are the tensors.
 
         Raises:
             RuntimeError: They are another's.
         """
         trunk = self.new_trunk()
-        trunk.load_state_dict(tensors)
+        self.trained_part(trunk).load_state_dict(tensors)
         self.attach_trunk(trunk)
+
+    def trunk_tensors(self) -> dict[str, Tensor]:
+        """What `load_trunk` takes; none, where no trunk is trained."""
+        return self.trained_part(self.trunk).state_dict() if self.trains_trunk else {}
 
     def with_trunk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, and a trained trunk's among them."""
-        trunk = self.trunk.state_dict() if self.trains_trunk else {}
-        return {**tensors, **{TRUNK + name: value for name, value in trunk.items()}}
+        trunk = {TRUNK + name: value for name, value in self.trunk_tensors().items()}
+        return {**tensors, **trunk}
 
     def take_trunk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Undo `with_trunk`: attach a trained trunk, and return the other tensors.
@@ -255,6 +266,25 @@ class ResNet20Head(Family):
         return ResNet20Trunk(self.channels)
 
 
+class EfficientNetLite0Head(Family):
+    """EfficientNet-Lite0 as it was trained on ImageNet, frozen; the head is generated."""
+
+    trains_trunk = True
+    on_imagenet = True
+
+    def module(self, num_classes: int) -> nn.Module:
+        """The head."""
+        return Head(FEATURES, num_classes)
+
+    def new_trunk(self) -> ImageNetTrunk:
+        """A trunk whose neck is not fitted yet."""
+        return ImageNetTrunk()
+
+    def trained_part(self, trunk: nn.Module) -> nn.Module:
+        """The neck."""
+        return cast(nn.Module, trunk.neck)
+
+
 class ClipImageTrunk(nn.Module):
     """A CLIP image tower; features have unit norm times sqrt(F), so that a value is about 1."""
 
@@ -290,6 +320,7 @@ FAMILIES: Mapping[str, Callable[..., Family]] = {
     "cnn33k": partial(ConvFamily, widths=(16, 32, 32, 64), strides=(2, 1, 1, 2)),
     "cnn70k": partial(ConvFamily, widths=(16, 32, 32, 64, 64), strides=(2, 1, 1, 2, 1)),
     "resnet20_head": ResNet20Head,
+    "efficientnet_lite0_head": EfficientNetLite0Head,
     "vitb32_head": VitB32Head,
 }
 

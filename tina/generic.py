@@ -6,15 +6,17 @@ head row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from tina.backbone import ImageNetTrunk
 from tina.config import RecipeConfig
 from tina.datasets import Dataset
 from tina.errors import DataError, one_line
@@ -26,6 +28,8 @@ from tina.views import Views
 
 IMAGES = "images"
 """In the file's metadata: the fingerprint of the data set."""
+NECK_IMAGES = 64
+"""Of each class, for the directions that a neck keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +64,46 @@ def train_generic(
     recipe: RecipeConfig,
     *,
     seed: int,
+    inputs: Callable[[], InputStore] | None = None,
     progress: OnSteps = lambda steps: None,
 ) -> GenericModel:
     """Train on all `fit` images of the given classes; first the trunk that a family trains.
 
     Args:
         dataset: With all views; a trunk is trained on every one, what follows it on unmoved ones.
+        inputs: Gives all unmoved images as the trunk shows them, once it is there; default: it is
+            shown what is trained on.
 
     Raises:
         NonFiniteError: Training diverged.
     """
     if family.trains_trunk:
-        trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
+        if family.on_imagenet:
+            trunk = fit_trunk(family, dataset, class_ids)
+        else:
+            trunk = train_trunk(family, dataset, class_ids, recipe, seed=seed, progress=progress)
         family.attach_trunk(trunk)
         dataset = dataset.unmoved()
     lesson, views = Lesson.of(dataset, class_ids, seed=seed), dataset.views
-    if family.has_trunk:  # it need not see what is not trained on
+    if family.has_trunk and not inputs:  # it need not see what is not trained on
         views = Views(images=views[lesson.index])
         lesson = replace(lesson, index=torch.arange(len(views)))
-    store = InputStore(family, views)
+    store = inputs() if inputs else InputStore(family, views)
     theta = initial_theta(family, len(class_ids), seed=seed)
     (theta,) = finetune(family, [theta], [lesson], store, recipe, stacked=False, progress=progress)
     body, rows = family.layout(len(class_ids)).split(theta)
     return GenericModel(class_ids=tuple(class_ids), body=body, rows=rows)
+
+
+@torch.no_grad()
+def fit_trunk(family: Family, dataset: Dataset, class_ids: Sequence[int]) -> nn.Module:
+    """A trunk that was trained elsewhere, its neck fitted to the first images of each class."""
+    trunk = family.new_trunk().eval()
+    assert isinstance(trunk, ImageNetTrunk)
+    bar = tqdm(class_ids, desc="neck", unit="class", delay=2, disable=None)
+    places = (part for c in bar for part in dataset.indices("fit", [c])[:NECK_IMAGES].split(16))
+    trunk.fit_neck(torch.cat([trunk.pooled(family.scale(dataset.views[part])) for part in places]))
+    return trunk
 
 
 def save_generic(file: Path, generic: GenericModel, family: Family, dataset: Dataset) -> None:

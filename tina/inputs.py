@@ -11,11 +11,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from tina.errors import DataError
 from tina.families import Family
 from tina.tensors import write_tensors
 from tina.views import Views
+
+BATCH, LARGE_BATCH = 256, 16
+"""Images at once: a larger trunk's activations are in cache with fewer."""
 
 
 @torch.no_grad()
@@ -39,8 +43,10 @@ def features_of(
     views = images.to(device)
     # CLIP's tower stays where it is
     place = next((value.device for value in family.trunk.parameters()), torch.device("cpu"))
-    places = torch.arange(len(views)).split(256)
-    features = torch.cat([family.embed(views[x].to(place)) for x in places]).to(device)
+    batch = LARGE_BATCH if family.on_imagenet else BATCH
+    places = torch.arange(len(views)).split(batch)
+    bar = tqdm(places, desc="features", unit="batch", delay=2, disable=None)
+    features = torch.cat([family.embed(views[x].to(place)) for x in bar]).to(device)
     if file:
         write_tensors(file, {"features": features})
     return features

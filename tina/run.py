@@ -191,11 +191,18 @@ class Run:
     def inputs(self, device: str) -> InputStore:
         """The same on a device."""
         assert self.generic  # brings the trunk
-        views = self.dataset.views
-        key = f"{self.dataset.fingerprint} {views.count} {hash_file(self.generic_file)}"
+        return self.shown(device)
+
+    def shown(self, device: str) -> InputStore:
+        """All images as the family's trunk, which must be attached, shows them on a device."""
+        family, views = self.family, self.dataset.views
+        if not family.has_trunk:
+            return InputStore(family, views, device=device)
+        trunk = hash_bytes(pack_tensors(family.trunk_tensors()))
+        key = f"{self.dataset.fingerprint} {views.count} {family.name} {trunk}"
         file = self.base.fetch(f"features-{hash_bytes(key.encode())[:16]}.safetensors")
-        missing = self.family.has_trunk and not file.exists()
-        store = InputStore(self.family, views, device=device, features=file)
+        missing = not file.exists()
+        store = InputStore(family, views, device=device, features=file)
         if missing:
             self.base.keep(file.name)
         return store
