@@ -64,7 +64,8 @@ def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: st
             run.space.seen,
             recipe,
             seed=run.config.classifier.seed,
-            inputs=partial(run.shown, "cpu") if family is run.family else None,
+            # with GPUs the workers' have them sooner
+            inputs=partial(run.shown, "cpu") if family is run.family and not on_gpu() else None,
             progress=bar.update,
         )
     if run.base.fetch(file.name, again=True).exists():

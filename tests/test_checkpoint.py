@@ -75,14 +75,14 @@ def copied(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
 
 
-def resnet_generator():
-    """A generator of heads on a random ResNet-20 trunk; class 3 is kept out of training."""
+def head_generator(name="resnet20_head"):
+    """A generator of heads, what is trained of their trunk random; class 3 is kept out."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        family = build_family("resnet20_head", channels=3, image_size=16)
+        family = build_family(name, channels=3, image_size=16)
         trunk = family.new_trunk()
-        for name, buffer in trunk.named_buffers():
-            if "running" in name:
+        for key, buffer in trunk.named_buffers():
+            if "running" in key:
                 buffer.uniform_(0.5, 2)
         family.attach_trunk(trunk)
         layout = family.layout(3)
@@ -94,11 +94,11 @@ def resnet_generator():
             trained=torch.tensor([True, True, True, False, True]),
         )
         shapes = codec_shapes(layout)
-        parts = {name: torch.rand(shape) + 0.5 for name, shape in shapes.items()}
+        parts = {key: torch.rand(shape) + 0.5 for key, shape in shapes.items()}
         parts["row_right"] = torch.linalg.qr(parts["row_right"]).Q.contiguous()
         codec = Codec.of(layout, chunk=64, tensors=parts)
         config = GeneratorConfig(
-            classifier=ClassifierConfig(family="resnet20_head"),
+            classifier=ClassifierConfig(family=name),
             denoiser=DenoiserConfig(width=16, depth=1, heads=2, chunk=64),
             diffusion=DiffusionConfig(timesteps=50, sampling_steps=3),
         )
@@ -131,8 +131,9 @@ def test_round_trip(tiny_generator, tiny_checkpoint):
     assert not torch.equal(theta(again), theta(again, seed=8))
 
 
-def test_round_trip_with_a_trunk(tmp_path):
-    generator, directory = resnet_generator(), tmp_path / "resnet"
+@pytest.mark.parametrize("name", ["resnet20_head", "efficientnet_lite0_head"])
+def test_round_trip_with_a_trunk(tmp_path, name):
+    generator, directory = head_generator(name), tmp_path / "head"
     save_generator(generator, directory, card="card")
     assert {f.name for f in directory.iterdir()} == {*FILES, "trunk.safetensors"}
     again = load_generator(directory)
@@ -363,7 +364,7 @@ def test_a_file_that_is_no_safetensors(copied, damage):
 
 
 def test_a_trunk_that_the_manifest_does_not_know(tmp_path):
-    save_generator(resnet_generator(), tmp_path / "resnet", card="card")
+    save_generator(head_generator(), tmp_path / "resnet", card="card")
     (tmp_path / "resnet" / "trunk.safetensors").unlink()
     rehash(tmp_path / "resnet")
     with pytest.raises(CheckpointError, match="does not fit its configuration"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from test_checkpoint import resnet_generator
+from test_checkpoint import head_generator
 
 from tina.config import PromptConfig
 from tina.encoders import EmbeddingSpace
@@ -213,7 +213,7 @@ def test_mixed_numbers_of_classes_do_not_disturb_each_other(pipe):
 
 def test_a_draw_does_not_depend_on_the_number_of_classes():
     """Torch draws the last values of an odd count otherwise than those of a longer draw."""
-    generator = resnet_generator()
+    generator = head_generator()
     few, more = (
         generator.begin(*generator.vocabulary.of([ids]), seeds=[3]).x for ids in ((0, 1), (0, 1, 2))
     )
@@ -476,7 +476,7 @@ def test_pictures_are_the_names_by_their_posterior(pipe, pictures):
 
 def test_pictures_are_taken_for_trained_names_alone():
     """The generic model's rows are the trained classes': here all but the fourth."""
-    generator = resnet_generator()
+    generator = head_generator()
     generator.generic.rows[3, -1] = 1e4
     found = generator.embed_shots(torch.zeros(2, 3, 16, 16))
     close(found, generator.vocabulary.embeddings[4])

@@ -275,6 +275,41 @@ def test_predictions_for_different_models_share_one_pass(backend, ids, library):
         assert found.predictions[0].probabilities == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 4])
+def test_pictures_of_many_requests_are_looked_at_a_few_at_a_time(
+    backend, library, monkeypatch, at_once
+):
+    monkeypatch.setattr("serve.replica.PICTURES_AT_ONCE", at_once)
+    counts, sizes = (2, 1, 3, 1), []
+    family = backend.replica.pipe.generator.family
+    embed = family.embed
+
+    def counting(images):
+        sizes[-1].append(len(images))
+        return embed(images)
+
+    run = backend.replica._predictions._run
+
+    def noting(asked):
+        sizes.append([])
+        return run(asked)
+
+    monkeypatch.setattr(family, "embed", counting)
+    monkeypatch.setattr(backend.replica._predictions, "_run", noting)
+    recipe = Recipe(
+        checkpoint=library.checkpoint, classes=tuple(CLASSES), seed=1, steps=2, guidance=1.0
+    )
+
+    async def ask():
+        asked = (backend.predict(recipe, [picture(n) for n in range(count)]) for count in counts)
+        return await asyncio.gather(*asked)
+
+    found = asyncio.run(ask())
+    assert [len(answers) for answers in found] == list(counts)
+    assert sum(map(sum, sizes)) == sum(counts)  # each picture once
+    assert all(sum(each) <= at_once or len(each) == 1 for each in sizes)
+
+
 def test_pictures_as_a_prompt_are_kept_as_embeddings(post, get, library):
     shots = [[picture(1), picture(2, size=(20, 20))], [picture(3)]]
     body = {"classes": ["a", "b"], "images": [[b64(s) for s in of_class] for of_class in shots]}

@@ -63,8 +63,8 @@ def save_generator(
     Args:
         card: Text of the model card.
         small: Round the denoiser's matrices and the embeddings to eight bits, and its other
-            weights, a trained trunk and the image tower to half precision: a third of the size.
-            They are read back into full precision like any others.
+            weights, what was trained of a trunk and the image tower to half precision: a third of
+            the size. They are read back into full precision like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import yaml
 
+from tina.backbone import weights
 from tina.config import GeneratorConfig
 from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.errors import CheckpointError, ConfigError
@@ -23,6 +24,8 @@ from tina.storage import Place
 from tina.stores import below
 
 CONFIG = "config.yaml"
+KEPT = "features-"
+"""What can be made again at any time begins so: what a trunk made of all images."""
 GENERATION = ("shrinkage", "favour", "doubt", "prior")
 """Keys of `prompt` that only generation reads."""
 
@@ -44,7 +47,9 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
     find_source(config.data)
     family = build_family(config.classifier.family, channels=1, image_size=8)
     if (family.on_clip or family.on_imagenet) and config.data.shift:
-        raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk is not trained")
+        raise ConfigError(f"data.shift must be 0 for {family.name}: its trunk sees none of it")
+    if family.on_imagenet:
+        weights()  # now, not after the data
     # here and below again: since its last claim other processes may have written to the folder
     file = place.fetch(CONFIG, again=True)
     found = {}
@@ -84,8 +89,8 @@ def claim(config: JobConfig, place: Place) -> tuple[JobConfig, int | None]:
 
 
 def give_up(place: Place, claimed: int | None) -> None:
-    """Clear a folder that holds a configuration alone, the one that was written at that time."""
+    """Clear a folder of a configuration alone, written at that time, and what was kept for it."""
     with suppress(OSError):
         mine = place.modified(CONFIG) == claimed  # and no other job's, which goes on
-        if mine and place.names() == {CONFIG}:
+        if mine and {name for name in place.names() if not name.startswith(KEPT)} == {CONFIG}:
             place.clear()

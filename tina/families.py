@@ -6,7 +6,8 @@ theta.
 A family is one class: it says how the generated network is built for K classes, and, if that takes
 a frozen trunk's features, which trunk. Its last layer is a `Linear` named `fc`, the *head*: row k
 belongs to class k. All that comes before `fc` is the *body*. To add a family, write such a class
-with a `module` method (and, if it trains a trunk, `new_trunk`) and enter it in `FAMILIES`; layouts,
+with a `module` method (and, if it trains a trunk or a part of one, `new_trunk` and `trained_part`)
+and enter it in `FAMILIES`; layouts,
 zoo, codec, files and export derive from it.
 """
 
@@ -40,12 +41,16 @@ class Family(ABC):
     """
 
     trains_trunk = False
-    """Whether it has a trunk of its own, which is trained before the generic model's head and lies
-    in files beside what is generated."""
+    """Whether it has a trunk of its own, trained in whole or in part before the generic model's
+    head; what was trained lies in files beside what is generated."""
     on_imagenet = False
-    """Whether all of that trunk but its neck was trained elsewhere, and lies in no file."""
+    """Whether that part is a neck alone, on a backbone that was trained elsewhere and lies in no
+    file."""
     on_clip = False
     """Whether its trunk is CLIP's image tower, which is not trained, and in no file."""
+
+    batch = 256
+    """Most images that a trunk is shown at once, so that its activations stay in cache."""
 
     def __init__(self, name: str, *, channels: int, image_size: int) -> None:
         self.name, self.channels, self.image_size = name, channels, image_size
@@ -84,7 +89,7 @@ class Family(ABC):
         return self.trains_trunk or self.on_clip
 
     def new_trunk(self) -> nn.Module:
-        """An untrained trunk, of a family that trains one: (N, C, H, W) -> (N, F)."""
+        """A trunk whose own part is not trained: (N, C, H, W) -> (N, F)."""
         raise NotImplementedError
 
     @property
@@ -143,7 +148,9 @@ class Family(ABC):
             float32: images scaled to [-1, 1] (mean .5, std .5), or trunk features (N, F).
         """
         x = self.scale(images)
-        return cast(Tensor, self.trunk(x)) if self.has_trunk else x
+        return (
+            torch.cat([self.trunk(part) for part in x.split(self.batch)]) if self.has_trunk else x
+        )
 
     @staticmethod
     def scale(images: Tensor) -> Tensor:
@@ -271,6 +278,7 @@ class EfficientNetLite0Head(Family):
 
     trains_trunk = True
     on_imagenet = True
+    batch = 16
 
     def module(self, num_classes: int) -> nn.Module:
         """The head."""

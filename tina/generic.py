@@ -100,8 +100,10 @@ def fit_trunk(family: Family, dataset: Dataset, class_ids: Sequence[int]) -> nn.
     """A trunk that was trained elsewhere, its neck fitted to the first images of each class."""
     trunk = family.new_trunk().eval()
     assert isinstance(trunk, ImageNetTrunk)
-    bar = tqdm(class_ids, desc="neck", unit="class", delay=2, disable=None)
-    places = (part for c in bar for part in dataset.indices("fit", [c])[:NECK_IMAGES].split(16))
+    bar = tqdm(class_ids, desc="neck", unit="class", delay=2)
+    places = (
+        part for c in bar for part in dataset.indices("fit", [c])[:NECK_IMAGES].split(family.batch)
+    )
     trunk.fit_neck(torch.cat([trunk.pooled(family.scale(dataset.views[part])) for part in places]))
     return trunk
 

@@ -18,9 +18,6 @@ from tina.families import Family
 from tina.tensors import write_tensors
 from tina.views import Views
 
-BATCH, LARGE_BATCH = 256, 16
-"""Images at once: a larger trunk's activations are in cache with fewer."""
-
 
 @torch.no_grad()
 def features_of(
@@ -43,9 +40,8 @@ def features_of(
     views = images.to(device)
     # CLIP's tower stays where it is
     place = next((value.device for value in family.trunk.parameters()), torch.device("cpu"))
-    batch = LARGE_BATCH if family.on_imagenet else BATCH
-    places = torch.arange(len(views)).split(batch)
-    bar = tqdm(places, desc="features", unit="batch", delay=2, disable=None)
+    places = torch.arange(len(views)).split(family.batch)
+    bar = tqdm(places, desc="features", unit="batch", delay=2)
     features = torch.cat([family.embed(views[x].to(place)) for x in bar]).to(device)
     if file:
         write_tensors(file, {"features": features})

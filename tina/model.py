@@ -74,7 +74,7 @@ class GeneratedModel:
         return self.family.layout(len(self.class_names)).unflatten(self.theta)
 
     def to_safetensors(self) -> bytes:
-        """A safetensors file's content; all that is needed to rebuild it stands in the metadata."""
+        """A safetensors file's content; what else is needed to rebuild it is in the metadata."""
         metadata = {
             "format": "tina-classifier-1",
             "family": self.family.name,
@@ -118,6 +118,7 @@ def load_classifier(file: str | Path) -> Classifier:
 
     Raises:
         CheckpointError: Unreadable, not made by Tina, or of another layout.
+        ConfigError: It stands on ImageNet's features, and the extra `imagenet` is not installed.
         NonFiniteError: A weight is NaN or infinite.
     """
     try:

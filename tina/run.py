@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tina.batches import BatchSource
 from tina.checkpoint import attach_clip, load_generator, save_generator
-from tina.claim import CONFIG, claim, give_up
+from tina.claim import CONFIG, KEPT, claim, give_up
 from tina.codec import fit_codec
 from tina.config import RecipeConfig
 from tina.configio import config_to_dict, read_config
@@ -195,13 +195,13 @@ class Run:
 
     def shown(self, device: str) -> InputStore:
         """All images as the family's trunk, which must be attached, shows them on a device."""
-        family, views = self.family, self.dataset.views
-        if not family.has_trunk:
-            return InputStore(family, views, device=device)
+        family, views, clip = self.family, self.dataset.views, self.config.prompt
         trunk = hash_bytes(pack_tensors(family.trunk_tensors()))
+        if family.on_clip:
+            trunk = f"{clip.model} {clip.weights}"
         key = f"{self.dataset.fingerprint} {views.count} {family.name} {trunk}"
-        file = self.base.fetch(f"features-{hash_bytes(key.encode())[:16]}.safetensors")
-        missing = not file.exists()
+        file = self.base.fetch(f"{KEPT}{hash_bytes(key.encode())[:16]}.safetensors")
+        missing = family.has_trunk and not file.exists()
         store = InputStore(family, views, device=device, features=file)
         if missing:
             self.base.keep(file.name)
