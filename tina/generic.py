@@ -100,7 +100,7 @@ def fit_trunk(family: Family, dataset: Dataset, class_ids: Sequence[int]) -> nn.
     """A trunk that was trained elsewhere, its neck fitted to the first images of each class."""
     trunk = family.new_trunk().eval()
     assert isinstance(trunk, ImageNetTrunk)
-    bar = tqdm(class_ids, desc="neck", unit="class", delay=2)
+    bar = tqdm(class_ids, desc="neck", unit="class", delay=2, mininterval=1)
     places = (
         part for c in bar for part in dataset.indices("fit", [c])[:NECK_IMAGES].split(family.batch)
     )

@@ -41,7 +41,7 @@ def features_of(
     # CLIP's tower stays where it is
     place = next((value.device for value in family.trunk.parameters()), torch.device("cpu"))
     places = torch.arange(len(views)).split(family.batch)
-    bar = tqdm(places, desc="features", unit="batch", delay=2)
+    bar = tqdm(places, desc="features", unit="batch", delay=2, mininterval=1)
     features = torch.cat([family.embed(views[x].to(place)) for x in bar]).to(device)
     if file:
         write_tensors(file, {"features": features})
