@@ -55,6 +55,8 @@ def ensure_generic(run: Run) -> None:
 
 def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: str) -> None:
     """Train a classifier of all seen classes and keep it."""
+    # features that all workers need anyway; GPUs of theirs have them sooner
+    shared = family is run.family and family.has_trunk and not on_gpu()
     # the trunk, then the head on it
     passes = 1 + (family.trains_trunk and not family.on_imagenet)
     with tqdm(total=passes * recipe.steps, desc=label, unit="step") as bar:
@@ -64,8 +66,7 @@ def _train(run: Run, file: Path, family: Family, recipe: RecipeConfig, label: st
             run.space.seen,
             recipe,
             seed=run.config.classifier.seed,
-            # with GPUs the workers' have them sooner
-            inputs=partial(run.shown, "cpu") if family is run.family and not on_gpu() else None,
+            inputs=partial(run.shown, "cpu") if shared else None,
             progress=bar.update,
         )
     if run.base.fetch(file.name, again=True).exists():
