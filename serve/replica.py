@@ -41,7 +41,7 @@ from tina.config import TextEncoder
 from tina.errors import DataError, PromptError
 from tina.examples import NEEDLESS, teach
 from tina.export import OnnxGraph, export_graph
-from tina.images import fit, read_image, shrink
+from tina.images import read_image, shrink
 from tina.model import GeneratedModel
 from tina.pipeline import TinaPipeline
 from tina.schemas import (
@@ -297,7 +297,7 @@ class Replica:
             warnings=tuple(warnings),
             family=family.name,
             parameters=model.theta.numel(),
-            input_shape=(family.channels, family.image_size, family.image_size),
+            input_shape=(family.channels, family.side, family.side),
             content=content,
             anew=anew,
         )
@@ -343,8 +343,8 @@ class Replica:
 
     async def _small(self, files: Sequence[bytes], field: str) -> Tensor:
         """Pictures (N, C, H, W) as the classifiers take them."""
-        cut = partial(fit, side=self.pipe.generator.family.image_size)
-        return torch.cat(await self._pictures(files, field, cut))
+        look_at = self.pipe.generator.family.look_at
+        return torch.cat(await self._pictures(files, field, look_at))
 
     async def _embed(self, images: Sequence[Sequence[bytes]]) -> Tensor:
         """Embeddings (K, E) of pictures per class; of all requests few classes are in memory."""

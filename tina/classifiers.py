@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from tina.errors import NonFiniteError
 from tina.families import Family
-from tina.images import checked, fit
+from tina.images import checked
 from tina.inputs import InputStore
 
 
@@ -44,9 +44,9 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K); cuts the centre square, resizes (antialiased bilinear), normalises."""
+        """Logits (N, K); cuts the centre square, resizes (`Family.look_at`), normalises."""
         images = checked(images, channels=self.family.channels)
-        x = self.family.scale(fit(images, self.family.image_size))
+        x = self.family.scale(self.family.look_at(images))
         kind = next(self.network.parameters()).dtype  # it may have been made another, as by half()
         return cast(Tensor, self.network(self.trunk(x.to(kind))))
 

@@ -58,7 +58,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from tina.advice import placed, unfamiliar
     from tina.files import write_whole
-    from tina.images import fit, read_image, shrink
+    from tina.images import read_image, shrink
     from tina.mapped import MappedEncoder
     from tina.model import GeneratedModel
     from tina.names import normalise_name, read_sentence
@@ -82,7 +82,7 @@ def generate(args: argparse.Namespace) -> None:
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image or args.example:
         family = pipe.generator.family
-        small = shrink if args.image else partial(fit, side=family.image_size)  # as an endpoint
+        small = shrink if args.image else family.look_at  # as an endpoint
         options["images" if args.image else "examples"] = [
             [small(read_image(v, channels=family.channels)) for k, v in extras if k == key]
             for key in keys

@@ -65,7 +65,7 @@ def features(family: Family, body: Tensor, images: Tensor) -> Tensor:
     """What a head row is multiplied by (N, R): the features of a body (n_body,), and a one.
 
     Args:
-        images: (N, C, H, W) of the family's size, uint8 or float in [0, 1].
+        images: (N, C, H, W) as `Family.embed` takes them, uint8 or float in [0, 1].
     """
     count = family.layout(1).row_size - 1
     each = torch.eye(count, count + 1)  # a head whose logits are the features
@@ -118,8 +118,8 @@ def learn_from(
 
     Args:
         familiarity: (K,), 0..1, of the prompt by which it was generated.
-        examples: Per class (N_k, C, H, W) of the family's size, uint8 or float in [0, 1], or none;
-            see `tina.prompts.check_examples`.
+        examples: Per class (N_k, C, H, W) as `Family.embed` takes them, uint8 or float in [0, 1],
+            or none; see `tina.prompts.check_examples`.
 
     Raises:
         NonFiniteError: A row has become NaN or infinite.

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tina.backbone import FEATURES, ImageNetTrunk
+from tina.backbone import FEATURES, SIDE, ImageNetTrunk
 from tina.errors import CheckpointError, ConfigError
+from tina.images import fit, resize, square
 from tina.layout import ParamLayout
 
 TRUNK = "trunk."
@@ -36,7 +37,7 @@ class Family(ABC):
 
     Args:
         channels: C of the images, 1 or 3.
-        image_size: H and W that images are resized to.
+        image_size: H and W of the data set's images.
     """
 
     trains_trunk = False
@@ -137,8 +138,21 @@ class Family(ABC):
         self.load_trunk({name.removeprefix(TRUNK): tensors[name] for name in names})
         return {name: value for name, value in tensors.items() if name not in names}
 
+    @property
+    def side(self) -> int:
+        """H and W that photographs are resized to."""
+        return self.image_size
+
+    def look_at(self, photographs: Tensor) -> Tensor:
+        """What `embed` takes (N, C, side, side) of photographs, their centre squares resized.
+
+        Args:
+            photographs: uint8 (N, C, H, W), or float32 in [0, 1], of any H and W.
+        """
+        return fit(photographs, self.side)
+
     def embed(self, images: Tensor) -> Tensor:
-        """What the generated network takes, from images of the family's own size.
+        """What the generated network takes, from a data set's images or from `look_at`.
 
         Args:
             images: uint8 (N, C, H, W), or float32 of the same shape in [0, 1].
@@ -272,7 +286,26 @@ class ResNet20Head(Family):
         return ResNet20Trunk(self.channels)
 
 
-class EfficientNetLite0Head(Family):
+class OnLargerImages(Family):
+    """A head on a trunk that was trained elsewhere, on larger images than most data sets have.
+
+    The trunk resizes whatever it is given, so a photograph keeps all that it can see there: made as
+    small as the data set's images first, it would be told less well (docs/log.md).
+    """
+
+    @property
+    def side(self) -> int:
+        """What trunks resize to: EfficientNet-Lite0 and ViT-B/32 were trained at the same."""
+        return SIDE
+
+    def look_at(self, photographs: Tensor) -> Tensor:
+        """See `Family.look_at`; as the trunk resizes a data set's images, floats that overshoot."""
+        cut = square(photographs)
+        cut = cut.float().div_(255) if cut.dtype == torch.uint8 else cut
+        return resize(cut, self.side, mode="bicubic")
+
+
+class EfficientNetLite0Head(OnLargerImages):
     """EfficientNet-Lite0 as it was trained on ImageNet, frozen; the head is generated."""
 
     trains_trunk = True
@@ -309,7 +342,7 @@ class ClipImageTrunk(nn.Module):
         return self
 
 
-class VitB32Head(Family):
+class VitB32Head(OnLargerImages):
     """CLIP's own image tower, frozen; the head on its 512 features is generated."""
 
     on_clip = True

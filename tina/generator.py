@@ -238,7 +238,7 @@ class Generator:
         The trained names' embeddings, each weighted by how probable the pictures make it.
 
         Args:
-            images: (N, C, H, W) of the family's size, uint8 or float in [0, 1].
+            images: (N, C, H, W) of any size, uint8 or float in [0, 1].
         """
         tower = self.tower or Tower(family=self.family, generic=self.generic)
         names = self.vocabulary.embeddings[self.vocabulary.trained]

@@ -121,10 +121,14 @@ def _highest(images: Tensor) -> float:
         return 0.0
 
 
-def resize(images: Tensor, side: int) -> Tensor:
-    """Images (N, C, H, W) as (N, C, side, side), bilinear with antialiasing."""
+def resize(images: Tensor, side: int, *, mode: str = "bilinear") -> Tensor:
+    """Images (N, C, H, W) as (N, C, side, side), with antialiasing.
+
+    Args:
+        mode: Or bicubic, whose values overshoot.
+    """
     size = (side, side)
-    return torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+    return torch.nn.functional.interpolate(images, size=size, mode=mode, antialias=True)
 
 
 def square(images: Tensor) -> Tensor:

@@ -79,9 +79,7 @@ class GeneratedModel:
             "format": "tina-classifier-1",
             "family": self.family.name,
             "class_names": json.dumps(list(self.class_names)),
-            "input_shape": json.dumps(
-                [self.family.channels, self.family.image_size, self.family.image_size]
-            ),
+            "input_shape": json.dumps([self.family.channels, self.family.side, self.family.side]),
             "checkpoint_sha256": self.checkpoint,
             "seed": str(self.seed),
             "steps": str(self.steps),

@@ -26,7 +26,7 @@ from tina.encoders import HashEncoder, OpenClipEncoder, PromptEncoder, build_enc
 from tina.errors import CheckpointError, ConfigError, PromptError, UnfamiliarWarning, one_line
 from tina.files import hash_file
 from tina.generator import Generator
-from tina.images import fit, read_image, shrink
+from tina.images import read_image, shrink
 from tina.mapped import MappedEncoder
 from tina.model import GeneratedModel
 from tina.names import read_prompt
@@ -285,9 +285,8 @@ class TinaPipeline:
         return self.generator.embed_shots(small), small
 
     def _small(self, parts: Sequence[Tensor]) -> Tensor:
-        """Pictures (N, C, H, W) of the family's size, of different ones, each made by itself."""
-        size = self.generator.family.image_size
-        return torch.cat([fit(part.float(), size) for part in parts])
+        """Pictures (N, C, H, W) as the family looks at them, each of a size of its own."""
+        return torch.cat([self.generator.family.look_at(part.float()) for part in parts])
 
     def _pictures(self, shots: Shots) -> list[Tensor]:
         """One class's pictures as they were given, (N, C, H, W) each."""

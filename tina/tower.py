@@ -32,10 +32,11 @@ class Tower:
         By Bayes' rule: every class as probable before the first, pictures independent.
 
         Args:
-            images: (N, C, H, W) of the family's size, uint8 or float in [0, 1].
+            images: (N, C, H, W) of any size, uint8 or float in [0, 1].
         """
         body, rows = self.generic.body, self.generic.rows
-        theta, inputs = self.family.layout(len(rows)).join(body, rows), self.family.embed(images)
+        theta = self.family.layout(len(rows)).join(body, rows)
+        inputs = self.family.embed(self.family.look_at(images))
         return self.family.logits(theta, inputs, num_classes=len(rows)).sum(0).softmax(0)
 
     def tensors(self) -> dict[str, Tensor]:
