@@ -101,6 +101,12 @@ def test_a_neck_is_the_same_in_whatever_order_images_come(trunk):
     torch.testing.assert_close(trunk.neck.weight[:40], before, atol=1e-5, rtol=1e-3)
 
 
+def test_a_small_checkpoint_has_the_same_neck(trunk):
+    trunk.fit_neck(features_of_rank(500))
+    for value in trunk.neck.state_dict().values():
+        torch.testing.assert_close(value.half().float(), value, rtol=0, atol=0)
+
+
 def test_files_hold_the_neck_alone():
     family, other = (
         build_family("efficientnet_lite0_head", channels=3, image_size=32) for _ in range(2)
@@ -136,9 +142,9 @@ def test_a_neck_is_fitted_to_the_first_fit_images_of_each_trained_class(tiny_run
     assert generic.rows.shape == (3, FEATURES + 1)
     features = family.embed(few.images)
     shown = features[[0, 4, 8, 1, 5, 9, 3, 7, 11]]
-    assert shown.mean(0).abs().max() < 1e-4
+    assert shown.mean(0).abs().max() < 4e-3  # the bias is rounded
     assert shown.square().mean().item() == pytest.approx(1, rel=1e-3)
-    assert features[:24].mean(0).abs().max() > 0.01
+    assert features[:24].mean(0).abs().max() > 0.1
     trained = parts["fit"][data.labels[:24] != 2]
     logits = features[trained] @ generic.rows[:, :-1].T + generic.rows[:, -1]
     right = torch.tensor(generic.class_ids)[logits.argmax(1)] == data.labels[trained]

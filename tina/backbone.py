@@ -146,7 +146,8 @@ class ImageNetTrunk(nn.Module):
         """Make the neck the principal components of features (N, B), their mean at the origin.
 
         One scale for all: their mean square becomes 1, and a component stays as large beside the
-        others as it is.
+        others as it is. It is rounded to what half precision holds, as a small checkpoint's trunk
+        is: whatever is trained on its features meets the same ones again.
         """
         x = features.double()
         mean = x.mean(0)
@@ -155,6 +156,6 @@ class ImageNetTrunk(nn.Module):
         energy, directions = energy.flip(0)[:FEATURES], directions.flip(1)[:, :FEATURES]
         # a direction and its opposite are both right: the larger end points up
         ends = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        weight = (directions * ends.sign() / energy.mean().sqrt()).T
+        weight = (directions * ends.sign() / energy.mean().sqrt()).T.half()
         self.neck.weight.copy_(weight)
-        self.neck.bias.copy_(-weight @ mean)
+        self.neck.bias.copy_((-weight.double() @ mean).half())
