@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import append, as_command, checkpoint_folder, load
+from benchmarks.record import append, as_command, checkpoint_folder, load, shown
 from tina.calibration import Answers, answer, brier, calibrate
 from tina.checkpoint import load_generator
 from tina.configio import parse_config
@@ -75,7 +75,7 @@ def main() -> None:
         words = ["--config", str(PRESETS / f"{name}.yaml"), "--storage", "/nowhere"]
         run = Run(parse_config(JobConfig, words))
         generator = load_generator(checkpoint_folder(f"tina-{name.replace('_', '-')}"))
-        store = InputStore(generator.family, run.dataset.views)
+        store = shown(generator, run.dataset)
         fitted = calibrate(generator, run.dataset, store, run.space).config.prompt
         preset = generator.config.prompt
         prompts = {

@@ -27,19 +27,27 @@ from torch import Tensor
 
 from benchmarks.examples import as_prompts, learnt
 from benchmarks.objectives import against, by_set, measure, prompted
-from benchmarks.record import append, as_command, checkpoint_folder, load
+from benchmarks.record import append, as_command, checkpoint_folder, load, shown
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.datasets import Dataset, load_dataset
 from tina.errors import ConfigError, DataError
 from tina.finetune import Lesson
 from tina.generator import Generator
-from tina.inputs import InputStore
 from tina.jobconfig import DataConfig
 from tina.metrics import Array
 from tina.prompts import SAME
 
 SETS, CLASSES, IMAGES, SHOTS = 200, 10, 20, 5
+
+
+def size_for(generator: Generator) -> int | None:
+    """Side of the images that a generator is judged on; none: the data set's own.
+
+    A trunk that was trained on larger images is shown all there is, as a user's photographs are.
+    """
+    family = generator.family
+    return None if family.side > family.image_size else family.image_size
 
 
 def common_classes(dataset: Dataset, generators: Sequence[Generator]) -> list[int]:
@@ -83,26 +91,24 @@ def answers(
     generator: Generator, dataset: Dataset, lessons: Sequence[Lesson]
 ) -> dict[str, list[Array]]:
     """What `measure` returns of each row of the table, over the sets."""
-    store = InputStore(generator.family, dataset.views)
+    store = shown(generator, dataset)
     sets = [[dataset.class_names[c] for c in lesson.class_ids] for lesson in lessons]
     embeddings = torch.stack([known(generator, names) for names in sets])
     mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
     rng = np.random.default_rng(1)
     shuffled = torch.stack([one[rng.permutation(len(one))] for one in embeddings])
-    shown = [
-        [dataset.views[places(dataset, c)[IMAGES:]] for c in lesson.class_ids] for lesson in lessons
-    ]
+    examples = [[places(dataset, c)[IMAGES:] for c in lesson.class_ids] for lesson in lessons]
     thetas = {
         row: prompted(generator, prompts, mask, denoise=denoise)
         for row, prompts, denoise in (
             ("tina", embeddings, None),
             ("untrained", embeddings, nothing),
             ("tina_shuffled_prompt", shuffled, None),
-            ("tina_five_images", as_prompts(generator, shown), None),
+            ("tina_five_images", as_prompts(generator, dataset.views, examples), None),
         )
     }
     for row in ("tina", "untrained"):
-        thetas[f"{row}_five_examples"] = learnt(generator, thetas[row], embeddings, shown)
+        thetas[f"{row}_five_examples"] = learnt(generator, thetas[row], embeddings, store, examples)
     return {row: measure(generator, store, lessons, each) for row, each in thetas.items()}
 
 
@@ -135,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"{name} was made from {generator.dataset}")
     data = DataConfig(name=args.data, root=args.root)
     datasets = {
-        name: load_dataset(replace(data, image_size=generator.family.image_size))
+        name: load_dataset(replace(data, image_size=size_for(generator)))
         for name, generator in generators.items()
     }
     dataset = datasets[args.checkpoints[0]]

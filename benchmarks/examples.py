@@ -35,8 +35,10 @@ from tina.controls import nothing
 from tina.examples import features, learn_from
 from tina.finetune import Lesson
 from tina.generator import Generator
+from tina.inputs import InputStore
 from tina.metrics import Array
 from tina.run import Run
+from tina.views import Views
 
 SETS, CLASSES, NEW, SHOTS = 100, 10, (1, 2, 5, 10), (1, 5, 10)
 
@@ -57,37 +59,39 @@ def draw(generator: Generator, classes: int, new: int) -> list[list[int]]:
     ]
 
 
-def shown(run: Run, sets: Sequence[Sequence[int]], shots: int) -> list[list[Tensor]]:
-    """Pictures uint8 (shots, C, H, W) of each class of each set."""
+def places_shown(run: Run, sets: Sequence[Sequence[int]], shots: int) -> list[list[Tensor]]:
+    """Places (shots,) of pictures of each class of each set."""
     found = []
     for i, classes in enumerate(sets):
         rng = np.random.default_rng(i)
         places = [for_prompts(run, [c]) for c in classes]
-        found.append([run.dataset.views[p[rng.permutation(len(p))[:shots]]] for p in places])
+        found.append([p[rng.permutation(len(p))[:shots]] for p in places])
     return found
 
 
-def as_prompts(generator: Generator, pictures: Sequence[Sequence[Tensor]]) -> Tensor:
+def as_prompts(generator: Generator, images: Views, places: Sequence[Sequence[Tensor]]) -> Tensor:
     """Embeddings (B, K, E) of the pictures of each class of each set."""
-    return torch.stack([torch.stack([generator.embed_shots(p) for p in few]) for few in pictures])
+    each = [torch.stack([generator.embed_shots(images[p]) for p in few]) for few in places]
+    return torch.stack(each)
 
 
 def learnt(
     generator: Generator,
     thetas: Sequence[Tensor],
     names: Tensor,
-    pictures: Sequence[Sequence[Tensor | None]],
+    store: InputStore,
+    places: Sequence[Sequence[Tensor | None]],
 ) -> list[Tensor]:
     """The thetas that names, embeddings (B, K, E), gave, after the pictures beside them."""
     familiarity = generator.vocabulary.familiarity(names)
-    each = zip(thetas, familiarity, pictures, strict=True)
-    return [learn_from(generator, *one) for one in each]
+    inputs = [[None if p is None else store[p] for p in few] for few in places]
+    return [learn_from(generator, *one) for one in zip(thetas, familiarity, inputs, strict=True)]
 
 
-def centroids(generator: Generator, pictures: Sequence[Tensor]) -> Tensor:
+def centroids(generator: Generator, inputs: Sequence[Tensor]) -> Tensor:
     """The theta whose nearest class mean in generic features (F,) wins: a linear classifier."""
     family, body = generator.family, generator.generic.body
-    means = torch.stack([features(family, body, p)[:, :-1].mean(0) for p in pictures])
+    means = torch.stack([features(family, body, x)[:, :-1].mean(0) for x in inputs])
     rows = torch.cat([means, -means.square().sum(1, keepdim=True) / 2], 1)
     return generator.theta(body, rows)
 
@@ -117,17 +121,19 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
 
     rows: dict[str, object] = {row: tell(found) for row, found in scores.items()}
     for shots in SHOTS:
-        pictures = shown(run, sets, shots)
-        found = {"tina_images": prompted(generator, as_prompts(generator, pictures), mask)}
+        places = places_shown(run, sets, shots)
+        prompts = as_prompts(generator, run.dataset.views, places)
+        found = {"tina_images": prompted(generator, prompts, mask)}
         for row, thetas in plain.items():
             begin = time.perf_counter()
-            found[f"{row}_examples"] = learnt(generator, thetas, names, pictures)
+            found[f"{row}_examples"] = learnt(generator, thetas, names, run.store, places)
             if row == "tina":
                 took = time.perf_counter() - begin
         if new > 1:  # one class alone is told from nothing
-            of_new = [p[:new] + [None] * (len(p) - new) for p in pictures]
-            found["tina_examples_of_new"] = learnt(generator, plain["tina"], names, of_new)
-        found["centroids"] = [centroids(generator, p) for p in pictures]
+            of_new = [few[:new] + [None] * (len(few) - new) for few in places]
+            new_ones = learnt(generator, plain["tina"], names, run.store, of_new)
+            found["tina_examples_of_new"] = new_ones
+        found["centroids"] = [centroids(generator, [run.store[p] for p in few]) for few in places]
         rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()} | {
             "ms_to_learn": round(1000 * took / SETS, 1)
         }

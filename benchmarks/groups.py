@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.objectives import against, by_set, judged, measure
-from benchmarks.record import as_command, checkpoint_folder, each_checkpoint
+from benchmarks.record import as_command, checkpoint_folder, each_checkpoint, shown
 from tina.asked import Asked, together
 from tina.checkpoint import load_generator
 from tina.classifiers import predict
@@ -104,7 +104,7 @@ def compare(name: str) -> dict[str, object]:
     generator = load_generator(checkpoint_folder(name))
     vocabulary, family = generator.vocabulary, generator.family
     dataset = load_dataset(DataConfig(name=generator.dataset, image_size=family.image_size))
-    store, own = InputStore(family, dataset.views), vocabulary.embeddings
+    store, own = shown(generator, dataset), vocabulary.embeddings
     place = {c: i for i, c in enumerate(generator.generic.class_ids)}
     members = {
         group: [

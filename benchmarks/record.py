@@ -15,9 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tina.datasets import Dataset
 from tina.errors import TinaError
+from tina.generator import Generator
+from tina.inputs import InputStore, features_name
 from tina.packaged import PRETRAINED, pretrained
 from tina.provenance import commit, hardware
+from tina.storage import user_cache
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +45,13 @@ def code() -> str:
 def checkpoint_folder(name: str) -> Path:
     """A checkpoint's folder, from its path or the name of one that comes with the package."""
     return PRETRAINED / name if name in pretrained() else Path(name).resolve()
+
+
+def shown(generator: Generator, dataset: Dataset) -> InputStore:
+    """A data set as a generator's classifiers take it; the user cache keeps a trunk's features."""
+    name = features_name(generator.family, dataset, generator.config.prompt)
+    file = user_cache() / "features" / name
+    return InputStore(generator.family, dataset.views, features=file)
 
 
 def each_checkpoint(name: str, about: str, compare: Callable[[str], dict[str, object]]) -> None:

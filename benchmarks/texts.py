@@ -30,13 +30,12 @@ from torch import Tensor
 
 from benchmarks.examples import CLASSES, NEW, SETS, draw
 from benchmarks.objectives import against, by_set, measure, prompted
-from benchmarks.record import as_command, checkpoint_folder, each_checkpoint
+from benchmarks.record import as_command, checkpoint_folder, each_checkpoint, shown
 from tina.checkpoint import load_generator
 from tina.controls import nothing
 from tina.datasets import load_dataset
 from tina.finetune import Lesson
 from tina.generator import Generator
-from tina.inputs import InputStore
 from tina.jobconfig import DataConfig
 from tina.mapped import ALPHA, MappedEncoder
 from tina.metrics import Array
@@ -195,7 +194,7 @@ def compare(name: str) -> dict[str, object]:
     generator: Generator = load_generator(checkpoint_folder(name))
     vocabulary, family = generator.vocabulary, generator.family
     dataset = load_dataset(DataConfig(name=generator.dataset, image_size=family.image_size))
-    store = InputStore(family, dataset.views)
+    store = shown(generator, dataset)
     encoder = MappedEncoder(vocabulary)
     classes = dataset.class_names
     own = vocabulary.embeddings[: len(classes)]

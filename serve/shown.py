@@ -51,7 +51,8 @@ def shift_by(
     """What examples, small pictures (N, C, H, W) of a class or none, add to a model's head rows."""
     layout = model.family.layout(len(model.class_names))
     familiarity = asked_by(pipe, recipe).familiarity
-    theta = learn_from(pipe.generator, model.theta, familiarity, examples)
+    inputs = [None if small is None else model.family.embed(small) for small in examples]
+    theta = learn_from(pipe.generator, model.theta, familiarity, inputs)
     return pack_rows(layout.split(theta)[1] - layout.split(model.theta)[1])
 
 

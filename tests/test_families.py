@@ -42,7 +42,7 @@ CNNS = ("cnn5k", "cnn15k", "cnn33k", "cnn70k")
         ("cnn33k", 33_338),
         ("cnn70k", 70_202),
         ("resnet20_head", 650),
-        ("efficientnet_lite0_head", 1_290),
+        ("efficientnet_lite0_head", 2_570),
         ("vitb32_head", 5_130),
     ],
 )

@@ -3,9 +3,10 @@
 Axes: N images, C channels, H W sides in pixels, B features of the backbone, F features that a head
 sees.
 
-The backbone is frozen and lies in no file of Tina's. What lies in files is the *neck*, a linear map
-onto the F directions in which the trained classes' images differ most: a head of B + 1 values per
-class would be ten times as large, and a table of its directions a hundred times.
+The backbone is frozen and lies in no file of Tina's. Behind it stands the *neck*, a linear map onto
+the F directions in which the rows of ImageNet's own classifier differ most: a head of B + 1 values
+per class would be five times as large, and a table of its directions 25 times. In files lies
+what a data set's images need to have mean 0 and size 1 there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from tina.errors import ConfigError
 from tina.files import hash_file
 from tina.images import resize
 
-FEATURES = 128
+FEATURES = 256
 """F: with all 1,280 as they are, heads are right no more often (docs/log.md)."""
-POOLED = 1280
-"""B."""
 SIDE = 224
 """What the backbone was trained at: smaller images are enlarged, which pays (docs/log.md)."""
 BLOCKS, HALVING, EPSILON = 16, (1, 3, 5, 11), 1e-3
@@ -123,13 +122,57 @@ def efficientnet_lite0() -> nn.Module:
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
+@cache
+def directions() -> Tensor:
+    """Orthonormal (F, B): principal components of the rows of ImageNet's classifier.
+
+    In double precision, so that every machine finds the same ones.
+
+    Raises:
+        ConfigError: See `weights`.
+    """
+    rows = weights()["_fc.weight"].double()  # (1000, B)
+    rows = rows - rows.mean(0)
+    sides = torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(1)[:, :FEATURES]
+    found = F.normalize(sides.T @ rows, dim=1)
+    # a direction and its opposite are both right: the larger end points up
+    ends = found.gather(1, found.abs().argmax(1, keepdim=True))
+    return (found * ends.sign()).float()
+
+
+class Neck(nn.Module):
+    """Pooled features (N, B) along `directions`, of a data set's mean and size (N, F)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("directions", directions().clone(), persistent=False)
+        self.mean = nn.Parameter(torch.zeros(FEATURES))
+        self.size = nn.Parameter(torch.ones(1))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Features of about 1."""
+        return (pooled @ self.get_buffer("directions").T - self.mean) / self.size
+
+    @torch.no_grad()
+    def fit(self, pooled: Tensor) -> None:
+        """Take the mean and the size of the features of images (N, B).
+
+        One size for all directions: each stays as large beside the others as it is. Both are
+        rounded to what half precision holds, as a small checkpoint's trunk is: whatever is trained
+        on its features meets the same ones again.
+        """
+        x = pooled.double() @ self.get_buffer("directions").double().T
+        self.mean.copy_(x.mean(0).half())
+        self.size.copy_((x - x.mean(0)).square().mean().sqrt().half())
+
+
 class ImageNetTrunk(nn.Module):
     """The backbone and the neck (N, C, H, W) -> (N, F); features are about 1 in size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = efficientnet_lite0()
-        self.neck = nn.Linear(POOLED, FEATURES)
+        self.neck = Neck()
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of images in [-1, 1]."""
@@ -140,22 +183,3 @@ class ImageNetTrunk(nn.Module):
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         return cast(Tensor, self.backbone(resize(x, SIDE, mode="bicubic")))
-
-    @torch.no_grad()
-    def fit_neck(self, features: Tensor) -> None:
-        """Make the neck the principal components of features (N, B), their mean at the origin.
-
-        One scale for all: their mean square becomes 1, and a component stays as large beside the
-        others as it is. It is rounded to what half precision holds, as a small checkpoint's trunk
-        is: whatever is trained on its features meets the same ones again.
-        """
-        x = features.double()
-        mean = x.mean(0)
-        covariance = (x - mean).T @ (x - mean) / len(x)
-        energy, directions = torch.linalg.eigh(covariance)  # the smallest first
-        energy, directions = energy.flip(0)[:FEATURES], directions.flip(1)[:, :FEATURES]
-        # a direction and its opposite are both right: the larger end points up
-        ends = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        weight = (directions * ends.sign() / energy.mean().sqrt()).T.half()
-        self.neck.weight.copy_(weight)
-        self.neck.bias.copy_((-weight.double() @ mean).half())

@@ -17,6 +17,7 @@ from tina.configio import config_from_dict, config_to_dict, read_config
 from tina.errors import CheckpointError, ConfigError
 from tina.families import build_family
 from tina.files import read_table, write_text
+from tina.inputs import KEPT
 from tina.jobconfig import JobConfig
 from tina.precision import has_bf16, settle
 from tina.sources import find_source
@@ -24,8 +25,6 @@ from tina.storage import Place
 from tina.stores import below
 
 CONFIG = "config.yaml"
-KEPT = "features-"
-"""What can be made again at any time begins so: what a trunk made of all images."""
 GENERATION = ("shrinkage", "favour", "doubt", "prior")
 """Keys of `prompt` that only generation reads."""
 

@@ -61,16 +61,16 @@ def covariance_factor(generator: Generator) -> Tensor:
     return torch.linalg.cholesky(covariance.lerp(even, EVEN))
 
 
-def features(family: Family, body: Tensor, images: Tensor) -> Tensor:
+def features(family: Family, body: Tensor, inputs: Tensor) -> Tensor:
     """What a head row is multiplied by (N, R): the features of a body (n_body,), and a one.
 
     Args:
-        images: (N, C, H, W) as `Family.embed` takes them, uint8 or float in [0, 1].
+        inputs: (N, ...), as `Family.embed` returned them.
     """
     count = family.layout(1).row_size - 1
     each = torch.eye(count, count + 1)  # a head whose logits are the features
     theta = family.layout(count).join(body, each)
-    return F.pad(family.logits(theta, family.embed(images), num_classes=count), (0, 1), value=1.0)
+    return F.pad(family.logits(theta, inputs, num_classes=count), (0, 1), value=1.0)
 
 
 def posterior_mode(
@@ -118,20 +118,20 @@ def learn_from(
 
     Args:
         familiarity: (K,), 0..1, of the prompt by which it was generated.
-        examples: Per class (N_k, C, H, W) as `Family.embed` takes them, uint8 or float in [0, 1],
-            or none; see `tina.prompts.check_examples`.
+        examples: Per class inputs (N_k, ...), as `Family.embed` returned them, or none; see
+            `tina.prompts.check_examples`.
 
     Raises:
         NonFiniteError: A row has become NaN or infinite.
     """
     family, layout = generator.family, generator.family.layout(len(familiarity))
-    shown = {i: images for i, images in enumerate(examples) if images is not None}
-    if not teach(familiarity.tolist(), [images is not None for images in examples]):
+    shown = {i: inputs for i, inputs in enumerate(examples) if inputs is not None}
+    if not teach(familiarity.tolist(), [inputs is not None for inputs in examples]):
         return theta
     body, rows = layout.split(theta)
-    counts = torch.tensor([len(images) for images in shown.values()])
+    counts = torch.tensor([len(inputs) for inputs in shown.values()])
     labels = torch.arange(len(shown)).repeat_interleave(counts)
-    seen = torch.cat([features(family, body, images) for images in shown.values()])
+    seen = features(family, body, torch.cat(list(shown.values())))
     rows = rows.clone()
     newness = 1 - familiarity[list(shown)]
     factor, prior = covariance_factor(generator), generator.config.prompt.prior

@@ -104,7 +104,7 @@ def fit_trunk(family: Family, dataset: Dataset, class_ids: Sequence[int]) -> nn.
     places = (
         part for c in bar for part in dataset.indices("fit", [c])[:NECK_IMAGES].split(family.batch)
     )
-    trunk.fit_neck(torch.cat([trunk.pooled(family.scale(dataset.views[part])) for part in places]))
+    trunk.neck.fit(torch.cat([trunk.pooled(family.scale(dataset.views[part])) for part in places]))
     return trunk
 
 

@@ -13,10 +13,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tina.config import PromptConfig
+from tina.datasets import Dataset
 from tina.errors import DataError
 from tina.families import Family
-from tina.tensors import write_tensors
+from tina.files import hash_bytes
+from tina.tensors import pack_tensors, write_tensors
 from tina.views import Views
+
+KEPT = "features-"
+"""What can be made again at any time begins so: what a trunk made of all images."""
+
+
+def features_name(family: Family, dataset: Dataset, prompt: PromptConfig) -> str:
+    """Of the file of what a trunk, which must be attached, makes of a data set's views.
+
+    Args:
+        prompt: Says which CLIP a family on CLIP has.
+    """
+    trunk = hash_bytes(pack_tensors(family.trunk_tensors()))
+    if family.on_clip:
+        trunk = f"{prompt.model} {prompt.weights}"
+    key = f"{dataset.fingerprint} {dataset.views.count} {family.name} {trunk}"
+    return f"{KEPT}{hash_bytes(key.encode())[:16]}.safetensors"
 
 
 @torch.no_grad()

@@ -213,7 +213,9 @@ class TinaPipeline:
         if shown is not None:
             from tina.examples import learn_from  # with scipy, which others need not
 
-            theta = learn_from(self.generator, models[0].theta, asked[0].familiarity, shown)
+            embed = self.generator.family.embed
+            inputs = [None if small is None else embed(small) for small in shown]
+            theta = learn_from(self.generator, models[0].theta, asked[0].familiarity, inputs)
             models = [replace(models[0], theta=theta)]
         for model, own in zip(models, texts, strict=True):
             for warning in unfamiliar(model, own if images is None else None):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tina.batches import BatchSource
 from tina.checkpoint import attach_clip, load_generator, save_generator
-from tina.claim import CONFIG, KEPT, claim, give_up
+from tina.claim import CONFIG, claim, give_up
 from tina.codec import fit_codec
 from tina.config import RecipeConfig
 from tina.configio import config_to_dict, read_config
@@ -41,7 +41,7 @@ from tina.families import Family, build_family
 from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
-from tina.inputs import InputStore
+from tina.inputs import InputStore, features_name
 from tina.jobconfig import JobConfig, TrainConfig
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
@@ -195,14 +195,10 @@ class Run:
 
     def shown(self, device: str) -> InputStore:
         """All images as the family's trunk, which must be attached, shows them on a device."""
-        family, views, clip = self.family, self.dataset.views, self.config.prompt
-        trunk = hash_bytes(pack_tensors(family.trunk_tensors()))
-        if family.on_clip:
-            trunk = f"{clip.model} {clip.weights}"
-        key = f"{self.dataset.fingerprint} {views.count} {family.name} {trunk}"
-        file = self.base.fetch(f"{KEPT}{hash_bytes(key.encode())[:16]}.safetensors")
+        family, data = self.family, self.dataset
+        file = self.base.fetch(features_name(family, data, self.config.prompt))
         missing = family.has_trunk and not file.exists()
-        store = InputStore(family, views, device=device, features=file)
+        store = InputStore(family, data.views, device=device, features=file)
         if missing:
             self.base.keep(file.name)
         return store
