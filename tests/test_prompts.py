@@ -19,8 +19,8 @@ from tina.prompts import (
     Vocabulary,
     check_distinct,
     check_task,
-    sparsemax,
 )
+from tina.sparsemax import sparsemax
 from tina.superclasses import CIFAR100_SUPERCLASSES
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

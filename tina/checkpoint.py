@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tina.backbone import IMAGENET
 from tina.codec import Codec, codec_shapes
 from tina.config import GeneratorConfig, PromptConfig
 from tina.configio import config_from_dict, config_to_dict
@@ -110,6 +111,8 @@ def _write(generator: Generator, folder: Path, card: str, small: bool) -> None:
     if small:
         embeddings = embeddings.unflatten(1, (-1, math.gcd(BLOCK, embeddings.shape[1])))
     prompts = {"embeddings": embeddings, "trained": vocabulary.trained}
+    if family.on_imagenet:
+        prompts["lent"] = torch.tensor(vocabulary.lent, dtype=torch.int32)
     write_tensors(folder / "prompts.safetensors", in_eight_bits(prompts) if small else prompts)
     if generator.tower:
         write_tensors(folder / "tower.safetensors", rounded(generator.tower.tensors()))
@@ -186,7 +189,8 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     _exactly(codec, BESIDE_CODEC | codec_shapes(layout).keys(), file="codec.safetensors")
     packed = load_file(directory / "prompts.safetensors")
     prompts = in_full(packed)
-    _exactly(prompts, {"embeddings", "trained"}, file="prompts.safetensors")
+    lends = {"lent"} if family.on_imagenet else set()
+    _exactly(prompts, {"embeddings", "trained"} | lends, file="prompts.safetensors")
     if packed["embeddings"].dtype == torch.int8:  # in blocks
         prompts["embeddings"] = prompts["embeddings"].flatten(1)
     vocabulary = Vocabulary(
@@ -194,10 +198,17 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         names=tuple(header["class_names"]),
         embeddings=prompts["embeddings"],
         trained=prompts["trained"],
+        lent=tuple(prompts["lent"].tolist()) if lends else (),
     )
+    if not set(vocabulary.lent) <= set(range(IMAGENET)):
+        raise CheckpointError(
+            f"prompts.safetensors: of ImageNet's {IMAGENET} classes it names others"
+        )
+    known = torch.nonzero(vocabulary.trained).flatten().tolist()
+    own = known[: len(known) - len(vocabulary.lent)]
     shapes = {
         "generic_body": (layout.body_size,),
-        "generic_rows": (int(vocabulary.trained.sum()), layout.row_size),
+        "generic_rows": (len(own), layout.row_size),
         "embeddings": (len(vocabulary.names), vocabulary.space.dim),
         "trained": (len(vocabulary.names),),
     }
@@ -211,7 +222,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
     if family.trains_trunk:
         family.load_trunk(load_file(directory / "trunk.safetensors"))
     generic = GenericModel(
-        class_ids=tuple(torch.nonzero(vocabulary.trained).flatten().tolist()),
+        class_ids=tuple(own),
         body=codec["generic_body"],
         rows=codec["generic_rows"],
     )

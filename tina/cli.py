@@ -271,14 +271,15 @@ def _checkpoint_facts(pipe: TinaPipeline) -> dict[str, str]:
     clip = generator.config.prompt.encoder == "open_clip"
     return {
         "family": f"{family.name}, {family.layout(most).size:,} parameters at {most} classes",
-        "images": f"{family.channels} x {family.image_size} x {family.image_size}",
+        "images": f"{family.channels} x {family.side} x {family.side}",
         "data set": generator.dataset,
         "max classes": str(most),
         "embedding space": f"{words.space.model}, {words.space.dim} values ({meaning})",
         "pictures": f"seen by {'CLIP' if clip else own}",
         "generator": f"{sum(p.numel() for p in generator.denoiser.parameters()):,} parameters",
         "sampler": f"{diffusion.sampler}, {diffusion.sampling_steps} steps",
-        "trained classes": ", ".join(words.trained_names),
+        "trained classes": ", ".join(words.trained_names[: len(generator.generic.rows)]),
+        **({"lent by ImageNet": f"{len(words.lent)} classes"} if words.lent else {}),
         "further words": str(len(words.names) - len(words.trained_names)),
         "sha256": pipe.checkpoint,
     }

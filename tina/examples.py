@@ -52,7 +52,7 @@ def teach(familiarity: Sequence[float], shown: Sequence[bool]) -> bool:
 
 def covariance_factor(generator: Generator) -> Tensor:
     """Factor L (R, R) of the prior's covariance L L^T, for a class that resembles nothing."""
-    vocabulary, rows = generator.vocabulary, generator.generic.rows
+    vocabulary, rows = generator.vocabulary, generator.rows
     names = vocabulary.embeddings[vocabulary.trained]
     left_out = torch.eye(len(names), dtype=torch.bool)
     missed = rows - vocabulary.attention(names, left_out) @ rows

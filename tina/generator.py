@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tina.asked import Asked
+from tina.backbone import ImageNetTrunk
 from tina.codec import Codec
 from tina.config import GeneratorConfig
 from tina.diffusion import Denoise, Walk, as_x0, begin, initial_noise, noise_scale, sample
 from tina.errors import ConfigError, NonFiniteError
 from tina.families import Family
 from tina.generic import GenericModel
+from tina.lent import lent_rows
 from tina.prompts import Vocabulary
 from tina.tower import Tower
 from tina.transformer import Denoiser
@@ -59,13 +62,22 @@ class Generator:
         """What the denoiser sees of embeddings (..., E); see `Vocabulary.condition`."""
         return self.vocabulary.condition(embeddings, shrinkage=self.config.prompt.shrinkage)
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """Head rows (V, R) that names inherit of: the trained classes', then what a trunk lends."""
+        own, lent = self.generic.rows, self.vocabulary.lent
+        if not lent:
+            return own
+        return torch.cat([own, lent_rows(cast(ImageNetTrunk, self.family.trunk), lent, own)])
+
     def inherit(self, embeddings: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone.
 
         Args:
             hidden: bool (B, K, V), trained classes that a class cannot inherit of.
         """
-        return self.generic.inherit(self.vocabulary.attention(embeddings, hidden))
+        attention = self.vocabulary.attention(embeddings, hidden)
+        return self.generic.body.expand(len(attention), -1), attention @ self.rows
 
     def inherit_classes(self, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The same for K classes of the data set: body (n_body,), rows (K, R)."""
@@ -173,8 +185,7 @@ class Generator:
             NonFiniteError: A generated value is NaN or infinite.
         """
         body, rows = self.codec.decode(tokens.cpu())
-        inherited_body, inherited_rows = self.generic.inherit(asked.attention)
-        body, rows = inherited_body + body, inherited_rows + rows
+        body, rows = self.generic.body + body, asked.attention @ self.rows + rows
         newness = 1 - asked.familiarity
         favour = (self.config.prompt.favour or 0.0) * newness
         rows[..., -1] += favour + asked.breadth  # the bias
@@ -240,9 +251,12 @@ class Generator:
         Args:
             images: (N, C, H, W) of any size, uint8 or float in [0, 1].
         """
-        tower = self.tower or Tower(family=self.family, generic=self.generic)
-        names = self.vocabulary.embeddings[self.vocabulary.trained]
-        return torch.nn.functional.normalize(tower.posterior(images) @ names, dim=0)
+        known = replace(self.generic, rows=self.rows)
+        tower = self.tower or Tower(family=self.family, generic=known)
+        posterior = tower.posterior(images)
+        # a tower's are the data set's alone, which are the first
+        names = self.vocabulary.embeddings[self.vocabulary.trained][: len(posterior)]
+        return torch.nn.functional.normalize(posterior @ names, dim=0)
 
 
 def new_denoiser(config: GeneratorConfig, codec: Codec, *, dim: int, seed: int) -> Denoiser:

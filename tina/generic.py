@@ -46,10 +46,6 @@ class GenericModel:
     body: Tensor
     rows: Tensor
 
-    def inherit(self, attention: Tensor) -> tuple[Tensor, Tensor]:
-        """Body (B, n_body) and rows (B, K, R) for attention (B, K, V) over the seen classes."""
-        return self.body.expand(len(attention), -1), attention @ self.rows
-
     def select(self, class_ids: Sequence[int]) -> Tensor:
         """Classifier selection: the classes' own rows (K, R), the mean row for an unseen class."""
         place = {c: i for i, c in enumerate(self.class_ids)}

@@ -19,6 +19,7 @@ from tina.asked import Asked, pad
 from tina.encoders import EmbeddingSpace, PromptEncoder, TableEncoder
 from tina.errors import PromptError
 from tina.names import normalise_name, readings
+from tina.sparsemax import sparsemax
 
 MAX_CHARACTERS = 1000
 MAX_WORDS = 16
@@ -208,19 +209,6 @@ def check_pictures(images: Tensor, *, channels: int) -> None:
         raise PromptError("pictures must be floating point, with values in [0, 1]")
 
 
-def sparsemax(scores: Tensor) -> Tensor:
-    """Euclidean projection of scores (..., V) onto the simplex (Martins & Astudillo 2016, alg. 1).
-
-    Sparse where softmax is only small: scores that lead by 1 or more get a weight of exactly one.
-    """
-    scores = scores - scores.amax(-1, keepdim=True)  # of large ones the 1 below would be lost
-    ordered = scores.sort(-1, descending=True).values
-    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    excess = ordered.cumsum(-1) - 1
-    support = (rank * ordered > excess).sum(-1, keepdim=True)
-    return (scores - excess.gather(-1, support - 1) / support).clamp_min(0)
-
-
 def _highest(cosines: Tensor) -> Tensor:
     return cosines.amax(-1).clamp(0, 1)
 
@@ -239,12 +227,14 @@ class Vocabulary:
         names: V names, as `normalise_name` writes them: the data set's classes, then further words.
         embeddings: (V, E), unit norm.
         trained: bool (V,), false for classes kept out of all training and for further words.
+        lent: Which classes of ImageNet the last of the trained are, whose rows the trunk lends.
     """
 
     space: EmbeddingSpace
     names: tuple[str, ...]
     embeddings: Tensor
     trained: Tensor
+    lent: tuple[int, ...] = ()
 
     @classmethod
     def by(cls, encoder: PromptEncoder, names: Sequence[str], trained: Sequence[int]) -> Vocabulary:

@@ -43,6 +43,7 @@ from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
 from tina.inputs import InputStore, features_name
 from tina.jobconfig import JobConfig, TrainConfig
+from tina.lent import borrow
 from tina.metrics import Score
 from tina.novelty import novelty, timing, twin
 from tina.plots import plot_report
@@ -266,6 +267,8 @@ class Run:
         config, encoder = self.config.generator, build_encoder(self.config.prompt)
         names, trained = self.dataset.class_names, self.generic.class_ids
         vocabulary = Vocabulary.by(encoder, names, trained)
+        if self.family.on_imagenet:
+            vocabulary = borrow(vocabulary, encoder, classes=len(names))
         layout = self.family.layout(self.config.tasks.max_classes)
         seed = self.config.train.seed
         curvature = measure_curvature(
