@@ -21,8 +21,8 @@ from tina.names import normalise_name
 from tina.prompts import SHARPNESS, Vocabulary
 
 LENGTH = 0.7
-"""Of rows that are lent, in lengths of those that were trained here: neither outbid the others where
-a task has both. Chosen on `select` images (docs/log.md)."""
+"""Of rows that are lent, in lengths of those that were trained here: so neither outbid the others
+where a task has both. Chosen on `select` images (docs/log.md)."""
 APART = 1 - 1.01 / SHARPNESS
 """Names with a larger centred cosine would make mixtures of all names sharper, so that each is told
 from the others: one of two such is lent."""
