@@ -102,13 +102,13 @@ def words() -> str:
     rows = []
     for name, run in packaged_runs():
         report, vocabulary = _report(run), load_generator(PRETRAINED / name).vocabulary
-        trained = len(vocabulary.trained_names)
+        trained, lent = len(vocabulary.own_names), len(vocabulary.lent)
         rows.append(
             [
                 f"`{name}`",
                 FAMILIES[report["family"]],
-                f"{trained} of {DATA[report['dataset']]}",
-                f"{len(vocabulary.names) - trained:,}",
+                f"{trained} of {DATA[report['dataset']]}" + f", {lent} of ImageNet" * bool(lent),
+                f"{len(vocabulary.names) - trained - lent:,}",
             ]
         )
     header = ["checkpoint", "generates", "trained on classes", "further words"]

@@ -278,8 +278,8 @@ def _checkpoint_facts(pipe: TinaPipeline) -> dict[str, str]:
         "pictures": f"seen by {'CLIP' if clip else own}",
         "generator": f"{sum(p.numel() for p in generator.denoiser.parameters()):,} parameters",
         "sampler": f"{diffusion.sampler}, {diffusion.sampling_steps} steps",
-        "trained classes": ", ".join(words.trained_names[: len(generator.generic.rows)]),
-        **({"lent by ImageNet": f"{len(words.lent)} classes"} if words.lent else {}),
+        "trained classes": ", ".join(words.own_names),
+        **({"lent by ImageNet": f"{len(words.lent)} names"} if words.lent else {}),
         "further words": str(len(words.names) - len(words.trained_names)),
         "sha256": pipe.checkpoint,
     }

@@ -280,6 +280,11 @@ class Vocabulary:
         """The names of the trained classes, in their order."""
         return [n for n, seen in zip(self.names, self.trained.tolist(), strict=True) if seen]
 
+    @property
+    def own_names(self) -> list[str]:
+        """Those of them that are the data set's: without what a trunk lends."""
+        return self.trained_names[: len(self.trained_names) - len(self.lent)]
+
     def with_words(self, names: Sequence[str], embeddings: Tensor) -> Vocabulary:
         """With further words, so that prompts may say them where no encoder is at hand.
 

@@ -205,12 +205,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def model_card(name: str, generator: Generator, report: Report) -> str:
     """What a checkpoint says of itself, its numbers the report's."""
     words, space = generator.vocabulary, generator.vocabulary.space
+    lent = f"From ImageNet it has {len(words.lent)} more. " * bool(words.lent)
     return (
         f"# Tina: {name}\n\n"
         f"Generates weights of `{generator.family.name}` classifiers for up to "
         f"{generator.max_classes} classes of {generator.dataset}. "
         f"Prompt encoder: {space.model} ({space.dim} values). "
-        f"Trained classes: {', '.join(words.trained_names)}. It knows "
+        f"Trained classes: {', '.join(words.own_names)}. {lent}It knows "
         f"{len(words.names) - len(words.trained_names):,} further words by their embeddings.\n\n"
         f"Measured on {report['hardware']}, commit {report['commit']}:\n\n{markdown(report)}"
     )
