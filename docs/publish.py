@@ -30,6 +30,7 @@ from tina.configio import config_from_dict, config_to_dict
 from tina.files import hash_file, write_text
 from tina.generator import Generator
 from tina.jobconfig import EvaluationConfig
+from tina.names import FAMILIAR
 from tina.packaged import PRETRAINED
 from tina.report import markdown, model_card
 from tina.run import Run
@@ -125,7 +126,8 @@ def release(run: Path) -> None:
     folder = PRETRAINED / f"tina-{run.name.replace('_', '-')}"
     generator = load_generator(run / "checkpoint")
     words = generator.vocabulary
-    kept = words.familiarity(words.embeddings) > STRANGE
+    # with a thousand names more, less strange ones too must make room
+    kept = words.familiarity(words.embeddings) > (FAMILIAR if words.lent else STRANGE)
     kept[: len(Run.open(run).dataset.class_names)] = True  # ids of classes are places
     known = replace(
         words,
