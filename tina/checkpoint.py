@@ -64,8 +64,8 @@ def save_generator(
     Args:
         card: Text of the model card.
         small: Round the denoiser's matrices and the embeddings to eight bits, and its other
-            weights, what was trained of a trunk and the image tower to half precision: a third of
-            the size. They are read back into full precision like any others.
+            weights, a row's basis, what was trained of a trunk and the image tower to half
+            precision: a third of the size. They are read back in full like any others.
 
     Raises:
         CheckpointError: The directory exists; nothing in it is touched.
@@ -102,11 +102,10 @@ def _write(generator: Generator, folder: Path, card: str, small: bool) -> None:
 
     weights = generator.denoiser.state_dict()
     write_tensors(folder / "model.safetensors", in_eight_bits(weights) if small else weights)
-    codec = generator.codec.tensors() | {
-        "generic_body": generator.generic.body,
-        "generic_rows": generator.generic.rows,
-    }
-    write_tensors(folder / "codec.safetensors", codec)
+    codec = generator.codec.tensors()
+    basis = rounded({"row_right": codec["row_right"]})
+    rows = {"generic_body": generator.generic.body, "generic_rows": generator.generic.rows}
+    write_tensors(folder / "codec.safetensors", codec | basis | rows)
     embeddings = vocabulary.embeddings
     if small:
         embeddings = embeddings.unflatten(1, (-1, math.gcd(BLOCK, embeddings.shape[1])))
@@ -185,7 +184,7 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         raise CheckpointError(
             f"{directory} holds another layout of {family.name} than this version of Tina makes"
         )
-    codec = load_file(directory / "codec.safetensors")
+    codec = in_full(load_file(directory / "codec.safetensors"))
     _exactly(codec, BESIDE_CODEC | codec_shapes(layout).keys(), file="codec.safetensors")
     packed = load_file(directory / "prompts.safetensors")
     prompts = in_full(packed)
