@@ -438,16 +438,15 @@ def test_examples_are_never_judged_and_centroids_are_the_nearest(
     generator = kept_out(tiny_generator, ["seven", "eight", "nine"])
     found = examples.compare(tiny_run, generator, 2)
     by_hand: dict[str, list[float]] = {"tina_examples": [], "tina_examples_of_new": []}
-    for classes, shown in zip(
-        sets := examples.draw(generator, 10, 2), examples.shown(tiny_run, sets, 2), strict=True
-    ):
+    sets, views = examples.draw(generator, 10, 2), tiny_run.dataset.views
+    for classes, shown in zip(sets, examples.places_shown(tiny_run, sets, 2), strict=True):
         names = [generator.vocabulary.names[c] for c in classes]
         lesson = Lesson.of(tiny_run.dataset, classes, seed=0, partition="select")
         judged = prompts.unseen(tiny_run, lesson)
-        pictures = [p / 255 for p in shown]
+        pictures = [views[p] / 255 for p in shown]
         for row, few in zip(by_hand, (pictures, [*pictures[:2], None, None]), strict=True):
             model = TinaPipeline(generator, checkpoint="x")(names, examples=few)
-            logits = model.classifier(tiny_run.dataset.views[judged.index] / 255)
+            logits = model.classifier(views[judged.index] / 255)
             by_hand[row].append(100 * (logits.argmax(1) == judged.labels).double().mean().item())
     for row, accuracies in by_hand.items():
         with_examples = found["2_of_each"][row]
@@ -458,18 +457,18 @@ def test_examples_are_never_judged_and_centroids_are_the_nearest(
     for classes in examples.draw(generator, 10, 2):
         assert len({c for c in classes if c in (7, 8, 9)}) == 2
         assert len(set(classes)) == 4
-    (pictures,) = examples.shown(tiny_run, [[0, 7, 3]], 2)
+    (places,) = examples.places_shown(tiny_run, [[0, 7, 3]], 2)
     lesson = prompts.unseen(
         tiny_run, Lesson.of(tiny_run.dataset, [0, 7, 3], seed=0, partition="select")
     )
-    judged = tiny_run.dataset.views[lesson.index]
-    for shown in torch.cat(pictures):
-        assert not (judged == shown).flatten(1).all(1).any()
+    for shown in views[torch.cat(places)]:
+        assert not (views[lesson.index] == shown).flatten(1).all(1).any()
     family, body = generator.family, generator.generic.body
-    means = torch.stack([features(family, body, p)[:, :-1].mean(0) for p in pictures])
+    pictures, judged = [tiny_run.store[p] for p in places], tiny_run.store[lesson.index]
+    means = torch.stack([features(family, body, x)[:, :-1].mean(0) for x in pictures])
     nearest = torch.cdist(features(family, body, judged)[:, :-1], means).argmin(1)
     theta = examples.centroids(generator, pictures)
-    logits = family.logits(theta, family.embed(judged), num_classes=3)
+    logits = family.logits(theta, judged, num_classes=3)
     assert torch.equal(logits.argmax(1), nearest)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -88,7 +88,7 @@ class Recording(InputStore):
 
 @pytest.fixture(scope="module")
 def evaluation(tiny_run, tiny_generator, tiny_regressor):
-    watched = Watched(**{k: v for k, v in vars(tiny_generator).items() if not k.startswith("_")})
+    watched = Watched(**{f.name: getattr(tiny_generator, f.name) for f in fields(tiny_generator)})
     object.__setattr__(watched, "asked", [])
     return Evaluation(
         generator=watched,
