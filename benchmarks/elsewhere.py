@@ -44,7 +44,7 @@ SETS, CLASSES, IMAGES, SHOTS = 200, 10, 20, 5
 def size_for(generator: Generator) -> int | None:
     """Side of the images that a generator is judged on; none: the data set's own.
 
-    A trunk that was trained on larger images is shown all there is, as a user's photographs are.
+    A trunk that was trained on larger images is shown these, as a user's photographs are.
     """
     family = generator.family
     return None if family.side > family.image_size else family.image_size

@@ -107,7 +107,8 @@ def words() -> str:
             [
                 f"`{name}`",
                 FAMILIES[report["family"]],
-                f"{trained} of {DATA[report['dataset']]}" + f", {lent} of ImageNet" * bool(lent),
+                f"{trained} of {DATA[report['dataset']]}"
+                + f", {lent} lent by ImageNet" * bool(lent),
                 f"{len(vocabulary.names) - trained - lent:,}",
             ]
         )

@@ -334,12 +334,15 @@ class Replica:
             raise Problem.of_field(field, f"is no picture that can be read: {reason}") from None
 
     async def _shots(self, examples: Sequence[Sequence[bytes]]) -> list[Tensor | None]:
-        """Small pictures (N, C, H, W) of each class that has some."""
+        """Inputs (N, ...) of each class that has pictures; of these few at once are in memory."""
         await self._refuse_large([file for files in examples for file in files], "examples")
-        return [
-            await self._small(files, f"examples[{i}]") if files else None
-            for i, files in enumerate(examples)
-        ]
+        embed, found = self.pipe.generator.family.embed, list[Tensor | None]()
+        for i, files in enumerate(examples):
+            async with self._in_hand:
+                small = await self._small(files, f"examples[{i}]") if files else None
+                inputs = None if small is None else await _run(self._torch, partial(embed, small))
+            found.append(inputs)
+        return found
 
     async def _small(self, files: Sequence[bytes], field: str) -> Tensor:
         """Pictures (N, C, H, W) as the classifiers take them."""

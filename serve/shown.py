@@ -48,11 +48,10 @@ def asked_by(pipe: TinaPipeline, recipe: Recipe) -> Asked:
 def shift_by(
     pipe: TinaPipeline, model: GeneratedModel, recipe: Recipe, examples: Sequence[Tensor | None]
 ) -> str:
-    """What examples, small pictures (N, C, H, W) of a class or none, add to a model's head rows."""
+    """What examples add to a model's head rows: inputs (N, ...) of a class's pictures, or none."""
     layout = model.family.layout(len(model.class_names))
     familiarity = asked_by(pipe, recipe).familiarity
-    inputs = [None if small is None else model.family.embed(small) for small in examples]
-    theta = learn_from(pipe.generator, model.theta, familiarity, inputs)
+    theta = learn_from(pipe.generator, model.theta, familiarity, examples)
     return pack_rows(layout.split(theta)[1] - layout.split(model.theta)[1])
 
 

@@ -101,7 +101,7 @@ def test_a_neck_gives_features_of_mean_0_and_size_1(trunk):
         torch.testing.assert_close(value.half().float(), value, rtol=0, atol=0)
 
 
-def test_files_hold_the_neck_alone():
+def test_files_hold_the_necks_mean_and_size_alone():
     family, other = (
         build_family("efficientnet_lite0_head", channels=3, image_size=32) for _ in range(2)
     )
@@ -136,7 +136,7 @@ def test_a_neck_is_fitted_to_the_first_fit_images_of_each_trained_class(tiny_run
     assert generic.rows.shape == (3, FEATURES + 1)
     features = family.embed(few.images)
     shown = features[[0, 4, 8, 1, 5, 9, 3, 7, 11]]
-    assert shown.mean(0).abs().max() < 4e-3  # the bias is rounded
+    assert shown.mean(0).abs().max() < 4e-3  # its mean is rounded
     assert shown.square().mean().item() == pytest.approx(1, rel=1e-3)
     assert features[:24].mean(0).abs().max() > 0.1
     trained = parts["fit"][data.labels[:24] != 2]

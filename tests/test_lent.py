@@ -137,15 +137,43 @@ def test_a_checkpoint_says_what_is_lent_and_holds_no_row_of_it(generator, tmp_pa
     torch.testing.assert_close(again.rows, generator.rows, atol=2e-2 if small else 1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("lent", [[1000], [-1], list(range(1000)) * 2])
-def test_a_checkpoint_that_lends_what_is_not_there_is_refused(generator, tmp_path, lent):
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32, torch.bool])
+@pytest.mark.parametrize("lent", [[1000], [-1], [5, 5], list(range(1000)), list(range(1000)) * 2])
+def test_a_checkpoint_that_lends_what_is_not_there_is_refused(generator, tmp_path, lent, kind):
     save_generator(generator, tmp_path / "x", card="card")
     file = tmp_path / "x/prompts.safetensors"
     found = load_file(file)
-    save_file(found | {"lent": torch.tensor(lent, dtype=torch.int32)}, file)
+    found |= {"lent": torch.tensor(lent).to(kind), "trained": torch.ones_like(found["trained"])}
+    save_file(found, file)
     rehash(tmp_path / "x")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"lent|lends|must have the shape"):
         load_generator(tmp_path / "x")
+
+
+def test_examples_may_be_of_any_contrast_and_lent_rows_stay(generator):
+    """Enlarged black and white overshoots."""
+    vocabulary = generator.vocabulary
+    lent, new = IMAGENET[vocabulary.lent[17]], "kept out"
+    word = F.normalize(random(1, vocabulary.space.dim), dim=1)
+    generator = replace(generator, vocabulary=vocabulary.with_words([new], word))
+    pipe = TinaPipeline(generator, checkpoint="x")
+    shown = [(pictures(2, 3, 40, 40, seed=i) > 127).float() for i in range(2)]
+    rows = [
+        generator.family.layout(2).split(pipe([lent, new], examples=examples).theta)[1]
+        for examples in (None, shown)
+    ]
+    assert torch.equal(rows[0][0], rows[1][0])
+    assert (rows[0][1] - rows[1][1]).norm() > 1e-2 * rows[0][1].norm()
+
+
+def test_a_class_that_is_hidden_inherits_of_what_is_lent_alone(generator):
+    own, one = len(generator.generic.rows), generator.vocabulary.embeddings[None, :1]
+    hidden = torch.zeros(1, 1, len(generator.rows), dtype=torch.bool)
+    hidden[..., :own] = True
+    attention = generator.vocabulary.attention(one, hidden)
+    assert attention[..., :own].abs().max() == 0
+    (_, rows) = generator.inherit(one, hidden)
+    torch.testing.assert_close(rows[0], attention[0, :, own:] @ generator.rows[own:])
 
 
 def test_a_photograph_is_not_made_as_small_as_the_data_set(generator):

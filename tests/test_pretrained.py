@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_encoders import TINY
@@ -42,6 +43,23 @@ def test_one_is_loaded_by_its_name_and_generates(name):
     family = pipe.generator.family
     images = torch.rand(4, family.channels, family.image_size, family.image_size)
     assert model.classifier(images).shape == (4, 3)
+
+
+def test_examples_of_any_contrast_are_learnt_from(tmp_path, monkeypatch, capsys):
+    """At the command line; where a trunk enlarges them, black and white overshoot."""
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "ferry", "stapler", "--checkpoint", "tina-cifar100-efficientnet-head"]
+    shots = []
+    for name, colour in (("ferry", 0), ("stapler", 255)):
+        image = Image.new("RGB", (60, 40), (colour,) * 3)
+        image.paste((255 - colour,) * 3, (20, 10, 40, 30))
+        image.save(f"{name}.png")
+        shots += ["--example", f"{name}={name}.png"]
+    assert main([*words, *shots, "--out", "shown.safetensors"]) == 0
+    assert main([*words, "--out", "plain.safetensors"]) == 0
+    shown, plain = (load_classifier(f"{name}.safetensors") for name in ("shown", "plain"))
+    assert not torch.equal(shown.network.fc.weight, plain.network.fc.weight)
+    assert "error" not in capsys.readouterr().err
 
 
 def test_it_knows_words_that_its_data_set_lacks(monkeypatch, tmp_path):

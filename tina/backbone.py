@@ -24,7 +24,7 @@ from tina.files import hash_file
 from tina.images import resize
 
 FEATURES = 256
-"""F: with all 1,280 as they are, heads are right no more often (docs/log.md)."""
+"""F: with all 1,280 heads are right hardly more often (docs/log.md)."""
 SIDE = 224
 """What the backbone was trained at: smaller images are enlarged, which pays (docs/log.md)."""
 IMAGENET = 1000

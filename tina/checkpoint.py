@@ -199,11 +199,11 @@ def _read(directory: Path, header: dict[str, Any]) -> Generator:
         trained=prompts["trained"],
         lent=tuple(prompts["lent"].tolist()) if lends else (),
     )
-    if not set(vocabulary.lent) <= set(range(IMAGENET)):
-        raise CheckpointError(
-            f"prompts.safetensors: of ImageNet's {IMAGENET} classes it names others"
-        )
-    known = torch.nonzero(vocabulary.trained).flatten().tolist()
+    known, lent = torch.nonzero(vocabulary.trained).flatten().tolist(), set(vocabulary.lent)
+    if lends and prompts["lent"].dtype != torch.int32:
+        raise CheckpointError("prompts.safetensors: classes are lent by their whole numbers")
+    if not lent <= set(range(IMAGENET)) or not len(lent) == len(vocabulary.lent) <= len(known):
+        raise CheckpointError("prompts.safetensors lends classes that are not there, or one twice")
     own = known[: len(known) - len(vocabulary.lent)]
     shapes = {
         "generic_body": (layout.body_size,),

@@ -58,7 +58,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from tina.advice import placed, unfamiliar
     from tina.files import write_whole
-    from tina.images import read_image, shrink
+    from tina.images import read_image, shrink, square
     from tina.mapped import MappedEncoder
     from tina.model import GeneratedModel
     from tina.names import normalise_name, read_sentence
@@ -81,11 +81,10 @@ def generate(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     options = {"seed": args.seed, "guidance_scale": args.guidance}
     if args.image or args.example:
-        family = pipe.generator.family
-        small = shrink if args.image else family.look_at  # as an endpoint
+        channels = pipe.generator.family.channels
+        cut = shrink if args.image else square  # as an endpoint
         options["images" if args.image else "examples"] = [
-            [small(read_image(v, channels=family.channels)) for k, v in extras if k == key]
-            for key in keys
+            [cut(read_image(v, channels=channels)) for k, v in extras if k == key] for key in keys
         ]
     if said or args.description:
         texts = [[*(own or ())] for own in said or [None] * len(keys)]

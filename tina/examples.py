@@ -52,11 +52,7 @@ def teach(familiarity: Sequence[float], shown: Sequence[bool]) -> bool:
 
 def covariance_factor(generator: Generator) -> Tensor:
     """Factor L (R, R) of the prior's covariance L L^T, for a class that resembles nothing."""
-    vocabulary, rows = generator.vocabulary, generator.rows
-    names = vocabulary.embeddings[vocabulary.trained]
-    left_out = torch.eye(len(names), dtype=torch.bool)
-    missed = rows - vocabulary.attention(names, left_out) @ rows
-    covariance = missed.T @ missed / (1 - vocabulary.familiarity(names, left_out)).sum()
+    covariance = generator.missing
     even = covariance.diagonal().mean() * torch.eye(len(covariance))
     return torch.linalg.cholesky(covariance.lerp(even, EVEN))
 

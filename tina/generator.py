@@ -70,6 +70,14 @@ class Generator:
             return own
         return torch.cat([own, lent_rows(cast(ImageNetTrunk, self.family.trunk), lent, own)])
 
+    @cached_property
+    def missing(self) -> Tensor:
+        """Covariance (R, R) of what a row misses that is a mixture of the others, per newness."""
+        vocabulary, rows = self.vocabulary, self.rows
+        names, itself = vocabulary.embeddings[vocabulary.trained], torch.eye(len(rows)).bool()
+        missed = rows - vocabulary.attention(names, itself) @ rows
+        return missed.T @ missed / (1 - vocabulary.familiarity(names, itself)).sum()
+
     def inherit(self, embeddings: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What a task starts from: generic body (B, n_body), rows (B, K, R) by the prompt alone.
 

@@ -29,7 +29,7 @@ from tina.views import Views
 IMAGES = "images"
 """In the file's metadata: the fingerprint of the data set."""
 NECK_IMAGES = 64
-"""Of each class, for the directions that a neck keeps."""
+"""Of each class, for a neck's mean and size."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,7 @@ class Info(_Schema):
     checkpoint: Annotated[str, Field(description="sha256 of the checkpoint's manifest.")]
     families: list[str]
     dataset: str
-    classes: Annotated[list[str], Field(description="Names that it was trained on.")]
+    classes: Annotated[list[str], Field(description="Names that it, or its trunk, was trained on.")]
     encoder: Annotated[str, Field(description="What turns words into conditions.")]
     semantic: Annotated[bool, Field(description="Whether related words have related vectors.")]
     free_text: Annotated[bool, Field(description="Whether it takes words that it does not know.")]
