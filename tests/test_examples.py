@@ -187,6 +187,24 @@ def test_a_word_that_resembles_nothing_learns_too(pipe, pictures):
     assert not torch.equal(found, theta)
 
 
+def test_pictures_may_be_bytes_of_some_classes_and_numbers_of_others(pipe, pictures):
+    generator, shown = pipe.generator, pictures("fit", 4)
+    known, theta = familiarity(pipe, TASK), pipe(TASK).theta
+    mixed = [(255 * images).round().byte() if i else images for i, images in enumerate(shown)]
+    found = learn_from(generator, theta, known, embedded(pipe, mixed))
+    expected = learn_from(generator, theta, known, embedded(pipe, shown))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_what_changes_nothing_is_not_looked_at(pipe, pictures, monkeypatch):
+    """Where no class that has examples is new, a large trunk would see them for nothing."""
+    shown = pictures("fit", 4)
+    monkeypatch.setattr(type(pipe.generator.family), "embed", None)
+    pipe(TASK, examples=[shown[0], None, shown[2]])
+    with pytest.raises(TypeError, match="NoneType"):
+        pipe(TASK, examples=shown)
+
+
 def test_examples_are_learnt_from_in_inference_mode(pipe, pictures):
     expected = pipe(TASK, examples=pictures("fit", 4))
     with torch.inference_mode():

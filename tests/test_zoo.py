@@ -313,3 +313,16 @@ def test_selection_takes_own_rows_and_the_mean_for_unseen_classes():
     assert torch.equal(picked[0], generic.rows[2])
     assert torch.equal(picked[1], generic.rows.mean(0))
     assert torch.equal(picked[2], generic.rows[0])
+
+
+def test_inheriting_one_hot_is_selection(tiny_generator):
+    vocabulary, generic = tiny_generator.vocabulary, tiny_generator.generic
+    own = vocabulary.embeddings
+    between = torch.nn.functional.normalize(own[4] + own[7], dim=0)
+    body, rows = tiny_generator.inherit(torch.stack([own[[9, 5]], torch.stack([between, own[2]])]))
+    assert torch.equal(body, torch.stack([generic.body] * 2))
+    torch.testing.assert_close(rows[0], generic.select([9, 5]))
+    weights = vocabulary.attention(between)
+    assert weights.count_nonzero() > 1
+    torch.testing.assert_close(rows[1, 0], weights @ generic.rows)
+    torch.testing.assert_close(rows[1, 1], generic.select([2])[0])

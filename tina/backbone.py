@@ -145,6 +145,8 @@ def directions() -> Tensor:
 class Neck(nn.Module):
     """Pooled features (N, B) along `directions`, of a data set's mean and size (N, F)."""
 
+    directions: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("directions", directions().clone(), persistent=False)
@@ -153,7 +155,7 @@ class Neck(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Features of about 1."""
-        return (pooled @ self.get_buffer("directions").T - self.mean) / self.size
+        return (pooled @ self.directions.T - self.mean) / self.size
 
     @torch.no_grad()
     def fit(self, pooled: Tensor) -> None:
@@ -163,7 +165,7 @@ class Neck(nn.Module):
         rounded to what half precision holds, as a small checkpoint's trunk is: whatever is trained
         on its features meets the same ones again.
         """
-        x = pooled.double() @ self.get_buffer("directions").double().T
+        x = pooled.double() @ self.directions.double().T
         self.mean.copy_(x.mean(0).half())
         self.size.copy_((x - x.mean(0)).square().mean().sqrt().half())
 
@@ -186,7 +188,7 @@ class ImageNetTrunk(nn.Module):
         As far as it lies along `directions`, and less what all rows have in common.
         """
         weight, bias = weights()["_fc.weight"], weights()["_fc.bias"]
-        along = weight @ directions().T  # (1000, F)
+        along = weight @ self.neck.directions.T  # (1000, F)
         rows = torch.cat([along * self.neck.size, (bias + along @ self.neck.mean)[:, None]], 1)
         return (rows - rows.mean(0)).detach()
 

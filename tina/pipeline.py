@@ -211,12 +211,13 @@ class TinaPipeline:
             asked, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
         if shown is not None:
-            from tina.examples import learn_from  # with scipy, which others need not
+            from tina.examples import learn_from, teach  # with scipy, which others need not
 
-            embed = self.generator.family.embed
-            inputs = [None if small is None else embed(small) for small in shown]
-            theta = learn_from(self.generator, models[0].theta, asked[0].familiarity, inputs)
-            models = [replace(models[0], theta=theta)]
+            familiarity, embed = asked[0].familiarity, self.generator.family.embed
+            if teach(familiarity.tolist(), [small is not None for small in shown]):
+                inputs = [None if small is None else embed(small) for small in shown]
+                theta = learn_from(self.generator, models[0].theta, familiarity, inputs)
+                models = [replace(models[0], theta=theta)]
         for model, own in zip(models, texts, strict=True):
             for warning in unfamiliar(model, own if images is None else None):
                 warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
