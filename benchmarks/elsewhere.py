@@ -42,7 +42,7 @@ SETS, CLASSES, IMAGES, SHOTS = 200, 10, 20, 5
 
 
 def size_for(generator: Generator) -> int | None:
-    """Side of the images that a generator is judged on; none: the data set's own.
+    """Side of the images that a generator is judged on; none: as large as its family sees them.
 
     A trunk that was trained on larger images is shown these, as a user's photographs are.
     """
@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"{name} was made from {generator.dataset}")
     data = DataConfig(name=args.data, root=args.root)
     datasets = {
-        name: load_dataset(replace(data, image_size=size_for(generator)))
+        name: load_dataset(
+            replace(data, image_size=size_for(generator)), largest=generator.family.side
+        )
         for name, generator in generators.items()
     }
     dataset = datasets[args.checkpoints[0]]

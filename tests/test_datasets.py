@@ -351,6 +351,12 @@ def test_default_size_is_the_first_images_shorter_side_up_to_64(tmp_path, shape,
     contents = [encode(p) for p in noise(9, shape=(*shape, 3))]
     write_parquet(tmp_path / "train-0.parquet", contents, [0, 1, 2] * 3)
     assert load(tmp_path).images.shape == (9, 3, side, side)
+    config = DataConfig(name="parquet", root=str(tmp_path))
+    assert load_dataset(config, largest=224).images.shape[-1] == min(shape)
+    assert load_dataset(config, largest=16).images.shape[-1] == 16
+    asked = dataclasses.replace(config, image_size=8)
+    assert load_dataset(asked, largest=224).images.shape[-1] == 8
+    assert load(tmp_path).images.shape[-1] == side  # each has a cache of its own
 
 
 def test_images_lie_as_their_exif_orientation_says(tmp_path):

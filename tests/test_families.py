@@ -3,6 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,6 +27,7 @@ from tina.export import export_graph
 from tina.families import FAMILIES, ClipImageTrunk, Family, Head, VitB32Head, build_family
 from tina.generic import save_generic, train_generic
 from tina.images import resize
+from tina.jobconfig import DataConfig
 from tina.model import load_classifier
 from tina.pipeline import TinaPipeline
 from tina.run import Run
@@ -290,6 +293,19 @@ def test_another_family_that_trains_a_trunk_is_one_class_and_one_entry(tmp_path,
         assert torch.equal(family.embed(images), want)
     found = load_classifier(tmp_path / "model.safetensors")(images)
     assert torch.equal(found, family.logits(model.theta, want, num_classes=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "side"), [("cnn5k", 64), ("resnet20_head", 64), ("efficientnet_lite0_head", 90)]
+)
+def test_photographs_are_kept_as_large_as_a_runs_family_sees_them(tmp_path, family, side):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (120, 90)).save(tmp_path / name / f"{i}.png")
+    data = DataConfig(name="folder", root=str(tmp_path))
+    config = replace(tiny_config(tmp_path), data=data, classifier=ClassifierConfig(family=family))
+    assert Run(config).all_views.images.shape[2:] == (side, side)
 
 
 def test_clip_zero_shot_is_a_hundred_times_the_cosine():

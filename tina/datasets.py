@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Dataset", "load_dataset"]
 
 PARTITIONS = ("fit", "select", "report")
-IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32, "caltech101": 64}
+IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32}
 LARGEST_DEFAULT_SIZE = 64
 CACHE_FORMAT = 3
 CHUNK = 512
@@ -122,12 +122,13 @@ class _Decoded:
         return digest.hexdigest()
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, *, largest: int = LARGEST_DEFAULT_SIZE) -> Dataset:
     """Read a data set, from its cache where it was read before.
 
     Args:
         config: Which data set, from where, at what image size, and how it is partitioned. Without
             `root` and the variable TINA_DATA, cifar100 and caltech101 are downloaded if need be.
+        largest: Side in pixels beyond which images are made smaller, where nothing is said of it.
 
     Raises:
         ConfigError: there is no data set of that name.
@@ -138,7 +139,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     sizes = [IMAGE_SIZES[part] for part in config.name.split("+") if part in IMAGE_SIZES]
     size = config.image_size or min(sizes, default=None)
     with named(root_of(config)):
-        decoded = _decode_cached(source, size)
+        decoded = _decode_cached(source, size, largest)
     labels = decoded.labels.numpy()
     partitions = {
         key: torch.from_numpy(index)
@@ -236,7 +237,7 @@ def _pixels(item: Item, *, size: int) -> np.ndarray:
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def _decode_all(listing: Listing, size: int | None) -> _Decoded:
+def _decode_all(listing: Listing, size: int | None, largest: int) -> _Decoded:
     """Decode a source; gray only if all of its images are."""
     from tqdm import tqdm
 
@@ -244,7 +245,7 @@ def _decode_all(listing: Listing, size: int | None) -> _Decoded:
     if first is None:
         raise DataError("the data set holds no images")
     side = _open(first).size
-    size = size or min(LARGEST_DEFAULT_SIZE, *side)
+    size = size or min(largest, *side)
     items = itertools.chain([first], listing.items)
     images = np.empty((listing.count, 3, size, size), dtype=np.uint8)
     labels: list[int] = []
@@ -275,8 +276,8 @@ def _decode_all(listing: Listing, size: int | None) -> _Decoded:
     )
 
 
-def _cache_path(source: Source, size: int | None) -> Path:
-    key = hashlib.sha256(repr((CACHE_FORMAT, source.kind, size)).encode())
+def _cache_path(source: Source, size: int | None, largest: int) -> Path:
+    key = hashlib.sha256(repr((CACHE_FORMAT, source.kind, size or f"<={largest}")).encode())
     for file in source.files:
         stat = file.stat()
         name = file.relative_to(source.folder).as_posix()
@@ -284,11 +285,11 @@ def _cache_path(source: Source, size: int | None) -> Path:
     return user_cache() / "images" / f"{key.hexdigest()[:32]}.safetensors"
 
 
-def _decode_cached(source: Source, size: int | None) -> _Decoded:
+def _decode_cached(source: Source, size: int | None, largest: int) -> _Decoded:
     return cached(
-        _cache_path(source, size),
+        _cache_path(source, size, largest),
         read=_read_cache,
-        make=lambda: _decode_all(source.read(), size),
+        make=lambda: _decode_all(source.read(), size, largest),
         write=_write_cache,
     )
 

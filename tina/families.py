@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tina.backbone import FEATURES, SIDE, ImageNetTrunk
+from tina.datasets import LARGEST_DEFAULT_SIZE
 from tina.errors import CheckpointError, ConfigError
 from tina.images import fit, resize, square
 from tina.layout import ParamLayout
@@ -374,3 +375,12 @@ def build_family(name: str, *, channels: int, image_size: int) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name](name, channels=channels, image_size=image_size)
+
+
+def useful_side(name: str) -> int:
+    """H and W beyond which a family of that name has images made smaller, if nothing else is said.
+
+    Raises:
+        ConfigError: No such family.
+    """
+    return build_family(name, channels=3, image_size=LARGEST_DEFAULT_SIZE).side

@@ -37,7 +37,7 @@ from tina.datasets import Dataset, load_dataset
 from tina.encoders import build_encoder
 from tina.errors import ConfigError, DataError
 from tina.evaluation import Cell, Evaluation, Spread
-from tina.families import Family, build_family
+from tina.families import Family, build_family, useful_side
 from tina.files import hash_bytes, hash_file, write_text
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
@@ -141,7 +141,7 @@ class Run:
     @cached_property
     def all_views(self) -> Dataset:
         """The images with every view that the configuration asks for."""
-        return load_dataset(self.config.data)
+        return load_dataset(self.config.data, largest=useful_side(self.config.classifier.family))
 
     @cached_property
     def dataset(self) -> Dataset:
