@@ -63,7 +63,7 @@ bench: install ## Measure start-up and generation in their short forms; CHECKPOI
 .PHONY: reproduce
 reproduce: export TINA_DATA := $(or $(PLACE),$(TINA_DATA))
 reproduce: install ## All that is published on real data, with DATA= or TINA_DATA; reckoned at eleven hours with bf16 in hardware.
-	for preset in cifar100_cnn5k cifar100_cnn5k_all cifar100_cnn5k_ways cifar100_cnn15k cifar100_cnn33k cifar100_resnet20_head cifar100_efficientnet_head mini_imagenet_cnn5k cifar100_mini_imagenet_cnn5k cifar100_mini_imagenet_resnet20_head caltech101_cnn5k; do $(MAKE) demo CONFIG=configs/$$preset.yaml; done
+	for preset in cifar100_cnn5k cifar100_cnn5k_all cifar100_cnn5k_ways cifar100_cnn15k cifar100_cnn33k cifar100_resnet20_head cifar100_efficientnet_head mini_imagenet_cnn5k cifar100_mini_imagenet_cnn5k cifar100_mini_imagenet_resnet20_head caltech101_cnn5k caltech101_efficientnet_head; do $(MAKE) demo CONFIG=configs/$$preset.yaml; done
 	for job in build_zoo train; do $(BIN)/python -m ray_jobs.$$job --config configs/cifar100_cnn5k.yaml --storage $(CURDIR)/runs \
 		--name cifar100_cnn5k_regressor --diffusion.schedule none --diffusion.timesteps 1 --diffusion.sampling_steps 1; done
 	$(BIN)/python -m ray_jobs.evaluate --config configs/cifar100_cnn5k.yaml --storage $(CURDIR)/runs \
