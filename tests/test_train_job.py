@@ -196,7 +196,8 @@ def test_a_judge_loads_images_once(tiny_run, tmp_path, monkeypatch):
         save_generator(run.new_generator(), run.start, card="x")
         judged.append(run)
     monkeypatch.setattr("ray_jobs.rank.settle_in", lambda threads: None)
-    monkeypatch.setattr("tina.run.load_dataset", lambda *args: loaded.append(1) or tiny_run.dataset)
+    data = tiny_run.dataset
+    monkeypatch.setattr("tina.run.load_dataset", lambda *_, **__: loaded.append(1) or data)
     judge = Judge()
     for run in judged * 2:
         start = load_generator(run.start)
