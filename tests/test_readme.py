@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,11 +24,12 @@ from ray_jobs.job import run_job
 from tina.checkpoint import load_generator
 from tina.cli import main
 from tina.configio import config_from_dict, config_to_dict, parse_config
-from tina.errors import PromptError
+from tina.errors import ConfigError, PromptError
 from tina.jobconfig import JobConfig
 from tina.packaged import PRETRAINED, pretrained
 from tina.pipeline import TinaPipeline
 from tina.plots import plot_report
+from tina.tasks import build_task_space
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -116,13 +118,28 @@ def test_job_lines_parse(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    for words in lines("python -m ray_jobs.quickstart"):
+    jobs = lines("python -m ray_jobs.quickstart")
+    assert ["--dry-run" in words for words in jobs] == [False, True]
+    for words in jobs:
         argv = [word.replace("$PWD", str(ROOT)) for word in words[3:]]
-        dry = [*argv, "--dry-run"]  # of some it is a part
-        assert run_job(lambda run: None, dry, name="quickstart", about="") == 0
+        assert run_job(lambda run: None, [*argv, "--dry-run"], name="quickstart", about="") == 0
     shown = capsys.readouterr().out
-    assert "width: 128" in shown
     assert "root: /my/images" in shown
+    assert "width: 128" in shown
+
+
+@pytest.mark.parametrize(("fewest", "counts"), [(63, (1, 5, 10)), (23, (1, 5))])
+def test_it_says_how_many_classes_photographs_need(fewest: int, counts: tuple[int, ...]) -> None:
+    text = " ".join(README.split())
+    assert "with fewer than 63 classes add `--tasks.unseen_counts '[1, 5]'`" in text
+    assert "with fewer than 23 `'[1]'`" in text
+    preset = yaml.safe_load((ROOT / "configs/caltech101_efficientnet_head.yaml").read_text())
+    config = config_from_dict(JobConfig, {"storage": "/", **preset})
+    tasks = replace(config.tasks, unseen_counts=counts)
+    names = [f"class {i}" for i in range(fewest)]
+    assert build_task_space("folder", names, None, tasks)
+    with pytest.raises(ConfigError):
+        build_task_space("folder", names[1:], None, tasks)
 
 
 # spaces of sweeps, tune_*.yaml, are read by tests/test_tune.py
@@ -167,6 +184,15 @@ def test_publish_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None
 
 def published(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "docs" / "results" / name / "report.json").read_text())
+
+
+def test_what_photographs_reach_is_what_their_reports_say() -> None:
+    head, whole = (
+        published(name)["axes"]["unseen_combination"]["methods"]["tina"]["accuracy"]
+        for name in ("caltech101_efficientnet_head", "caltech101_cnn5k")
+    )
+    said = f"right in {100 * head:.1f} % on known classes of Caltech-101"
+    assert f"{said} where whole networks are in {100 * whole:.1f} " in README
 
 
 def test_plots_show_no_trend_in_noise_and_no_line_in_a_frame(
