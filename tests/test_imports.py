@@ -29,7 +29,7 @@ STAGES = [
         "space",
     ],
     *["tensors", "rounding", "images", "names", "superclasses", "listing", "hub_parquet"],
-    *["sources", "views", "datasets", "tasks", "neighbours"],
+    *["sources", "views", "datasets", "tasks", "fitting", "neighbours"],
     *[
         "layout",
         "backbone",

@@ -6,10 +6,10 @@ import importlib.util
 import json
 import re
 import shlex
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,12 +24,13 @@ from ray_jobs.job import run_job
 from tina.checkpoint import load_generator
 from tina.cli import main
 from tina.configio import config_from_dict, config_to_dict, parse_config
+from tina.datasets import Dataset
 from tina.errors import ConfigError, PromptError
+from tina.fitting import task_space
 from tina.jobconfig import JobConfig
 from tina.packaged import PRETRAINED, pretrained
 from tina.pipeline import TinaPipeline
 from tina.plots import plot_report
-from tina.tasks import build_task_space
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -128,18 +129,28 @@ def test_job_lines_parse(
     assert "width: 128" in shown
 
 
-@pytest.mark.parametrize(("fewest", "counts"), [(63, (1, 5, 10)), (23, (1, 5))])
-def test_it_says_how_many_classes_photographs_need(fewest: int, counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("classes", "flags"),
+    [
+        (63, None),
+        (62, r"--tasks.unseen_counts '\[1, 5\]'$"),
+        (40, r"--tasks.unseen_counts '\[1, 5\]'$"),
+        (10, r"--tasks.min_classes 2 .*--tasks.max_classes 8 .*--tasks.train "),
+        (7, "this fits: "),
+        (6, "train on$"),
+    ],
+)
+def test_it_says_how_many_classes_photographs_need(classes: int, flags: str | None) -> None:
     text = " ".join(README.split())
-    assert "with fewer than 63 classes add `--tasks.unseen_counts '[1, 5]'`" in text
-    assert "with fewer than 23 `'[1]'`" in text
+    assert "Fewer than 63 classes are too few" in text
+    assert "with forty, `--tasks.unseen_counts '[1, 5]'`; with ten, also smaller tasks" in text
+    assert "Below seven there are too few sets" in text
     preset = yaml.safe_load((ROOT / "configs/caltech101_efficientnet_head.yaml").read_text())
-    config = config_from_dict(JobConfig, {"storage": "/", **preset})
-    tasks = replace(config.tasks, unseen_counts=counts)
-    names = [f"class {i}" for i in range(fewest)]
-    assert build_task_space("folder", names, None, tasks)
-    with pytest.raises(ConfigError):
-        build_task_space("folder", names[1:], None, tasks)
+    tasks = config_from_dict(JobConfig, {"storage": "/", **preset}).tasks
+    names = tuple(f"class {i}" for i in range(classes))
+    mine = SimpleNamespace(name="mine", class_names=names, num_classes=classes, groups=None)
+    with pytest.raises(ConfigError, match=flags) if flags else nullcontext():
+        task_space(cast(Dataset, mine), tasks)
 
 
 # spaces of sweeps, tune_*.yaml, are read by tests/test_tune.py

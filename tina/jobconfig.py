@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from math import comb
 from typing import Literal
 
 from tina.checks import absolute, distinct, inside, not_negative, plain_name, positive, shares
@@ -84,6 +85,15 @@ class TaskConfig:
         positive(self, "train", "val", "held_out")
         not_negative(self, "seed")
         distinct(self, "unseen_counts")
+
+    def excluded(self, classes: int) -> int:
+        """How many of so many classes are kept out of all training."""
+        return round(self.excluded_fraction * classes)
+
+    def sets(self, seen: int, excluded: int = 0, unseen: int = 0) -> int:
+        """How many class sets there are, of which so many classes are of the excluded ones."""
+        sizes = range(max(self.min_classes, unseen), self.max_classes + 1)
+        return comb(excluded, unseen) * sum(comb(seen, k - unseen) for k in sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

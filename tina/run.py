@@ -39,6 +39,7 @@ from tina.errors import ConfigError, DataError
 from tina.evaluation import Cell, Evaluation, Spread
 from tina.families import Family, build_family, useful_side
 from tina.files import hash_bytes, hash_file, write_text
+from tina.fitting import task_space
 from tina.generator import Generator, new_denoiser
 from tina.generic import GenericModel, check_trained_on, load_generic
 from tina.inputs import InputStore, features_name
@@ -52,7 +53,7 @@ from tina.provenance import commit, hardware
 from tina.report import model_card
 from tina.storage import Place
 from tina.stores import below, split
-from tina.tasks import Task, TaskSpace, build_task_space
+from tina.tasks import Task, TaskSpace
 from tina.tensors import pack_tensors
 from tina.tower import Tower, tower_family
 from tina.validation import validator
@@ -154,8 +155,7 @@ class Run:
     @cached_property
     def space(self) -> TaskSpace:
         """The tasks."""
-        data = self.dataset
-        return build_task_space(data.name, data.class_names, data.groups, self.config.tasks)
+        return task_space(self.dataset, self.config.tasks)
 
     @cached_property
     def family(self) -> Family:

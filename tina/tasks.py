@@ -252,7 +252,7 @@ def _exclude(count: int, groups: Sequence[int] | None, config: TaskConfig) -> Cl
         group = 0 if groups is None else groups[i]
         rounds[group] = rounds.get(group, 0) + 1
         rank.append((rounds[group], len(rank), i))
-    return tuple(sorted(i for _, _, i in sorted(rank)[: round(config.excluded_fraction * count)]))
+    return tuple(sorted(i for _, _, i in sorted(rank)[: config.excluded(count)]))
 
 
 def _missing(groups: Sequence[int] | None, seen: ClassIds, excluded: ClassIds) -> dict[Axis, str]:
@@ -274,12 +274,24 @@ def _check_counts(space: TaskSpace) -> None:
             f"{len(space.seen)} classes to train on"
         )
     counts = [("unseen_per_task", config.unseen_per_task)] if excluded else []
-    for key, unseen in counts + [("unseen_counts", count) for count in config.unseen_counts]:
+    counts += [("unseen_counts", count) for count in config.unseen_counts]
+    for key, unseen in counts:
         if not 1 <= unseen <= min(config.max_classes, excluded):
             raise ConfigError(
                 f"tasks.{key} is {unseen}, but must lie between 1 and both "
                 f"tasks.max_classes ({config.max_classes}) and the excluded classes ({excluded})"
             )
+    for _, unseen in counts:
+        if (found := config.sets(len(space.seen), excluded, unseen)) < config.held_out:
+            raise _too_few(space, "held_out", "unseen_class", found)
+
+
+def _too_few(space: TaskSpace, split: Split, axis: Axis, found: int) -> ConfigError:
+    """The error of a split that so many class sets are not enough for."""
+    return ConfigError(
+        f"{getattr(space.config, split)} {split} tasks of the axis {axis} asked for, but "
+        f"{space.dataset} has class sets for {found}"
+    )
 
 
 def _collect(
@@ -304,10 +316,7 @@ def _collect(
     while len(tasks) < n:
         class_ids = next(candidates, None)
         if class_ids is None or rejects > MAX_REJECTS:
-            raise ConfigError(
-                f"{n} {split} tasks of the axis {axis} asked for, but {space.dataset} has class "
-                f"sets for {len(tasks)}"
-            )
+            raise _too_few(space, split, axis, len(tasks))
         shifted = axis == "shifted_combination"
         if frozenset(class_ids) in taken or space.is_concentrated(class_ids) != shifted:
             rejects += 1
