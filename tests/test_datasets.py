@@ -347,7 +347,7 @@ def test_shrinking_antialiases(tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "side"), [((100, 80), 64), ((20, 30), 20)])
-def test_default_size_is_the_first_images_shorter_side_up_to_64(tmp_path, shape, side):
+def test_default_size_is_the_shorter_side_up_to_64(tmp_path, shape, side):
     contents = [encode(p) for p in noise(9, shape=(*shape, 3))]
     write_parquet(tmp_path / "train-0.parquet", contents, [0, 1, 2] * 3)
     assert load(tmp_path).images.shape == (9, 3, side, side)
@@ -357,6 +357,13 @@ def test_default_size_is_the_first_images_shorter_side_up_to_64(tmp_path, shape,
     asked = dataclasses.replace(config, image_size=8)
     assert load_dataset(asked, largest=224).images.shape[-1] == 8
     assert load(tmp_path).images.shape[-1] == side  # each has a cache of its own
+
+
+@pytest.mark.parametrize(("odd", "side"), [(4, 10), (5, 30)])
+def test_default_size_is_that_of_most_images_whichever_comes_first(tmp_path, odd, side):
+    pictures = [noise(1, shape=(10, 12, 3))[0]] * (9 - odd) + [noise(1, shape=(40, 30, 3))[0]] * odd
+    write_parquet(tmp_path / "train-0.parquet", [encode(p) for p in pictures], [0, 1, 2] * 3)
+    assert load(tmp_path).images.shape == (9, 3, side, side)
 
 
 def test_images_lie_as_their_exif_orientation_says(tmp_path):

@@ -13,11 +13,13 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +43,7 @@ __all__ = ["Dataset", "load_dataset"]
 PARTITIONS = ("fit", "select", "report")
 IMAGE_SIZES = {"digits": 8, "cifar100": 32, "mini_imagenet": 32}
 LARGEST_DEFAULT_SIZE = 64
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 CHUNK = 512
 # Below this Pillow spends its time holding the interpreter lock, and threads only slow it down.
 THREADING_PIXELS = 128 * 128
@@ -209,44 +211,56 @@ def _check_partitions(partitions: Mapping[str, np.ndarray], count: int) -> None:
 # --- decoding and its cache -----------------------------------------------------------------------
 
 
-def _open(item: Item) -> Image.Image:
-    """Decode one image as mode L or RGB, as a user's is read."""
+@contextmanager
+def _opened(item: Item) -> Iterator[Image.Image]:
+    """One image, not decoded yet."""
     from PIL import Image
-
-    from tina.images import flatten
 
     try:
         if isinstance(item.content, np.ndarray):
-            return Image.fromarray(item.content)
-        file = io.BytesIO(item.content) if isinstance(item.content, bytes) else item.content
-        with Image.open(file) as image:
-            return flatten(image)
+            yield Image.fromarray(item.content)
+        else:
+            file = io.BytesIO(item.content) if isinstance(item.content, bytes) else item.content
+            with Image.open(file) as image:
+                yield image
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise DataError(f"corrupt image {item.where}: {one_line(error)}") from error
 
 
-def _pixels(item: Item, *, size: int) -> np.ndarray:
-    """uint8 (1 or 3, size, size): the centre square as `images.square` has it, made small."""
-    from PIL import Image
+def _side(item: Item) -> int:
+    """Pixels of the shorter side."""
+    with _opened(item) as image:
+        return min(image.size)
 
-    image = _open(item)
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.crop((left, top, left + side, top + side))  # what is outside must not blur in
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+def _pixels(item: Item, *, size: int) -> np.ndarray:
+    """uint8 (1 or 3, size, size): the centre square as `images.square` has it, made small.
+
+    It is L or RGB, as a user's picture is read.
+    """
+    from PIL.Image import Resampling
+
+    from tina.images import flatten
+
+    with _opened(item) as opened:
+        image = flatten(opened)
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.crop((left, top, left + side, top + side))  # what is outside must not blur in
+        image = image.resize((size, size), Resampling.BILINEAR)
+        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
 def _decode_all(listing: Listing, size: int | None, largest: int) -> _Decoded:
     """Decode a source; gray only if all of its images are."""
     from tqdm import tqdm
 
-    first = next(listing.items, None)
-    if first is None:
+    first = list(itertools.islice(listing.items, CHUNK))
+    if not first:
         raise DataError("the data set holds no images")
-    side = _open(first).size
-    size = size or min(largest, *side)
-    items = itertools.chain([first], listing.items)
+    side = median_low(map(_side, first))  # one thumbnail must not make all images as small
+    size = size or min(largest, side)
+    items = itertools.chain(first, listing.items)
     images = np.empty((listing.count, 3, size, size), dtype=np.uint8)
     labels: list[int] = []
     test: list[bool] = []
@@ -256,7 +270,7 @@ def _decode_all(listing: Listing, size: int | None, largest: int) -> _Decoded:
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=listing.count, unit="image", desc="decoding", delay=2, disable=None) as bar,
     ):
-        spread = pool.map if side[0] * side[1] > THREADING_PIXELS else map
+        spread = pool.map if side**2 > THREADING_PIXELS else map
         while chunk := list(itertools.islice(items, CHUNK)):
             for item, pixels in zip(chunk, spread(decode, chunk), strict=True):
                 images[len(labels)] = pixels

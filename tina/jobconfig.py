@@ -26,8 +26,9 @@ class DataConfig:
         name: digits, cifar100, caltech101, mini_imagenet, parquet (any Hugging Face image parquet
             folder) or folder (one sub-folder per class); some joined by "+" are one data set.
         root: Folder (path or URI) of the data set; default: TINA_DATA, then the user cache.
-        image_size: Side in pixels that images are resized to once; default: the data set's own, of
-            photographs at most 64, or 224 before a trunk that was trained at that.
+        image_size: Side in pixels that images are resized to once; default: the data set's own
+            (the median of the first 512), of photographs at most 64, or 224 before a trunk that was
+            trained at that.
         report_fraction: Share of images kept for the report where a data set has no test split.
         select_fraction: Share of the training images kept for choosing checkpoints and settings.
         mirror: Train on each image's mirror image too, where left and right mean nothing.
