@@ -20,23 +20,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import append, as_command, checkpoint_folder, load, shown
+from benchmarks.record import append, as_command, load, packaged
 from tina.calibration import Answers, answer, brier, calibrate
-from tina.checkpoint import load_generator
-from tina.configio import parse_config
 from tina.generator import Generator
 from tina.inputs import InputStore
-from tina.jobconfig import JobConfig
 from tina.metrics import Score, calibration_error
 from tina.run import Run
 
 TASKS, NEW = 100, (0, 1, 2, 5, 10)
 CROSSED = (1, 2, 5)  # a half may have no more than ten
-PRESETS = Path(__file__).parents[1] / "configs"
 
 
 def figures(answers: Sequence[Answers]) -> dict[str, float]:
@@ -72,10 +67,7 @@ def main() -> None:
     parser.add_argument("presets", nargs="+", help="names of files in configs/")
     for name in parser.parse_args().presets:
         before = load()
-        words = ["--config", str(PRESETS / f"{name}.yaml"), "--storage", "/nowhere"]
-        run = Run(parse_config(JobConfig, words))
-        generator = load_generator(checkpoint_folder(f"tina-{name.replace('_', '-')}"))
-        store = shown(generator, run.dataset)
+        run, generator, store = packaged(name)
         fitted = calibrate(generator, run.dataset, store, run.space).config.prompt
         preset = generator.config.prompt
         prompts = {

@@ -104,7 +104,7 @@ def answers(
             ("tina", embeddings, None),
             ("untrained", embeddings, nothing),
             ("tina_shuffled_prompt", shuffled, None),
-            ("tina_five_images", as_prompts(generator, dataset.views, examples), None),
+            ("tina_five_images", as_prompts(generator, dataset.views, store, examples), None),
         )
     }
     for row in ("tina", "untrained"):

@@ -1,12 +1,13 @@
 """What do a few pictures beside the words bring for classes that nothing was trained on?
 
-    python -m benchmarks.examples runs/cifar100_cnn5k     # appends a row to results/examples.jsonl
+    python -m benchmarks.examples cifar100_cnn5k     # appends a row to results/examples.jsonl
 
-Sets of ten classes, of which one, two, five or all were kept out of all training. With every class
-come one, five or ten pictures, `select` images that no classifier is judged on. Accuracy on the
-other `select` images, and its difference to the generator's without examples, with standard errors
-that draw sets and images anew. The prior's settings (`tina.examples`) were chosen on such images
-of this data set. Nothing here reads `report` images.
+For presets whose generators come with the package. Sets of ten classes, of which one, two, five or
+all were kept out of all training. With every class come one, five or ten pictures, `select` images
+that no classifier is judged on. Accuracy on the other `select` images, and its difference to the
+generator's without examples, with standard errors that draw sets and images anew. The prior's
+settings (`tina.examples`) were chosen on such images of CIFAR-100. Nothing here reads `report`
+images.
 
 tina                  by the names alone
 tina_images           pictures in the names' place
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.objectives import against, by_set, measure, prompted
 from benchmarks.prompts import for_prompts, unseen
-from benchmarks.record import append, as_command, load
+from benchmarks.record import append, as_command, load, packaged
 from tina.controls import nothing
 from tina.examples import features, learn_from
 from tina.finetune import Lesson
@@ -69,10 +69,20 @@ def places_shown(run: Run, sets: Sequence[Sequence[int]], shots: int) -> list[li
     return found
 
 
-def as_prompts(generator: Generator, images: Views, places: Sequence[Sequence[Tensor]]) -> Tensor:
+def as_prompts(
+    generator: Generator, images: Views, store: InputStore, places: Sequence[Sequence[Tensor]]
+) -> Tensor:
     """Embeddings (B, K, E) of the pictures of each class of each set."""
-    each = [torch.stack([generator.embed_shots(images[p]) for p in few]) for few in places]
-    return torch.stack(each)
+
+    def embedding(few: Tensor) -> Tensor:
+        # where there is no tower, what it would see is in the store
+        return (
+            generator.embed_shots(images[few])
+            if generator.tower
+            else generator.embed_seen(store[few])
+        )
+
+    return torch.stack([torch.stack([embedding(few) for few in each]) for each in places])
 
 
 def learnt(
@@ -96,7 +106,7 @@ def centroids(generator: Generator, inputs: Sequence[Tensor]) -> Tensor:
     return generator.theta(body, rows)
 
 
-def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
+def compare(run: Run, generator: Generator, store: InputStore, new: int) -> dict[str, object]:
     """Accuracies with so many new classes."""
     sets = draw(generator, run.dataset.num_classes, new)
     lessons = [unseen(run, Lesson.of(run.dataset, s, seed=0, partition="select")) for s in sets]
@@ -107,7 +117,7 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
     }
 
     def score(thetas: Sequence[Tensor]) -> list[Array]:
-        return measure(generator, run.store, lessons, thetas)
+        return measure(generator, store, lessons, thetas)
 
     scores = {row: score(thetas) for row, thetas in plain.items()}
 
@@ -122,18 +132,18 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
     rows: dict[str, object] = {row: tell(found) for row, found in scores.items()}
     for shots in SHOTS:
         places = places_shown(run, sets, shots)
-        prompts = as_prompts(generator, run.dataset.views, places)
+        prompts = as_prompts(generator, run.dataset.views, store, places)
         found = {"tina_images": prompted(generator, prompts, mask)}
         for row, thetas in plain.items():
             begin = time.perf_counter()
-            found[f"{row}_examples"] = learnt(generator, thetas, names, run.store, places)
+            found[f"{row}_examples"] = learnt(generator, thetas, names, store, places)
             if row == "tina":
                 took = time.perf_counter() - begin
         if new > 1:  # one class alone is told from nothing
             of_new = [few[:new] + [None] * (len(few) - new) for few in places]
-            new_ones = learnt(generator, plain["tina"], names, run.store, of_new)
+            new_ones = learnt(generator, plain["tina"], names, store, of_new)
             found["tina_examples_of_new"] = new_ones
-        found["centroids"] = [centroids(generator, [run.store[p] for p in few]) for few in places]
+        found["centroids"] = [centroids(generator, [store[p] for p in few]) for few in places]
         rows[f"{shots}_of_each"] = {row: tell(score(thetas)) for row, thetas in found.items()} | {
             "ms_to_learn": round(1000 * took / SETS, 1)
         }
@@ -141,20 +151,19 @@ def compare(run: Run, generator: Generator, new: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure and append."""
+    """Measure and append, one preset after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run that kept classes out")
-    args = parser.parse_args()
-    before = load()
-    run = Run.open(args.run)
-    generator = run.trained_generator()
-    figures: dict[str, object] = {
-        "dataset": generator.dataset,
-        "family": generator.family.name,
-        "sets": SETS,
-        "new_of_ten": {str(new): compare(run, generator, new) for new in NEW},
-    }
-    append("examples", figures, load_before=before)
+    parser.add_argument("presets", nargs="+", help="names of files in configs/")
+    for name in parser.parse_args().presets:
+        before = load()
+        run, generator, store = packaged(name)
+        figures: dict[str, object] = {
+            "dataset": generator.dataset,
+            "family": generator.family.name,
+            "sets": SETS,
+            "new_of_ten": {str(new): compare(run, generator, store, new) for new in NEW},
+        }
+        append("examples", figures, load_before=before)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
+from tina.checkpoint import load_generator
+from tina.configio import parse_config
 from tina.datasets import Dataset
 from tina.errors import TinaError
 from tina.generator import Generator
 from tina.inputs import InputStore, features_name
+from tina.jobconfig import JobConfig
 from tina.packaged import PRETRAINED, pretrained
 from tina.provenance import commit, hardware
+from tina.run import Run
 from tina.storage import user_cache
 
 RESULTS = Path(__file__).parent / "results"
+PRESETS = Path(__file__).parents[1] / "configs"
 
 
 def as_command(main: Callable[[], None]) -> None:
@@ -52,6 +57,14 @@ def shown(generator: Generator, dataset: Dataset) -> InputStore:
     name = features_name(generator.family, dataset, generator.config.prompt)
     file = user_cache() / "features" / name
     return InputStore(generator.family, dataset.views, features=file)
+
+
+def packaged(preset: str) -> tuple[Run, Generator, InputStore]:
+    """The data and tasks of a preset, its generator that comes with the package, and its images."""
+    words = ["--config", str(PRESETS / f"{preset}.yaml"), "--storage", "/nowhere"]
+    run = Run(parse_config(JobConfig, words))
+    generator = load_generator(checkpoint_folder(f"tina-{preset.replace('_', '-')}"))
+    return run, generator, shown(generator, run.dataset)
 
 
 def each_checkpoint(name: str, about: str, compare: Callable[[str], dict[str, object]]) -> None:

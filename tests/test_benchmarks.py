@@ -436,7 +436,7 @@ def test_examples_are_never_judged_and_centroids_are_the_nearest(
         monkeypatch.setattr(examples, name, value)
     monkeypatch.setattr(prompts, "SHOWN", 3)
     generator = kept_out(tiny_generator, ["seven", "eight", "nine"])
-    found = examples.compare(tiny_run, generator, 2)
+    found = examples.compare(tiny_run, generator, tiny_run.store, 2)
     by_hand: dict[str, list[float]] = {"tina_examples": [], "tina_examples_of_new": []}
     sets, views = examples.draw(generator, 10, 2), tiny_run.dataset.views
     for classes, shown in zip(sets, examples.places_shown(tiny_run, sets, 2), strict=True):

@@ -54,16 +54,17 @@ def test_a_posterior_is_bayes_rule_picture_after_picture(with_tower):
     posterior = torch.full((10,), 0.1)
     for likelihood in (features @ weight.T + bias.T).softmax(1):
         posterior = posterior * likelihood / (posterior * likelihood).sum()
-    torch.testing.assert_close(tower.posterior(images()), posterior)
-    torch.testing.assert_close(tower.posterior(images().flip(0)), posterior)
+    torch.testing.assert_close(tower.posterior(tower.see(images())), posterior)
+    torch.testing.assert_close(tower.posterior(tower.see(images().flip(0))), posterior)
     pixels = (255 * images()).round().byte()
-    torch.testing.assert_close(tower.posterior(pixels), tower.posterior(pixels / 255))
+    torch.testing.assert_close(tower.see(pixels), tower.see(pixels / 255))
 
 
 def test_pictures_are_named_by_the_tower_and_without_one_by_the_generic_model(
     with_tower, tiny_generator
 ):
-    mean = with_tower.tower.posterior(images()) @ with_tower.vocabulary.embeddings
+    tower = with_tower.tower
+    mean = tower.posterior(tower.see(images())) @ with_tower.vocabulary.embeddings
     torch.testing.assert_close(with_tower.embed_shots(images()), mean / mean.norm())
     (by_pipeline,) = TinaPipeline(with_tower, checkpoint="x").embed_images([images()])
     torch.testing.assert_close(by_pipeline, mean / mean.norm())
@@ -71,6 +72,10 @@ def test_pictures_are_named_by_the_tower_and_without_one_by_the_generic_model(
     again = replace(with_tower, tower=itself).embed_shots(images())
     assert torch.equal(again, tiny_generator.embed_shots(images()))
     assert not torch.allclose(again, mean / mean.norm(), atol=1e-3)
+    # and so it does of what it has seen before
+    for generator in (with_tower, tiny_generator):
+        seen = generator.judge.see(images())
+        assert torch.equal(generator.embed_seen(seen), generator.embed_shots(images()))
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -82,7 +87,7 @@ def test_a_checkpoint_keeps_its_tower(with_tower, tmp_path, small):
         wanted = value.half().to(value.dtype) if small and value.is_floating_point() else value
         assert torch.equal(again.tower.tensors()[name], wanted), name
     tolerance = 0.05 if small else 0
-    expected, found = (g.tower.posterior(images()) for g in (with_tower, again))
+    expected, found = (g.tower.posterior(g.tower.see(images())) for g in (with_tower, again))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     # read and written, it is the same file
     save_generator(again, tmp_path / "y", card="card", small=small)
@@ -160,4 +165,5 @@ def test_a_trained_run_may_be_given_a_tower(tiny_run, tiny_generator, tmp_path):
     save_generic(run.tower_file, tower.generic, tower.family, run.dataset)
     found = run.trained_generator()
     assert found.config.prompt == prompt
-    torch.testing.assert_close(found.tower.posterior(images()), tower.posterior(images()))
+    seen = tower.see(images())
+    torch.testing.assert_close(found.tower.posterior(seen), tower.posterior(seen))

@@ -251,6 +251,12 @@ class Generator:
         """Flat theta (n,) of one classifier from its body (n_body,) and its K rows (K, R)."""
         return self.family.layout(len(rows)).join(body, rows)
 
+    @property
+    def judge(self) -> Tower:
+        """What says what a prompt's pictures show: the image tower, or else the generic model."""
+        known = replace(self.generic, rows=self.rows)
+        return self.tower or Tower(family=self.family, generic=known)
+
     def embed_shots(self, images: Tensor) -> Tensor:
         """Prompt embedding (E,) of a class from its pictures; the stand-in for CLIP's image tower.
 
@@ -259,9 +265,11 @@ class Generator:
         Args:
             images: (N, C, H, W) of any size, uint8 or float in [0, 1].
         """
-        known = replace(self.generic, rows=self.rows)
-        tower = self.tower or Tower(family=self.family, generic=known)
-        posterior = tower.posterior(images)
+        return self.embed_seen(self.judge.see(images))
+
+    def embed_seen(self, inputs: Tensor) -> Tensor:
+        """The same of pictures (N, ...) as the judge sees them."""
+        posterior = self.judge.posterior(inputs)
         # a tower's are the data set's alone, which are the first
         names = self.vocabulary.embeddings[self.vocabulary.trained][: len(posterior)]
         return torch.nn.functional.normalize(posterior @ names, dim=0)

@@ -26,17 +26,20 @@ class Tower:
     family: Family
     generic: GenericModel
 
-    def posterior(self, images: Tensor) -> Tensor:
+    def see(self, images: Tensor) -> Tensor:
+        """What `posterior` takes, of images (N, C, H, W) of any size, uint8 or float in [0, 1]."""
+        return self.family.embed(self.family.look_at(images))
+
+    def posterior(self, inputs: Tensor) -> Tensor:
         """How probable each trained class (V,) is, as all the pictures show one and the same.
 
         By Bayes' rule: every class as probable before the first, pictures independent.
 
         Args:
-            images: (N, C, H, W) of any size, uint8 or float in [0, 1].
+            inputs: (N, ...), as `see` returned them.
         """
         body, rows = self.generic.body, self.generic.rows
         theta = self.family.layout(len(rows)).join(body, rows)
-        inputs = self.family.embed(self.family.look_at(images))
         return self.family.logits(theta, inputs, num_classes=len(rows)).sum(0).softmax(0)
 
     def tensors(self) -> dict[str, Tensor]:
