@@ -160,7 +160,7 @@ def examples(*commits: str) -> str:
     header = ["generator", "new of ten", "names", "five pictures in their place"]
     header += ["nearest mean of five pictures", "names and one picture", "names and five"]
     header += ["names and five, of new classes only", "ms to learn"]
-    return _table(header, rows, words=2) + "\n" + _said("examples RUN", found)
+    return _table(header, rows, words=2) + "\n" + _said("examples PRESET", found)
 
 
 ASKED = {
@@ -171,9 +171,9 @@ ASKED = {
 }
 
 
-def texts(commit: str) -> str:
+def texts(*commits: str) -> str:
     """What a generator makes of texts that it does not know, placed among its words by MiniLM."""
-    found = _rows("texts", [commit])
+    found = _rows("texts", commits)
     rows = []
     for row in found:
         groups = [row["ten_known"], *row["new_of_ten"].values()]
@@ -189,9 +189,9 @@ def texts(commit: str) -> str:
 WAYS = ("word", "one", "two", "all", "averaged")
 
 
-def groups(commit: str) -> str:
+def groups(*commits: str) -> str:
     """Classes that are groups of others, by how they are asked for."""
-    found = _rows("groups", [commit])
+    found = _rows("groups", commits)
     rows = []
     for row in found:
         ways = row["ways"]
@@ -307,15 +307,15 @@ def calibration() -> str:
 
 HOW = {
     "none": "none",
-    "preset": "by hand",
+    "preset": "as packaged",
     "fitted": "fitted",
     "crossed": "fitted to others",
 }
 
 
-def fitted(commit: str) -> str:
+def fitted(*commits: str) -> str:
     """What fitting favour and doubt brings, and what choosing them by hand had brought."""
-    found = _rows("calibration", [commit])
+    found = _rows("calibration", commits)
     rows = []
     for row in found:
         for key, said in HOW.items():

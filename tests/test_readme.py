@@ -239,10 +239,10 @@ def test_pictures_and_links_exist(file: str) -> None:
             assert heading in [re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in heads]
 
 
-def rows_of(benchmark: str, commit: str) -> list[dict[str, Any]]:
+def rows_of(benchmark: str, *commits: str) -> list[dict[str, Any]]:
     file = ROOT / "benchmarks" / "results" / f"{benchmark}.jsonl"
     rows = map(json.loads, file.read_text().splitlines())
-    return [row for row in rows if row["commit"] == commit]
+    return [row for row in rows if row["commit"] in commits]
 
 
 def row_of(benchmark: str, commit: str) -> dict[str, Any]:
