@@ -13,7 +13,7 @@ from tina.finetune import Lesson, finetune, initial_theta
 from tina.generic import train_generic
 from tina.inputs import InputStore
 from tina.jobconfig import DataConfig
-from tina.views import Views
+from tina.views import SMALL, Views
 
 IMAGES = torch.randint(256, (3, 2, 5, 6), dtype=torch.uint8, generator=torch.manual_seed(0))
 
@@ -65,6 +65,14 @@ def test_places_may_have_any_shape_and_batches_suit_convolutions():
     before = IMAGES.clone()
     flat.zero_()
     assert torch.equal(IMAGES, before)
+
+
+@pytest.mark.parametrize("side", [SMALL, SMALL + 1])
+def test_large_images_are_not_copied_as_a_whole(side):
+    images = torch.arange(3 * side * side).remainder(251).byte().view(1, 3, side, side)
+    views = Views(images=images, mirror=True)
+    assert torch.equal(views[torch.arange(2)], torch.cat([images, images.flip(-1)]))
+    assert (views._windows.data_ptr() == images.data_ptr()) == (side > SMALL)
 
 
 def test_training_gets_every_view_and_nothing_else_does():

@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SMALL = 64
+"""Pixels of a side up to which images are copied in another layout. Larger ones are for trunks that
+were trained elsewhere, see them once and have that layout themselves."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Views:
@@ -71,6 +75,7 @@ class Views:
             edges = ((0, 0), (0, 0), (s, s), (s, s))
             padded = np.pad(self.images.cpu().numpy(), edges, mode="reflect")
             table = torch.from_numpy(padded).to(self.images.device)
-        # batches inherit the layout, and convolutions on CPU are up to twice as fast so
-        table = table.contiguous(memory_format=torch.channels_last)
+        if max(height, width) <= SMALL:
+            # batches inherit the layout, and convolutions on CPU are up to twice as fast so
+            table = table.contiguous(memory_format=torch.channels_last)
         return table.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
