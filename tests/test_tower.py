@@ -47,17 +47,32 @@ def images(count=3, seed=1):
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_posterior_is_bayes_rule_picture_after_picture(with_tower):
+def test_a_posterior_is_what_pictures_say_in_the_geometric_mean(with_tower):
     tower = with_tower.tower
-    features = tower.family.embed(images())
+    seen = tower.see(images())
     weight, bias = tower.generic.rows.split([64, 1], 1)
-    posterior = torch.full((10,), 0.1)
-    for likelihood in (features @ weight.T + bias.T).softmax(1):
-        posterior = posterior * likelihood / (posterior * likelihood).sum()
-    torch.testing.assert_close(tower.posterior(tower.see(images())), posterior)
-    torch.testing.assert_close(tower.posterior(tower.see(images().flip(0))), posterior)
+    alone = (seen @ weight.T + bias.T).softmax(1)
+    torch.testing.assert_close(tower.posterior(seen[:1]), alone[0])  # Bayes' rule
+    posterior = alone.log().mean(0).exp()
+    posterior /= posterior.sum()
+    torch.testing.assert_close(tower.posterior(seen), posterior)
+    torch.testing.assert_close(tower.posterior(seen.flip(0)), posterior)
+    torch.testing.assert_close(tower.posterior(seen.repeat(4, 1)), posterior)  # it is no surer
     pixels = (255 * images()).round().byte()
     torch.testing.assert_close(tower.see(pixels), tower.see(pixels / 255))
+
+
+@pytest.mark.parametrize("lent", [1, 5, 8])
+def test_lent_classes_are_together_as_probable_as_own_ones(with_tower, lent):
+    own, seen = 10 - lent, with_tower.tower.see(images())
+    plain = with_tower.tower.posterior(seen)
+    found = replace(with_tower.tower, lent=lent).posterior(seen)
+    # within either kind nothing changes
+    for part in (slice(own), slice(own, 10)):
+        torch.testing.assert_close(found[part] / found[part].sum(), plain[part] / plain[part].sum())
+    # by Bayes' rule, of which it is the prior
+    odds = (found[own:].sum() / found[:own].sum()) / (plain[own:].sum() / plain[:own].sum())
+    assert odds.item() == pytest.approx(own / lent, rel=1e-4)
 
 
 def test_pictures_are_named_by_the_tower_and_without_one_by_the_generic_model(

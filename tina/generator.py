@@ -254,8 +254,8 @@ class Generator:
     @property
     def judge(self) -> Tower:
         """What says what a prompt's pictures show: the image tower, or else the generic model."""
-        known = replace(self.generic, rows=self.rows)
-        return self.tower or Tower(family=self.family, generic=known)
+        known, lent = replace(self.generic, rows=self.rows), len(self.vocabulary.lent)
+        return self.tower or Tower(family=self.family, generic=known, lent=lent)
 
     def embed_shots(self, images: Tensor) -> Tensor:
         """Prompt embedding (E,) of a class from its pictures; the stand-in for CLIP's image tower.

@@ -8,6 +8,7 @@ Axes: N images, C channels, H W sides in pixels, V trained classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,10 +22,15 @@ from tina.rounding import in_full
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A classifier of the trained classes, and how it takes images."""
+    """A classifier of the trained classes, and how it takes images.
+
+    Args:
+        lent: How many of them, the last ones, are not the data set's own.
+    """
 
     family: Family
     generic: GenericModel
+    lent: int = 0
 
     def see(self, images: Tensor) -> Tensor:
         """What `posterior` takes, of images (N, C, H, W) of any size, uint8 or float in [0, 1]."""
@@ -33,14 +39,20 @@ class Tower:
     def posterior(self, inputs: Tensor) -> Tensor:
         """How probable each trained class (V,) is, as all the pictures show one and the same.
 
-        By Bayes' rule: every class as probable before the first, pictures independent.
+        The geometric mean of what each picture says alone: pictures of one class are mistaken
+        alike, and their product is too sure of it. Own classes together are as probable before the
+        first picture as lent ones, or many of these would stand against each of the few.
 
         Args:
             inputs: (N, ...), as `see` returned them.
         """
         body, rows = self.generic.body, self.generic.rows
         theta = self.family.layout(len(rows)).join(body, rows)
-        return self.family.logits(theta, inputs, num_classes=len(rows)).sum(0).softmax(0)
+        evidence = self.family.logits(theta, inputs, num_classes=len(rows)).mean(0)
+        if self.lent:
+            own = len(rows) - self.lent
+            evidence[own:] -= math.log(self.lent / own)
+        return evidence.softmax(0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `tower_of` takes."""
