@@ -42,11 +42,10 @@ def ensure_generic(run: Run) -> None:
     """Train the generic model, and the image tower where prompts have one, unless they are there.
 
     Raises:
-        ConfigError, DataError, PromptError: The configured prompts or tasks cannot be had, which
-            would be known too late; or what the run has was trained on other images.
+        ConfigError, DataError, PromptError: The configured prompts cannot be had, which would be
+            known too late; or what the run has was trained on other images.
     """
     run.check_data()
-    assert run.space
     if not run.generic_file.exists():
         run.check_prompts()
         _train(run, run.generic_file, run.family, run.config.classifier.generic, "generic model")

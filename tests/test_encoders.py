@@ -399,7 +399,7 @@ def test_sentence_encoder_refuses_what_it_would_not_read_to_the_end(sentence):
     longest = "otter " * 254  # beside the marks of beginning and end
     assert_unit(sentence.encode_text([longest, "x"]))
     for encode in (sentence.encode_text, lambda texts: [*sentence.encode_many(texts)]):
-        with pytest.raises(PromptError, match=r"^'otter .*\[...\]' is too long: MiniLM reads 256 "):
+        with pytest.raises(PromptError, match=r"^'otter .*'\.\.\. is too long: MiniLM reads 256 "):
             encode(["x", longest + "otter"])
 
 

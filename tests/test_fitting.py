@@ -102,7 +102,7 @@ def test_superclasses_are_heeded(monkeypatch):
     config = TaskConfig(min_classes=2, max_classes=2, train=20, val=4, held_out=10)
     message, flags = refused(found, config)
     assert "10 held_out tasks of the axis shifted_combination" in message
-    assert not flags or task_space(found, mended(flags, config))
+    assert flags == ""  # smaller tasks have no more of these, and fewer were not tried
 
 
 @pytest.mark.parametrize("classes", [2, 6])

@@ -58,6 +58,15 @@ def test_the_order_of_classes_is_random():
     assert abs(rising - 1000) < 4 * 500**0.5
 
 
+def test_where_near_sets_are_held_out_others_are_drawn():
+    space, rng = digits(held_out=9, val=1, train=1), np.random.default_rng(0)
+    near = [dataclasses.replace(t, class_ids=(i, i + 1)) for i, t in enumerate(space.held_out[NEW])]
+    space = dataclasses.replace(space, held_out={NEW: tuple(near)})
+    for _ in range(20):
+        one, other = draw_near(rng, space, 1000 * NEARNESS * LINE[:10, :10], num_classes=2)
+        assert abs(one - other) > 1
+
+
 def test_no_set_left_is_an_error_not_a_hang(monkeypatch):
     monkeypatch.setattr("tina.neighbours.MAX_REJECTS", 200)
     space = digits(max_classes=2, held_out=40, val=4, train=1)

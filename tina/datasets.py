@@ -261,6 +261,7 @@ def _decode_all(listing: Listing, size: int | None, largest: int) -> _Decoded:
     side = median_low(map(_side, first))  # one thumbnail must not make all images as small
     size = size or min(largest, side)
     items = itertools.chain(first, listing.items)
+    del first  # of photographs a gigabyte, with the chunk that is being decoded
     images = np.empty((listing.count, 3, size, size), dtype=np.uint8)
     labels: list[int] = []
     test: list[bool] = []

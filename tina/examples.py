@@ -15,6 +15,7 @@ V trained classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from tina.errors import NonFiniteError
@@ -99,8 +101,15 @@ def posterior_mode(
         return float(value), ((scale * slope) @ root).ravel() + prior * z
 
     start = np.zeros(before.size)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=CLOSE)
+    with _blas().limit(limits=1, user_api="blas"):
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=CLOSE)
     return torch.from_numpy(moved(found.x)).to(rows.dtype)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """What sets the threads of numpy's products; for small ones they wait on each other."""
+    return ThreadpoolController()
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ def task_space(dataset: Dataset, config: TaskConfig) -> TaskSpace:
         return build(config)
     except ConfigError as error:
         for smaller in _smaller(config, dataset.num_classes):
+            if smaller == config:  # to find out again takes seconds
+                continue
             try:
                 build(smaller)
             except ConfigError:
@@ -62,7 +64,7 @@ def _smaller(config: TaskConfig, classes: int) -> Iterator[TaskConfig]:
             yield _with_unseen(config, seen, excluded)
     sets = config.sets(seen)
     few = {"held_out": sets // 4, "val": sets // 8, "train": sets // 2}
-    if few["held_out"] >= FEWEST:
+    if few["held_out"] >= min(FEWEST, config.held_out):
         fewer = {key: min(count, getattr(config, key)) for key, count in few.items()}
         yield _with_unseen(replace(config, **fewer), seen, excluded)
 

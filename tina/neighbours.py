@@ -28,11 +28,13 @@ def draw_near(
         ConfigError: Very many draws in a row were held out or of few superclasses.
     """
     seen = np.array(space.seen)
-    for _ in range(MAX_REJECTS):
+    for rejects in range(MAX_REJECTS):
+        # where all near sets of few classes are held out, nearness counts less, down to chance
+        width = NEARNESS * 2.0 ** min(max(0, rejects // 10 - 10), 30)
         task = [int(rng.choice(seen))]
         while len(task) < num_classes:
             left = seen[~np.isin(seen, task)]
-            nearness = cosines[left][:, task].mean(1) / NEARNESS
+            nearness = cosines[left][:, task].mean(1) / width
             odds = np.exp(nearness - nearness.max())
             task.append(int(rng.choice(left, p=odds / odds.sum())))
         found = tuple(rng.permutation(task).tolist())

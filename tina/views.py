@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 SMALL = 64
-"""Pixels of a side up to which images are copied in another layout. Larger ones are for trunks that
-were trained elsewhere, see them once and have that layout themselves."""
+"""Pixels of a side up to which all images are copied into the layout of convolutions, once. Of
+larger ones that would be gigabytes; there each batch is, by the first convolution."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
