@@ -104,9 +104,11 @@ def answers(
             ("tina", embeddings, None),
             ("untrained", embeddings, nothing),
             ("tina_shuffled_prompt", shuffled, None),
-            ("tina_five_images", as_prompts(generator, dataset.views, store, examples), None),
         )
     }
+    seen = as_prompts(generator, dataset.views, store, examples)
+    taken = prompted(generator, seen, mask)
+    thetas["tina_five_images"] = learnt(generator, taken, seen, store, examples)
     for row in ("tina", "untrained"):
         thetas[f"{row}_five_examples"] = learnt(generator, thetas[row], embeddings, store, examples)
     return {row: measure(generator, store, lessons, each) for row, each in thetas.items()}

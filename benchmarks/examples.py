@@ -133,7 +133,8 @@ def compare(run: Run, generator: Generator, store: InputStore, new: int) -> dict
     for shots in SHOTS:
         places = places_shown(run, sets, shots)
         prompts = as_prompts(generator, run.dataset.views, store, places)
-        found = {"tina_images": prompted(generator, prompts, mask)}
+        taken = prompted(generator, prompts, mask)
+        found = {"tina_images": learnt(generator, taken, prompts, store, places)}
         for row, thetas in plain.items():
             begin = time.perf_counter()
             found[f"{row}_examples"] = learnt(generator, thetas, names, store, places)

@@ -129,10 +129,12 @@ class Replica:
         """A model for a new prompt."""
         generator, diffusion = self.pipe.generator, self.pipe.generator.config.diffusion
         names, descriptions = check_request(request, generator, most_steps=self.most_steps)
-        embeddings = ""
+        embeddings, examples = "", list[Tensor | None]()
         if request.images is not None:
-            embeddings = pack_rows(await self._embed(request.images))
-        examples = [] if request.examples is None else await self._shots(request.examples)
+            seen, examples = await self._see(request.images)
+            embeddings = pack_rows(seen)
+        if request.examples is not None:
+            examples = await self._shots(request.examples)
         recipe = Recipe(
             checkpoint=self.pipe.checkpoint,
             classes=names,
@@ -157,7 +159,7 @@ class Replica:
             recipe = replace(recipe, shift=await _run(self._torch, learn))
             model, anew = shifted(model, recipe.shift), True
         made = await self._made(recipe, model, format, anew=anew)
-        if examples and not recipe.shift:
+        if request.examples and not recipe.shift:
             made = replace(made, warnings=(*made.warnings, NEEDLESS))
         return made
 
@@ -349,19 +351,20 @@ class Replica:
         look_at = self.pipe.generator.family.look_at
         return torch.cat(await self._pictures(files, field, look_at))
 
-    async def _embed(self, images: Sequence[Sequence[bytes]]) -> Tensor:
-        """Embeddings (K, E) of pictures per class; of all requests few classes are in memory."""
+    async def _see(self, images: Sequence[Sequence[bytes]]) -> tuple[Tensor, list[Tensor | None]]:
+        """Embeddings (K, E) of pictures per class, and what rows may learn from (N, ...) each.
 
-        def embed(shots: Sequence[Tensor]) -> Tensor:
-            return self.pipe.embed_images([shots])
-
+        Of all requests few classes are in memory.
+        """
         await self._refuse_large([file for files in images for file in files], "images")
-        rows = []
+        rows, inputs = list[Tensor](), list[Tensor | None]()
         for i, files in enumerate(images):
             async with self._in_hand:
                 shots = await self._pictures(files, f"images[{i}]", shrink)
-                rows.append(await _run(self._torch, partial(embed, shots)))
-        return torch.cat(rows)
+                row, _, own = await _run(self._torch, partial(self.pipe.see, shots))
+            rows.append(row)
+            inputs.append(own)
+        return torch.stack(rows), inputs
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:

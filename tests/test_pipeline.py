@@ -27,6 +27,7 @@ from tina.errors import (
     PromptError,
     UnfamiliarWarning,
 )
+from tina.examples import learn_from
 from tina.files import hash_file
 from tina.generator import new_denoiser
 from tina.images import resize
@@ -459,19 +460,32 @@ def test_pictures_lie_near_their_names(pipe, pictures):
 
 
 def test_pictures_are_the_names_by_their_posterior(pipe, pictures):
-    """Bayes' rule, picture after picture, from a uniform prior."""
+    """The geometric mean of Bayes' rule from a uniform prior, for each picture."""
     generator = pipe.generator
     shown = pictures(3)[:4]
     inputs = generator.family.embed(shown)
     likelihoods = generator.logits(generator.generic.body, generator.generic.rows, inputs)
-    posterior = torch.full((10,), 0.1)
-    for likelihood in likelihoods.softmax(1):
-        posterior = posterior * likelihood / (posterior * likelihood).sum()
+    posterior = likelihoods.softmax(1).log().mean(0).softmax(0)
     mean = sum(p * e for p, e in zip(posterior, generator.vocabulary.embeddings, strict=True))
     close(generator.embed_shots(shown), mean / mean.norm())
-    # a crowd of one class's pictures leaves no doubt
-    many = pictures(3).repeat(50, 1, 1, 1)
-    close(generator.embed_shots(many), generator.vocabulary.embeddings[3])
+    close(generator.embed_shots(shown.repeat(50, 1, 1, 1)), mean / mean.norm())
+
+
+def test_rows_of_pictures_learn_from_them_as_far_as_they_are_new(pipe, pictures):
+    generator, shown = pipe.generator, [pictures(3)[:4], pictures(8)[:2]]
+    embeddings = pipe.embed_images(shown)
+    asked = generator.vocabulary.asked(embeddings)
+    (plain,) = pipe.generate([asked], [("mine", "yours")], seeds=[0])
+    found = pipe(["mine", "yours"], images=shown)
+    assert found.familiarity == plain.familiarity
+    inputs = [generator.family.embed(few) for few in shown]
+    close(found.theta, learn_from(generator, plain.theta, asked.familiarity, inputs))
+    assert not torch.allclose(found.theta, plain.theta, atol=1e-3)
+    logits = found.classifier(torch.cat(shown))
+    labels = torch.tensor([0] * 4 + [1] * 2)
+    assert F.cross_entropy(logits, labels) < F.cross_entropy(
+        plain.classifier(torch.cat(shown)), labels
+    )
 
 
 def test_pictures_are_taken_for_trained_names_alone():

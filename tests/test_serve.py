@@ -322,7 +322,13 @@ def test_pictures_as_a_prompt_are_kept_as_embeddings(post, get, library):
     name = as_json.json()["id"]
     again = get(f"/v1/models/{name}?format=safetensors")
     assert again.status_code == 200
-    assert len(load(again.content)) == 4
+    # rows have learned from the pictures, as the library's do
+    opened = [[Image.open(io.BytesIO(s)) for s in of_class] for of_class in shots]
+    wanted = library(["a", "b"], images=opened).tensors
+    found = load(again.content)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -960,25 +966,25 @@ def test_a_prediction_by_a_departed_checkpoint_looks_at_no_picture(backend, monk
 def test_pictures_of_few_classes_are_in_memory_however_many_ask(backend, monkeypatch):
     replica, steps = backend.replica, []  # one up for each class whose pictures come, one down
     monkeypatch.setattr(replica, "_in_hand", asyncio.Semaphore(2))
-    pictures, embed = replica._pictures, replica.pipe.embed_images
+    pictures, see = replica._pictures, replica.pipe.see
 
     async def come(files, field, cut):
         steps.append(1)
         return await pictures(files, field, cut)
 
-    def go(images):
-        found = embed(images)
+    def go(shots):
+        found = see(shots)
         steps.append(-1)
         return found
 
     monkeypatch.setattr(replica, "_pictures", come)
-    monkeypatch.setattr(replica.pipe, "embed_images", go)
+    monkeypatch.setattr(replica.pipe, "see", go)
 
     async def ask():
-        each = [replica._embed([[picture(seed)], [picture(seed + 50)]]) for seed in range(8)]
+        each = [replica._see([[picture(seed)], [picture(seed + 50)]]) for seed in range(8)]
         return await asyncio.gather(*each)
 
-    assert [len(made) for made in asyncio.run(ask())] == [2] * 8
+    assert [(len(rows), len(inputs)) for rows, inputs in asyncio.run(ask())] == [(2, 2)] * 8
     assert max(accumulate(steps)) == 2
     assert sum(map(abs, steps)) == 32
 
@@ -1209,15 +1215,14 @@ def test_a_white_picture_is_none_too_bright(post):
 def test_many_pictures_of_which_one_is_large_take_little_memory(backend, post, model, monkeypatch):
     """Each is made small before the next is read, and none is scaled up to another's size."""
     pipe = backend.replica.pipe
-    shapes, held, embed = [], [], pipe.embed_images
+    shapes, held, see = [], [], pipe.see
 
-    def watched(images):
-        (shots,) = images
+    def watched(shots):
         shapes.append([shot.shape[-1] for shot in shots])
         held.append(max(shot.untyped_storage().nbytes() for shot in shots))
-        return embed(images)
+        return see(shots)
 
-    monkeypatch.setattr(pipe, "embed_images", watched)
+    monkeypatch.setattr(pipe, "see", watched)
     buffer = io.BytesIO()
     Image.new("L", (3000, 2000)).save(buffer, "PNG")
     shots = shown(buffer.getvalue(), *[picture()] * 3)

@@ -162,6 +162,7 @@ class TinaPipeline:
                 is then a list), or one sentence, see `tina.names.read_sentence`.
             images: For one task, in the words' place: per class a picture or a list of some, each
                 a file, Pillow's or float32 (N, C, H, W) in [0, 1]; names then only label the rows.
+                Those of new classes learn from them as from `examples`, but with CLIP's encoder.
             descriptions: For one task: per class a text that takes the place of its name, several
                 of which it is any ("maple tree", "oak tree"), or None.
             examples: For one task, beside the words: per class pictures as in `images`, or None or
@@ -197,27 +198,30 @@ class TinaPipeline:
         names = [check_prompt(task, **extras, max_classes=most) for task in tasks]  # type: ignore[arg-type]
         seeds = _seeds(seed, len(tasks))
         texts = [described(task, descriptions) for task in names]
+        shown: list[Tensor | None] = []
         if images is not None:
-            seen = [self._see(shots) for shots in images]
-            check_apart(names[0], [_contents(small) for _, small in seen], field="images")
-            asked = [self.generator.vocabulary.asked(torch.stack([e for e, _ in seen]))]
+            seen = [self.see(shots) for shots in images]
+            check_apart(names[0], [_contents(small) for _, small, _ in seen], field="images")
+            asked = [self.generator.vocabulary.asked(torch.stack([e for e, _, _ in seen]))]
+            shown = [inputs for _, _, inputs in seen]
         else:
             asked = [self.ask(task) for task in texts]
-        shown = None
         if examples is not None:
-            shown = [self._small(self._pictures(x)) if _some(x) else None for x in examples]
-            check_apart(names[0], [_contents(small) for small in shown], field="examples")
+            few = [self._small(self._pictures(x)) if _some(x) else None for x in examples]
+            check_apart(names[0], [_contents(small) for small in few], field="examples")
+            from tina.examples import teach  # with scipy, which others need not
+
+            if teach(asked[0].familiarity.tolist(), [small is not None for small in few]):
+                embed = self.generator.family.embed
+                shown = [None if small is None else embed(small) for small in few]
         models = self.generate(
             asked, names, seeds=seeds, steps=num_inference_steps, guidance=guidance_scale
         )
-        if shown is not None:
-            from tina.examples import learn_from, teach  # with scipy, which others need not
+        if shown:
+            from tina.examples import learn_from
 
-            familiarity, embed = asked[0].familiarity, self.generator.family.embed
-            if teach(familiarity.tolist(), [small is not None for small in shown]):
-                inputs = [None if small is None else embed(small) for small in shown]
-                theta = learn_from(self.generator, models[0].theta, familiarity, inputs)
-                models = [replace(models[0], theta=theta)]
+            theta = learn_from(self.generator, models[0].theta, asked[0].familiarity, shown)
+            models = [replace(models[0], theta=theta)]
         for model, own in zip(models, texts, strict=True):
             for warning in unfamiliar(model, own if images is None else None):
                 warnings.warn(warning, UnfamiliarWarning, stacklevel=2)
@@ -276,16 +280,22 @@ class TinaPipeline:
             PromptError: A class has no pictures, or they are none.
             DataError: A picture's file cannot be read.
         """
-        return torch.stack([self._see(shots)[0] for shots in images])
+        return torch.stack([self.see(shots)[0] for shots in images])
 
-    def _see(self, shots: Shots) -> tuple[Tensor, Tensor]:
-        """Of one class's pictures the embedding (E,), and what `_small` makes of them."""
+    def see(self, shots: Shots) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of a class's pictures the embedding (E,), them made small, what its row may learn from.
+
+        The last two are (N, C, H, W) and (N, ...). Raises what `embed_images` raises.
+        """
         parts = [shrink(part) for part in self._pictures(shots)]  # as they are sent to an endpoint
-        small = self._small(parts)
-        if self.generator.config.prompt.encoder == "open_clip":
+        small, generator = self._small(parts), self.generator
+        if generator.config.prompt.encoder == "open_clip":
             seen = [self.encoder.encode_images(part) for part in parts]
-            return F.normalize(torch.cat(seen).mean(0), dim=-1), small
-        return self.generator.embed_shots(small), small
+            # CLIP's pictures lie apart from its texts: their familiarity says nothing of newness
+            return F.normalize(torch.cat(seen).mean(0), dim=-1), small, None
+        inputs = generator.family.embed(small)
+        named = generator.embed_shots(small) if generator.tower else generator.embed_seen(inputs)
+        return named, small, inputs
 
     def _small(self, parts: Sequence[Tensor]) -> Tensor:
         """Pictures (N, C, H, W) as the family looks at them, each of a size of its own."""
